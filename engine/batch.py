@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from engine.request import Sampling, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from engine.request import Sampling, Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ so one block of all layers is one contiguous piece, and so is any run of heads o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -66,7 +67,8 @@ class KvLayout:
         """Byte offset in the rank's pool of a head's keys or values of one layer in one block."""
         stage = self.stage_layers(self.stage_of_rank(rank))
         heads = self.rank_heads(rank)
-        assert layer in stage and head in heads, (rank, layer, head)
+        assert layer in stage, (rank, layer)
+        assert head in heads, (rank, head)
         return (
             block * self.block_bytes(rank)
             + (layer - stage.start) * self.layer_bytes(rank)
@@ -78,4 +80,4 @@ class KvLayout:
         layers = self.stage_layers(stage)
         groups = min(groups, len(layers))
         bounds = [layers.start + len(layers) * g // groups for g in range(groups + 1)]
-        return tuple(range(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(range(a, b) for a, b in pairwise(bounds))
