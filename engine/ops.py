@@ -1,0 +1,181 @@
+"""The operations a decoder is made of: one seam, under which plain torch and native kernels sit.
+
+Shapes: `x` is [tokens, features]; heads are [tokens, heads, head_dim] and may be strided views
+of a fused projection (last dimension contiguous). Norm weights are fp32 whatever the model's
+dtype; norms, RoPE and activations compute in fp32 and round once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.nn import functional
+
+from engine import attention
+
+if TYPE_CHECKING:
+    from engine.attention import AttentionShape, KvLayer
+    from engine.packing import Packed
+
+
+class Activation(str, Enum):
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A layer's rotation: `table` is fp32 [positions, rotary_dim], cosines then sines.
+
+    Dimension i < rotary_dim / 2 of a head turns with dimension i + rotary_dim / 2; dimensions past
+    rotary_dim are left alone.
+    """
+
+    table: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QkNorm:
+    """RMS norms over head_dim applied to queries and keys before the rotation."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+class Ops(Protocol):
+    name: str
+
+    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
+        """What `linear` takes for a weight [out, in]; the caller drops the original.
+
+        With `shared` the plain tensor lives on (tied embeddings), so no packed copy is wanted.
+        """
+        ...
+
+    def linear(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Adds `x` to `residual` in place and returns the norm of the sum."""
+        ...
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def activate(self, x: torch.Tensor, kind: Activation) -> torch.Tensor: ...
+
+    def gated(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
+        """activation(gate) * up of a fused projection [tokens, 2 * features]."""
+        ...
+
+    def place_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv: KvLayer,
+        packed: Packed,
+        rotary: Rotary | None,
+        qk_norm: QkNorm | None,
+    ) -> torch.Tensor:
+        """Norms and rotates the queries and keys of a fused projection and stores the new KV.
+
+        `qkv` is [tokens, (heads + 2 * kv_heads) * head_dim] and may be overwritten; the queries
+        come back as [tokens, heads, head_dim], possibly a view of it.
+        """
+        ...
+
+    def paged_attention(
+        self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape
+    ) -> torch.Tensor:
+        """Contiguous [tokens, heads, head_dim]."""
+        ...
+
+
+class TorchOps:
+    """Plain torch: runs everywhere, and is what native kernels are compared with."""
+
+    name = "torch"
+
+    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
+        del shared
+        return weight
+
+    def linear(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return functional.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+    def activate(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
+        match kind:
+            case Activation.SILU:
+                return functional.silu(x)
+            case Activation.RELU:
+                return functional.relu(x)
+            case Activation.GELU:
+                return functional.gelu(x)
+            case Activation.GELU_TANH:
+                return functional.gelu(x, approximate="tanh")
+
+    def gated(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (self.activate(gate, kind) * up).to(gate_up.dtype)
+
+    def place_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv: KvLayer,
+        packed: Packed,
+        rotary: Rotary | None,
+        qk_norm: QkNorm | None,
+    ) -> torch.Tensor:
+        heads = qkv.view(qkv.shape[0], -1, kv.head_dim)
+        query, key, value = heads.tensor_split((-2 * kv.kv_heads, -kv.kv_heads), dim=1)
+        if qk_norm is not None:
+            query = self.rms_norm(query, qk_norm.query, qk_norm.eps)
+            key = self.rms_norm(key, qk_norm.key, qk_norm.eps)
+        if rotary is not None:
+            turn = rotary.table[packed.positions][:, None, :]
+            query, key = rotate(query, turn), rotate(key, turn)
+        attention.store_kv(key, value, kv, packed.slots)
+        return query
+
+    def paged_attention(
+        self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape
+    ) -> torch.Tensor:
+        return attention.paged_attention(query, kv, packed, shape)
+
+
+def rotate(heads: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """RoPE of [tokens, heads, head_dim] by [tokens, 1, rotary_dim] cosines and sines."""
+    half = turn.shape[-1] // 2
+    cosines, sines = turn[..., :half], turn[..., half:]
+    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1)
+    return torch.cat((turned.to(heads.dtype), heads[..., 2 * half :]), -1)
