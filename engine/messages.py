@@ -124,6 +124,67 @@ class Migrated:
     kv_bytes: int
 
 
+class Role(str, Enum):
+    """Which schedulers an instance runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class InstanceState(str, Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One sequence on an instance, as balancers see it."""
+
+    request_id: str
+    epoch: int
+    state: str
+    """A SequenceState, or the TransferState it is in."""
+    priority: int
+    prompt_tokens: int
+    output_tokens: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an instance tells gateways and the controller, at changes and as its heartbeat."""
+
+    instance: str
+    role: Role
+    state: InstanceState
+    queue_requests: int
+    queued_tokens: int
+    """Prompt tokens still to compute, of requests waiting or under way."""
+    running_sequences: int
+    running_tokens: int
+    """Context tokens of the running sequences."""
+    free_blocks: int
+    """Free or holding only a prefix that nobody uses."""
+    total_blocks: int
+    block_tokens: int
+    pinned_blocks: int
+    cached_blocks: int
+    step_s: float
+    """Smoothed duration of a step."""
+    sequences: tuple[Running, ...]
+
+
 # Controller or gateway -> instance.
 
 
@@ -238,6 +299,7 @@ class Renew:
 Message = (
     Start
     | Abort
+    | Load
     | Verdict
     | Accepted
     | Resume

@@ -43,7 +43,7 @@ def decode(data: bytes) -> Message:
 
 def _as_fields(value: object) -> object:
     if is_dataclass(value):
-        return [getattr(value, name) for name in _names(type(value))]
+        return [getattr(value, name) for name in _names(value.__class__)]
     raise TypeError(f"{type(value).__name__} does not travel")
 
 
