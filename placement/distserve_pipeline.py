@@ -56,13 +56,16 @@ class Pipeline:
 
     def decode(self, ready: Sequence[float]) -> list[float]:
         """When each request ends, given when its prefill elsewhere ended."""
-        self._run(ready, self._stages[0].decodes.append)
+        self._run(ready, self._enter_decode)
         return self._finished_s
 
     def serve(self, arrivals: Sequence[float]) -> tuple[list[float], list[float]]:
         """Both phases here: when each request's first token comes, and when it ends."""
         self._run(arrivals, self._arrived.append)
         return self._first_s, self._finished_s
+
+    def _enter_decode(self, request: int) -> None:
+        self._stages[0].decodes.append(request)
 
     def _run(self, arrivals: Sequence[float], enter: Callable[[int], None]) -> None:
         arrived, total = 0, len(arrivals)

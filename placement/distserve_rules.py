@@ -139,6 +139,7 @@ def simulate(layout: Layout, requests: Requests) -> Outcome:
 def goodput_per_accelerator(
     layout: Layout,
     requests: Requests,
+    *,
     ttft_s: float,
     tpot_s: float,
     attainment: float,
@@ -171,7 +172,7 @@ def stage_rules(engine: str, model: str, parallel: Parallel) -> StageRules:
     raw = tensors[str(parallel.tensor)]
     kinds = ("prefill", "decode_small_batch", "decode_large_batch")
     a, b, c = (tuple(ms / 1e3 for ms in raw[kind]) for kind in kinds)
-    times = Coefficients(a, b, c, raw["large_batch_from"])  # type: ignore[arg-type]
+    times = Coefficients(a, b, c, raw["large_batch_from"])
     return StageRules(times, parallel.pipeline, capacities[str(parallel)])
 
 

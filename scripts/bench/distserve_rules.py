@@ -109,8 +109,15 @@ def _print_one(args: argparse.Namespace) -> None:
     row: dict[str, Any] = describe(layout, args.workload, len(requests.arrival_s))
     row |= {"ttft_slo_ms": args.ttft * 1e3, "tpot_slo_ms": args.tpot * 1e3}
     if args.goodput is not None:
-        bounds = (args.goodput, args.search_high, args.resolution)
-        goodput = goodput_per_accelerator(layout, requests, args.ttft, args.tpot, *bounds)
+        goodput = goodput_per_accelerator(
+            layout,
+            requests,
+            ttft_s=args.ttft,
+            tpot_s=args.tpot,
+            attainment=args.goodput,
+            high_rps=args.search_high,
+            resolution_rps=args.resolution,
+        )
         row |= {
             "attainment": args.goodput,
             "goodput_rps_per_gpu": goodput,
@@ -212,9 +219,11 @@ def _compare_goodputs(reference: Path) -> bool:
     for row in _reference_rows(reference / "simdistserve_goodput.csv"):
         requests = read_workload(reference / f"{row['workload']}.unit.csv")
         layout = _reference_layout(row)
-        slo = float(row["ttft_slo_ms"]) / 1e3, float(row["tpot_slo_ms"]) / 1e3
+        ttft_s, tpot_s = (float(row[f"{name}_slo_ms"]) / 1e3 for name in ("ttft", "tpot"))
         started = time.perf_counter()
-        ours = goodput_per_accelerator(layout, requests, *slo, attainment=0.9)
+        ours = goodput_per_accelerator(
+            layout, requests, ttft_s=ttft_s, tpot_s=tpot_s, attainment=0.9
+        )
         wall_s = time.perf_counter() - started
         theirs = float(row["goodput_joint90_rps_per_gpu"])
         deviation = 100 * (ours / theirs - 1)
