@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engine.messages import Message
 
 Read = typing.Callable[[Any], Any]
+Record = typing.TypeVar("Record")
 
 
 def encode(message: Message) -> bytes:
@@ -39,6 +40,22 @@ def decode(data: bytes) -> Message:
         raise BadMessage(f"unknown message {name!r}")
     message: Message = _reader(kind)(record)
     return message
+
+
+def encode_record(record: object) -> bytes:
+    """A dataclass that is no message of its own, such as a transport's metadata."""
+    packed: bytes = msgpack.packb(record, default=_as_fields)
+    return packed
+
+
+def decode_record(kind: type[Record], data: bytes) -> Record:
+    try:
+        value = msgpack.unpackb(data, use_list=True)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise BadMessage(f"not a {kind.__name__}: {error}") from error
+    read: Read = _reader(typing.cast("Any", kind))
+    record: Record = read(value)
+    return record
 
 
 def _as_fields(value: object) -> object:
