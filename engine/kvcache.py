@@ -1,0 +1,97 @@
+"""The memory that KV blocks lie in, on the device and, swapped out, on the host."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.attention import KvLayer
+from engine.errors import BadConfig
+
+if TYPE_CHECKING:
+    from engine.batch import Swap
+    from engine.layout import KvLayout
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+
+
+def blocks_that_fit(layout: KvLayout, rank: int, kv_bytes: int) -> int:
+    return kv_bytes // layout.block_bytes(rank)
+
+
+class KvCache:
+    """One rank's pool, laid out as `KvLayout` says, and its host slots of one block each."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        rank: int,
+        *,
+        blocks: int,
+        device: torch.device,
+        host_slots: int = 0,
+    ) -> None:
+        if blocks < 1:
+            raise BadConfig("blocks", blocks, "the cache must hold at least one block")
+        self.layout, self.rank = layout, rank
+        self.blocks, self.host_slots = blocks, host_slots
+        self.block_bytes = layout.block_bytes(rank)
+        self.fd: int | None = None
+        """The pool as a file that processes of this host can map through /proc; None on a GPU."""
+        self.memory = self._allocate(blocks * self.block_bytes, device)
+        self._host = torch.zeros(
+            (host_slots, self.block_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda"
+        )
+        self._layers = self._views()
+
+    def layer(self, layer: int) -> KvLayer:
+        """The pool's part of one of this stage's layers, counted over the whole model."""
+        return self._layers[layer]
+
+    def swap(self, swap: Swap) -> None:
+        """Copies blocks to or from host slots, a run that is contiguous on both sides at a time."""
+        pool = self.memory.view(self.blocks, self.block_bytes)
+        for block, slot, count in _runs(swap.blocks, swap.host_slots):
+            on_device, on_host = pool[block : block + count], self._host[slot : slot + count]
+            source, target = (on_device, on_host) if swap.to_host else (on_host, on_device)
+            target.copy_(source)
+
+    def close(self) -> None:
+        """Gives the pool's file back; the memory goes with the last view of it."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def _allocate(self, size: int, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        self.fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        return torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
+
+    def _views(self) -> dict[int, KvLayer]:
+        layout, rank = self.layout, self.rank
+        layers, heads = layout.stage_layers(layout.stage_of_rank(rank)), layout.rank_heads(rank)
+        pool = self.memory.view(TORCH_DTYPES[layout.dtype]).view(
+            self.blocks, len(layers), 2, len(heads), layout.block_tokens, layout.head_dim
+        )
+        return {layer: KvLayer(pool[:, i, 0], pool[:, i, 1]) for i, layer in enumerate(layers)}
+
+
+def _runs(blocks: tuple[int, ...], slots: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(first block, first slot, count) of each run of pairs that rise together."""
+    runs: list[tuple[int, int, int]] = []
+    for block, slot in zip(blocks, slots, strict=True):
+        if runs and runs[-1][0] + runs[-1][2] == block and runs[-1][1] + runs[-1][2] == slot:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((block, slot, 1))
+    return runs

@@ -1,0 +1,155 @@
+"""One stage of a decoder: token ids or hidden states in, hidden states or logits out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from engine.model.layer import Layer, load_layer
+from engine.ops import Rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.kvcache import KvCache
+    from engine.model.rope import Rope
+    from engine.model.weights import Linear, Loader, Norm
+    from engine.packing import Packed
+
+
+class Embedding:
+    """Token embeddings, their rows divided among the tensor ranks, and learned positions."""
+
+    def __init__(self, loader: Loader) -> None:
+        config, names = loader.config, loader.names
+        self.rows = _vocab_share(loader)
+        width = config.embedding or config.hidden
+        self.table = loader.table(names.embed, config.vocab, width, self.rows)
+        self._parallel, self._scale = loader.parallel, config.embedding_scale
+        self._project: Linear | None = None
+        if config.embedding is not None:
+            self._project = loader.whole(names.project_in, config.hidden, config.embedding)
+        self._positions: torch.Tensor | None = None
+        if config.learned_positions is not None:
+            count = config.learned_positions
+            self._positions = loader.table(names.positions, count, config.hidden, range(count))
+        self._position_offset = config.position_offset
+
+    def __call__(self, packed: Packed) -> torch.Tensor:
+        hidden = self._look_up(packed.token_ids)
+        if self._scale is not None:
+            hidden = hidden * torch.tensor(self._scale, dtype=hidden.dtype, device=hidden.device)
+        if self._project is not None:
+            hidden = self._project(hidden)
+        if self._positions is not None:
+            at = packed.positions + self._position_offset
+            hidden = hidden + functional.embedding(at, self._positions)
+        return hidden
+
+    def _look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._parallel.tensor_size == 1:
+            return functional.embedding(token_ids, self.table)
+        local = token_ids - self.rows.start
+        elsewhere = (local < 0) | (local >= len(self.rows))
+        hidden = functional.embedding(local.masked_fill(elsewhere, 0), self.table)
+        return self._parallel.add_up(hidden.masked_fill(elsewhere[:, None], 0))
+
+
+class Head:
+    """The final norm and the output matrix, its rows divided among the tensor ranks."""
+
+    def __init__(self, loader: Loader, embedding: Embedding | None) -> None:
+        config, names = loader.config, loader.names
+        self._vocab, self._cap, self._parallel = (
+            config.vocab,
+            config.logit_soft_cap,
+            loader.parallel,
+        )
+        self._norm: Norm | None = loader.norm(names.final_norm) if config.final_norm else None
+        width = config.embedding or config.hidden
+        self._project: Linear | None = None
+        if config.embedding is not None:
+            self._project = loader.whole(names.project_out, config.embedding, config.hidden)
+        shared = config.tied and embedding is not None
+        if config.tied and embedding is not None:
+            table = embedding.table
+        else:
+            name = names.embed if config.tied else names.head
+            table = loader.table(name, config.vocab, width, _vocab_share(loader))
+        self._output = loader.head(table, shared=shared)
+
+    def __call__(
+        self, delta: torch.Tensor | None, residual: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 logits of the chosen rows."""
+        hidden = residual[rows]
+        if self._norm is not None:
+            hidden = self._norm.after_adding(None if delta is None else delta[rows], hidden)
+        if self._project is not None:
+            hidden = self._project(hidden)
+        logits = self._parallel.gather_columns(self._output(hidden))[:, : self._vocab].float()
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits
+
+
+class Decoder:
+    """The layers of this rank's stage, with the embedding before the first and the head after."""
+
+    def __init__(self, loader: Loader, kv: KvCache) -> None:
+        self._parallel = loader.parallel
+        stage = kv.layout.stage_layers(loader.parallel.stage)
+        longest = min(loader.config.max_length, kv.blocks * kv.layout.block_tokens)
+        rotaries = _Rotaries(longest, kv.memory.device)
+        self._embedding = Embedding(loader) if self._parallel.first else None
+        self._layers: dict[int, Layer] = {
+            i: load_layer(loader, i, kv.layer(i), rotaries.of(loader.config.layers[i].rope))
+            for i in stage
+        }
+        self._head = Head(loader, self._embedding) if self._parallel.last else None
+        self._hidden, self._dtype = loader.config.hidden, loader.dtype
+
+    def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
+        """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
+        residual = self._start(packed)
+        delta: torch.Tensor | None = None
+        for index, layer in self._layers.items():
+            delta, residual = layer(delta, residual, packed)
+            on_layer(index)
+        if self._head is None:
+            self._parallel.hand_on(residual if delta is None else residual + delta)
+            return None
+        if packed.draw_rows.numel() == 0:
+            return None
+        return self._head(delta, residual, packed.draw_rows)
+
+    def _start(self, packed: Packed) -> torch.Tensor:
+        if self._embedding is not None:
+            return self._embedding(packed)
+        shape = (packed.tokens, self._hidden)
+        empty = torch.empty(shape, dtype=self._dtype, device=packed.token_ids.device)
+        return self._parallel.take_over(empty)
+
+
+class _Rotaries:
+    """One table for all layers that turn alike."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        self._longest, self._device = longest, device
+        self._made: dict[Rope, Rotary] = {}
+
+    def of(self, rope: Rope | None) -> Rotary | None:
+        if rope is None:
+            return None
+        if rope not in self._made:
+            self._made[rope] = Rotary(rope.table(self._longest, self._device))
+        return self._made[rope]
+
+
+def _vocab_share(loader: Loader) -> range:
+    """Equal shares, the last ones running past the vocabulary if need be."""
+    parallel = loader.parallel
+    each = -(-loader.config.vocab // parallel.tensor_size)
+    return range(parallel.tensor_rank * each, (parallel.tensor_rank + 1) * each)

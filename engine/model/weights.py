@@ -1,0 +1,175 @@
+"""Loading one rank's part of a checkpoint, each tensor read straight into its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.model.config import NormKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.checkpoint import Checkpoint
+    from engine.ops import Ops
+    from engine.parallel import Parallel
+
+
+@dataclass(slots=True)
+class Linear:
+    """A matrix ready for `Ops.linear`."""
+
+    ops: Ops
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.linear(self.weight, x, self.bias)
+
+
+@dataclass(slots=True)
+class Norm:
+    ops: Ops
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_adding(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """Adds `x` to `residual` in place, then the norm of the sum."""
+        if x is None:
+            return self(residual)
+        if self.bias is None:
+            return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+        residual += x
+        return self(residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The outputs `take` of a matrix with `outputs` of them."""
+
+    name: str
+    outputs: int
+    take: range
+
+
+class Loader:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parallel: Parallel,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.names = checkpoint.config, checkpoint.names
+        self.parallel, self.ops = parallel, ops
+        self.device, self.dtype = device, dtype
+        self._tensors = checkpoint.tensors
+
+    def share(self, count: int) -> range:
+        """This rank's even share of `count` things."""
+        each = count // self.parallel.tensor_size
+        return range(self.parallel.tensor_rank * each, (self.parallel.tensor_rank + 1) * each)
+
+    def by_output(
+        self, parts: Sequence[Part], inputs: int, *, biased: bool, transposed: bool = False
+    ) -> Linear:
+        """Parts of several matrices over the same input, fused into one."""
+        weight = self._empty(sum(len(part.take) for part in parts), inputs)
+        bias = self._empty(weight.shape[0]) if biased else None
+        row = 0
+        for part, start, stored in _placed(parts):
+            rows = slice(row, row + len(part.take))
+            take = slice(start + part.take.start, start + part.take.stop)
+            cut = (take, slice(None))
+            self._read_matrix(part.name, (stored, inputs), cut, weight[rows], transposed=transposed)
+            if bias is not None:
+                self._read_vector(part.name + ".bias", stored, take, bias[rows])
+            row += len(part.take)
+        return Linear(self.ops, self.ops.prepare_weight(weight), bias)
+
+    def by_input(
+        self, name: str, outputs: int, inputs: int, *, biased: bool, transposed: bool = False
+    ) -> Linear:
+        """A matrix over this rank's share of the inputs; only the first rank adds the bias."""
+        share = self.share(inputs)
+        weight = self._empty(outputs, len(share))
+        cut = (slice(None), slice(share.start, share.stop))
+        self._read_matrix(name, (outputs, inputs), cut, weight, transposed=transposed)
+        bias = None
+        if biased and self.parallel.tensor_rank == 0:
+            bias = self._empty(outputs)
+            self._read_vector(name + ".bias", outputs, slice(None), bias)
+        return Linear(self.ops, self.ops.prepare_weight(weight), bias)
+
+    def whole(self, name: str, outputs: int, inputs: int) -> Linear:
+        """A small matrix that every rank holds."""
+        return self.by_output([Part(name, outputs, range(outputs))], inputs, biased=False)
+
+    def table(self, name: str, rows: int, width: int, take: range) -> torch.Tensor:
+        """Rows of an embedding; those past its end are zero, so that ranks hold equally many."""
+        table = self._empty(len(take), width)
+        present = slice(take.start, min(take.stop, rows))
+        count = max(0, present.stop - present.start)
+        if count:
+            self._read_matrix(name, (rows, width), (present, slice(None)), table[:count])
+        table[count:] = 0
+        return table
+
+    def head(self, table: torch.Tensor, *, shared: bool) -> Linear:
+        return Linear(self.ops, self.ops.prepare_weight(table, shared=shared), None)
+
+    def norm(self, name: str, width: int | None = None) -> Norm:
+        """Norm weights are kept in fp32, their offset added."""
+        config = self.config
+        width = config.hidden if width is None else width
+        weight = self._vector(name + ".weight", width).add_(config.norm_offset)
+        bias = self._vector(name + ".bias", width) if config.norm is NormKind.LAYER else None
+        return Norm(self.ops, weight, bias, config.norm_eps)
+
+    def _vector(self, name: str, size: int) -> torch.Tensor:
+        vector = torch.empty(size, dtype=torch.float32, device=self.device)
+        self._read_vector(name, size, slice(None), vector)
+        return vector
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _read_vector(self, name: str, size: int, take: slice, into: torch.Tensor) -> None:
+        self._tensors.expect(name, (size,))
+        self._tensors.read(name, (take,), into)
+
+    def _read_matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        cut: tuple[slice, slice],
+        into: torch.Tensor,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """Reads rows and columns of a matrix that may be stored the other way round."""
+        name += ".weight"
+        self._tensors.expect(name, shape[::-1] if transposed else shape)
+        if transposed:
+            self._tensors.read(name, cut[::-1], into.t())
+        else:
+            self._tensors.read(name, cut, into)
+
+
+def _placed(parts: Sequence[Part]) -> list[tuple[Part, int, int]]:
+    """Each part with its first output in, and the outputs of, the matrix it is stored in."""
+    stored: dict[str, int] = {}
+    starts = []
+    for part in parts:
+        starts.append(stored.get(part.name, 0))
+        stored[part.name] = starts[-1] + part.outputs
+    return [(part, start, stored[part.name]) for part, start in zip(parts, starts, strict=True)]

@@ -1,0 +1,131 @@
+"""One rank's place in a model cut by tensor and by pipeline, and how it talks to the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from engine.errors import BadConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from engine.model.config import ModelConfig
+
+WAIT_S = 60.0
+"""How long a rank waits for another before its call fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Ranks count tensor ranks first: rank = stage * tensor_size + tensor_rank."""
+
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    stage: int = 0
+    stages: int = 1
+    tensor_group: ProcessGroup | None = None
+    control: ProcessGroup | None = None
+    """All ranks, over gloo, for batches and drawn tokens."""
+
+    @property
+    def rank(self) -> int:
+        return self.stage * self.tensor_size + self.tensor_rank
+
+    @property
+    def size(self) -> int:
+        return self.stages * self.tensor_size
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def drawing_rank(self) -> int:
+        """The rank that holds whole rows of logits."""
+        return (self.stages - 1) * self.tensor_size
+
+    def add_up(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of every tensor rank's part, in place."""
+        if self.tensor_size > 1:
+            distributed.all_reduce(part, group=self.tensor_group)
+        return part
+
+    def gather_columns(self, part: torch.Tensor) -> torch.Tensor:
+        """Every tensor rank's columns side by side."""
+        if self.tensor_size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.tensor_size)]
+        distributed.all_gather(parts, part.contiguous(), group=self.tensor_group)
+        return torch.cat(parts, dim=-1)
+
+    def hand_on(self, hidden: torch.Tensor) -> None:
+        """Gives the hidden states to the next stage."""
+        distributed.send(hidden.contiguous(), self.rank + self.tensor_size)
+
+    def take_over(self, into: torch.Tensor) -> torch.Tensor:
+        """Waits for the hidden states of the stage before."""
+        distributed.recv(into, self.rank - self.tensor_size)
+        return into
+
+    def check(self, config: ModelConfig) -> None:
+        """Whether the model can be cut this way."""
+        tensor, layers = self.tensor_size, len(config.layers)
+        if self.stages > layers:
+            raise BadConfig("pipeline_parallel", self.stages, f"the model has {layers} layers")
+        if config.heads % tensor:
+            rule = f"must divide the model's {config.heads} attention heads"
+            raise BadConfig("tensor_parallel", tensor, rule)
+        if config.kv_heads % tensor and tensor % config.kv_heads:
+            rule = f"must divide the model's {config.kv_heads} KV heads or be a multiple of them"
+            raise BadConfig("tensor_parallel", tensor, rule)
+        widths = {config.intermediate} | ({config.moe.intermediate} if config.moe else set())
+        for width in sorted(widths):
+            if width % tensor:
+                raise BadConfig("tensor_parallel", tensor, f"must divide the MLP's width {width}")
+
+
+ALONE = Parallel()
+
+
+def join(
+    rank: int,
+    *,
+    tensor_size: int,
+    stages: int,
+    init_method: str,
+    device: torch.device,
+    wait_s: float = WAIT_S,
+) -> Parallel:
+    """Meets the other ranks of one model at `init_method`; every rank calls this once."""
+    size = tensor_size * stages
+    if size == 1:
+        return ALONE
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(seconds=wait_s)
+    distributed.init_process_group(
+        backend, init_method=init_method, rank=rank, world_size=size, timeout=wait
+    )
+    groups = [
+        distributed.new_group(
+            list(range(stage * tensor_size, (stage + 1) * tensor_size)), timeout=wait
+        )
+        for stage in range(stages)
+    ]
+    control = distributed.new_group(backend="gloo", timeout=wait)
+    stage, tensor_rank = divmod(rank, tensor_size)
+    return Parallel(tensor_rank, tensor_size, stage, stages, groups[stage], control)
+
+
+def leave(parallel: Parallel) -> None:
+    """Takes this rank out; ranks that still wait for it fail at once."""
+    if parallel.size > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,140 @@
+"""Runs batches on one rank: swaps, one forward pass over the paged cache, and the draws."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.batch import StepResult
+from engine.clock import SystemClock
+from engine.errors import BadConfig
+from engine.kvcache import TORCH_DTYPES, KvCache
+from engine.model.decoder import Decoder
+from engine.model.weights import Loader
+from engine.ops import Ops, TorchOps
+from engine.packing import pack
+from engine.parallel import ALONE, Parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from engine.batch import Batch, Draw, Drawn
+    from engine.checkpoint import Checkpoint
+    from engine.clock import Clock
+    from engine.layout import KvLayout
+
+log = logging.getLogger(__name__)
+
+
+class Draws(Protocol):
+    """What turns logits into tokens: engine.sampler's Sampler, or a greedy one in tests."""
+
+    def sample(
+        self, logits: torch.Tensor, draws: Sequence[Draw], request_ids: Sequence[str]
+    ) -> list[Drawn]: ...
+
+
+def resolve_dtype(wanted: str, saved: str, device: torch.device) -> str:
+    """`auto` is what the checkpoint was saved in, but never float16 on a CPU."""
+    dtype = saved if wanted == "auto" else wanted
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise BadConfig("dtype", wanted, "must be auto, float32, bfloat16 or float16")
+    if dtype == "float16" and device.type == "cpu":
+        log.info("float16 is ten times slower than bfloat16 on a CPU: using bfloat16")
+        return "bfloat16"
+    return dtype
+
+
+class Runner:
+    """One rank of a model. On the last stage's first tensor rank `execute` draws tokens."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        sampler: Draws,
+        device: str = "cpu",
+        dtype: str = "auto",
+        parallel: Parallel = ALONE,
+        blocks: int,
+        block_tokens: int = 16,
+        host_slots: int = 0,
+        layer_groups: int = 4,
+        threads: int = 1,
+        ops: Ops | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        parallel.check(checkpoint.config)
+        name = resolve_dtype(dtype, checkpoint.config.dtype, self.device)
+        self.parallel, self.checkpoint = parallel, checkpoint
+        self.layout: KvLayout = checkpoint.layout(
+            block_tokens=block_tokens,
+            dtype=name,
+            tensor_parallel=parallel.tensor_size,
+            pipeline_parallel=parallel.stages,
+        )
+        self._claim_device(threads)
+        self.kv = KvCache(
+            self.layout, parallel.rank, blocks=blocks, device=self.device, host_slots=host_slots
+        )
+        ops = ops or TorchOps()
+        loader = Loader(checkpoint, parallel, ops, self.device, TORCH_DTYPES[name])
+        with torch.inference_mode():
+            self._decoder = Decoder(loader, self.kv)
+        checkpoint.release()
+        self._groups = self.layout.layer_groups(parallel.stage, layer_groups)
+        self._sampler, self._clock = sampler, clock or SystemClock()
+        log.info("runner ready device=%s dtype=%s ops=%s blocks=%d", device, name, ops.name, blocks)
+
+    def execute(
+        self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
+    ) -> StepResult:
+        start_s = self._clock.now()
+        for swap in batch.swaps:
+            self.kv.swap(swap)
+        logits = self.logits(batch, on_layer_group) if batch.chunks else None
+        drawn = () if logits is None else self._draw(batch, logits)
+        return StepResult(drawn, self._clock.now() - start_s)
+
+    @torch.inference_mode()
+    def logits(
+        self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
+    ) -> torch.Tensor | None:
+        """fp32 logits of the chunks that draw; None on ranks that hold none, or if none draws."""
+        packed = pack(batch.chunks, self.layout.block_tokens, self.device)
+        report = self._reporter(on_layer_group)
+        return self._decoder.forward(packed, report)
+
+    def _draw(self, batch: Batch, logits: torch.Tensor) -> tuple[Drawn, ...]:
+        drawing = [(c.draw, c.request_id) for c in batch.chunks if c.draw is not None]
+        if not drawing or self.parallel.rank != self.parallel.drawing_rank:
+            return ()
+        draws, request_ids = zip(*drawing, strict=True)
+        return tuple(self._sampler.sample(logits, draws, request_ids))
+
+    def _reporter(self, on_layer_group: Callable[[int], None] | None) -> Callable[[int], None]:
+        """Turns the end of a layer into the end of its group, once the KV is in the pool."""
+        if on_layer_group is None:
+            return _ignore
+        last_layers = {layers[-1]: group for group, layers in enumerate(self._groups)}
+
+        def report(layer: int) -> None:
+            if layer in last_layers:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                on_layer_group(last_layers[layer])
+
+        return report
+
+    def _claim_device(self, threads: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(threads)
+
+
+def _ignore(_layer: int) -> None:
+    pass
