@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Link(Protocol):
-    """One participant's end: messages to a peer arrive in the order they were sent, or not at all."""
+    """One participant's end: messages to a peer arrive in the order sent, or not at all."""
 
     name: str
 
