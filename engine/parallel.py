@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from engine.model.config import ModelConfig
 
 WAIT_S = 60.0
-"""How long a rank waits for another before its call fails."""
+"""How long a rank waits for another within a batch before its call fails."""
+IDLE = timedelta(days=3650)
+"""How long it waits for the next batch; a rank that dies is noticed at once all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,9 @@ class Parallel:
     stages: int = 1
     tensor_group: ProcessGroup | None = None
     control: ProcessGroup | None = None
-    """All ranks, over gloo, for batches and drawn tokens."""
+    """All ranks, over gloo, for batches: an idle instance may wait here for ever."""
+    answers: ProcessGroup | None = None
+    """All ranks, over gloo, for drawn tokens: these are waited for within bounds."""
 
     @property
     def rank(self) -> int:
@@ -120,9 +124,10 @@ def join(
         )
         for stage in range(stages)
     ]
-    control = distributed.new_group(backend="gloo", timeout=wait)
+    control = distributed.new_group(backend="gloo", timeout=IDLE)
+    answers = distributed.new_group(backend="gloo", timeout=wait)
     stage, tensor_rank = divmod(rank, tensor_size)
-    return Parallel(tensor_rank, tensor_size, stage, stages, groups[stage], control)
+    return Parallel(tensor_rank, tensor_size, stage, stages, groups[stage], control, answers)
 
 
 def leave(parallel: Parallel) -> None:

@@ -165,15 +165,14 @@ def _qwen3_moe(fields: Fields, longest: int | None) -> ModelConfig:
     config = replace(_llama(fields, longest), family="qwen3_moe", qk_norm=True)
     if fields.flag("use_sliding_window", default=False):
         config = _windowed(config, fields.integer("sliding_window", 4096))
+    experts = "num_local_experts" if "num_local_experts" in fields else "num_experts"
     dense, step = fields.integers("mlp_only_layers"), fields.integer("decoder_sparse_step", 1)
     layers = tuple(
         replace(layer, moe=i not in dense and (i + 1) % step == 0)
         for i, layer in enumerate(config.layers)
     )
     moe = MoeConfig(
-        fields.integer(
-            "num_local_experts" if "num_local_experts" in fields else "num_experts", 128
-        ),
+        fields.integer(experts, 128),
         fields.integer("num_experts_per_tok", 8),
         fields.integer("moe_intermediate_size", 768),
         fields.flag("norm_topk_prob", default=False),

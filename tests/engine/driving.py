@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from engine.batch import Batch, Chunk, Draw, Drawn
 from engine.request import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from engine.batch import Executor
 

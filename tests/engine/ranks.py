@@ -1,0 +1,63 @@
+"""Follower ranks as processes of their own, forked from a server that has torch loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.checkpoint import open_checkpoint
+from engine.parallel import join
+from engine.parallel_runner import ParallelRunner, follow
+from engine.runner import Runner
+from tests.engine.driving import Greedy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.process import BaseProcess
+    from pathlib import Path
+
+    from engine.parallel import Parallel
+
+CPU = torch.device("cpu")
+
+
+def runner(directory: Path, parallel: Parallel) -> Runner:
+    checkpoint = open_checkpoint(str(directory))
+    return Runner(checkpoint, sampler=Greedy(), parallel=parallel, blocks=16, block_tokens=4)
+
+
+def follow_one(directory: Path, rank: int, tensor_size: int, stages: int, meeting: str) -> None:
+    parallel = join(
+        rank,
+        tensor_size=tensor_size,
+        stages=stages,
+        init_method=meeting,
+        device=CPU,
+        wait_s=20.0,
+    )
+    follow(runner(directory, parallel))
+
+
+@contextmanager
+def leading(
+    directory: Path, meeting: Path, *, tensor_size: int, stages: int
+) -> Iterator[tuple[ParallelRunner, list[BaseProcess]]]:
+    """An executor over followers; the block must close it or lose it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engine.ranks"])
+    url = f"file://{meeting}"
+    followers: list[BaseProcess] = [
+        context.Process(target=follow_one, args=(directory, rank, tensor_size, stages, url))
+        for rank in range(1, tensor_size * stages)
+    ]
+    for follower in followers:
+        follower.start()
+    parallel = join(
+        0, tensor_size=tensor_size, stages=stages, init_method=url, device=CPU, wait_s=20.0
+    )
+    yield ParallelRunner(runner(directory, parallel)), followers
+    for follower in followers:
+        follower.join(20.0)

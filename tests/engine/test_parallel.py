@@ -1,0 +1,79 @@
+"""A model cut over ranks says the same as the whole, and a lost rank is noticed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from engine.checkpoint import open_checkpoint
+from engine.errors import BadConfig, InstanceLost
+from engine.parallel import Parallel
+from tests.engine import tiny
+from tests.engine.driving import chunk, generate, step
+from tests.engine.ranks import leading, runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BLOCKS = (7, 3, 11, 0, 14, 5, 9, 2)
+STEPS = 10
+
+
+@pytest.mark.parametrize(("tensor_size", "stages"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_every_family_over_ranks_draws_the_same_tokens(
+    name: str,
+    tensor_size: int,
+    stages: int,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    check_same_tokens(tiny_checkpoint(name), tmp_path / "meet", tensor_size, stages)
+
+
+def test_ranks_share_kv_heads_where_there_are_fewer_heads_than_ranks(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    check_same_tokens(tiny_checkpoint("llama3"), tmp_path / "meet", 4, 1)
+
+
+def check_same_tokens(directory: Path, meeting: Path, tensor_size: int, stages: int) -> None:
+    wanted = generate(runner(directory, Parallel()), tiny.prompt(20), STEPS, BLOCKS)
+    with leading(directory, meeting, tensor_size=tensor_size, stages=stages) as led:
+        executor, followers = led
+        assert generate(executor, tiny.prompt(20), STEPS, BLOCKS) == wanted
+        executor.close()
+    assert [follower.exitcode for follower in followers] == [0] * len(followers)
+
+
+def test_a_lost_rank_fails_the_leaders_call(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with leading(tiny_checkpoint("llama3"), tmp_path / "meet", tensor_size=2, stages=1) as (
+        executor,
+        (follower,),
+    ):
+        step(executor, chunk("a", (5, 6), 0, BLOCKS))
+        follower.kill()
+        follower.join()
+        with pytest.raises(InstanceLost, match="a rank of the model failed"):
+            step(executor, chunk("a", (7,), 2, BLOCKS))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "field"),
+    [
+        (Parallel(tensor_size=3), "tensor_parallel"),
+        (Parallel(tensor_size=8), "tensor_parallel"),
+        (Parallel(stages=3), "pipeline_parallel"),
+    ],
+)
+def test_a_cut_the_model_does_not_allow_is_refused(
+    parallel: Parallel, field: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    config = open_checkpoint(str(tiny_checkpoint("llama3"))).config
+    with pytest.raises(BadConfig) as refused:
+        parallel.check(config)
+    assert refused.value.field == field
