@@ -1,0 +1,413 @@
+"""The gateway's record of its requests: who owns each one, and what of it was delivered.
+
+A request has one owner at a time, known by its epoch. The next owner is granted beforehand, by
+the route (prefill to decode) or by a Claim (migration), and becomes the owner with its first
+delivered token. Whatever is lost, late or repeated, each token is delivered once and in order.
+
+Verbs return what to do as data; `Reroute` asks the driver for a route and a `restart`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine import errors
+from engine.errors import BadInput, DeadlineExceeded, InstanceLost, TandemError, Unsupported
+from engine.messages import (
+    Abort,
+    Accepted,
+    Claim,
+    Dropped,
+    Load,
+    Lost,
+    Message,
+    Resume,
+    Start,
+    Token,
+    Tokens,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from engine.request import Request
+    from placement.router import Route
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSettings:
+    replays: int = 5
+    """Attempts in a row without a token in between; then the request fails."""
+    gap_s: float = 1.0
+    """How long a missing token is waited for while later ones arrive."""
+    vanish_s: float = 3.0
+    """How long a live owner may go without listing the request among its sequences."""
+    reroute_s: float = 30.0
+    """How long a request may wait for an instance that can take it."""
+    early_tokens: int = 512
+    """Tokens held per request while an earlier one is missing."""
+    tombstones: int = 10_000
+    """Ended requests remembered, so that instances that still list them are told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    to: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Reroute:
+    """The request needs a new route; `avoid` are instances it has just failed on."""
+
+    request_id: str
+    avoid: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    request_id: str
+    error: TandemError
+
+
+Action = Send | Deliver | Reroute | Fail
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The owner to be: `claimed` by a migration, else fixed by the route."""
+
+    epoch: int
+    instance: str
+    claimed: bool
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One request under way. Without an owner it waits for a route."""
+
+    request: Request
+    epoch: int = 1
+    owner: str | None = None
+    grant: Grant | None = None
+    prefill: str | None = None
+    output: list[int] = field(default_factory=list)
+    early: dict[int, Token] = field(default_factory=dict)
+    replays: int = 0
+    replays_total: int = 0
+    migrations: int = 0
+    evidence_s: float = 0.0
+    """When an owner was last known to work on it."""
+    stuck_since_s: float = 0.0
+    """Since when it has waited for a route or, while `early` holds any, for the next token."""
+    resumed_from: int | None = None
+    """The epoch a Resume replaced, until a token shows that the Resume arrived."""
+    claimed_from: int | None = None
+    """The epoch from which the present owner's claim was granted."""
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def highest(self) -> int:
+        """The highest epoch anybody has been given."""
+        return self.epoch if self.grant is None else self.grant.epoch
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Instances that may hold blocks for it, without former owners told to let go."""
+        owner = () if self.owner is None else (self.owner,)
+        return owner if self.grant is None else (*owner, self.grant.instance)
+
+    def knows(self, epoch: int) -> bool:
+        return epoch == self.epoch or (self.grant is not None and epoch == self.grant.epoch)
+
+
+class Journal:
+    """Driven by its host: no clock, no sockets, the same steps for the same calls."""
+
+    def __init__(self, settings: JournalSettings | None = None) -> None:
+        self.settings = settings or JournalSettings()
+        self._entries: dict[str, Entry] = {}
+        self._tombstones: dict[str, int] = {}
+        self._heard_s: dict[str, float] = {}
+        self._lost: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def entries(self) -> Iterable[Entry]:
+        """Requests under way in order of opening; read only."""
+        return self._entries.values()
+
+    def find(self, request_id: str) -> Entry | None:
+        return self._entries.get(request_id)
+
+    # What the driver does.
+
+    def open(self, request: Request, route: Route, now: float) -> list[Action]:
+        assert request.id not in self._entries, f"{request.id} is open"
+        self._tombstones.pop(request.id, None)
+        self._entries[request.id] = Entry(request, stuck_since_s=now)
+        return self.restart(request.id, route, now)
+
+    def restart(self, request_id: str, route: Route, now: float) -> list[Action]:
+        """Send an entry without an owner along a route, from its last delivered token on."""
+        entry = self._entries[request_id]
+        assert entry.owner is None, f"{request_id} is owned by {entry.owner}"
+        entry.owner = entry.prefill = route.prefill
+        entry.evidence_s = now
+        start = Start(entry.request, entry.epoch, tuple(entry.output))
+        if route.decode is not None:
+            entry.grant = Grant(entry.epoch + 1, route.decode, claimed=False)
+            start = Start(entry.request, entry.epoch, start.output, route.decode, entry.grant.epoch)
+        return [Send(route.prefill, start)]
+
+    def abort(self, request_id: str) -> list[Action]:
+        """End a request early: its client left, or its text is complete."""
+        entry = self._entries.get(request_id)
+        return [] if entry is None else self._end(entry)
+
+    def tick(self, now: float) -> list[Action]:
+        """Find requests that nobody works on any more; call it a few times a second."""
+        actions: list[Action] = []
+        for entry in list(self._entries.values()):
+            actions += self._check(entry, now)
+        return actions
+
+    # What instances say.
+
+    def receive(self, sender: str, message: Message, now: float) -> list[Action]:
+        match message:
+            case Tokens(tokens):
+                return [action for one in tokens for action in self.token(sender, one, now)]
+            case Claim():
+                return self.claim(sender, message)
+            case Dropped():
+                return self.dropped(sender, message, now)
+            case Load():
+                return self.load(message, now)
+            case Lost(name):
+                return self.lost(name, now)
+            case _:
+                return []
+
+    def token(self, sender: str, token: Token, now: float) -> list[Action]:
+        entry = self._entries.get(token.request_id)
+        if entry is None or not entry.knows(token.epoch):
+            return [Send(sender, Abort(token.request_id, token.epoch))]
+        entry.evidence_s = now
+        missing = token.index - len(entry.output)
+        if missing < 0:
+            return []
+        if missing > 0:
+            return self._hold(entry, token, now)
+        actions: list[Action] = []
+        self._deliver(entry, token, actions)
+        if entry.early:
+            self._deliver_early(entry, now, actions)
+        return actions
+
+    def claim(self, sender: str, claim: Claim) -> list[Action]:
+        """Compare and swap: the target is granted iff the claimed epoch still owns."""
+        entry = self._entries.get(claim.request_id)
+        if entry is None:
+            return [*_refuse(sender, claim), Send(sender, Abort(claim.request_id, claim.epoch))]
+        wanted = Grant(claim.epoch, claim.target, claimed=True)
+        owns = entry.owner == sender and entry.epoch == claim.old_epoch
+        free = entry.grant is None and claim.epoch > entry.epoch
+        if owns and free and claim.target not in self._lost:
+            entry.grant = wanted
+        if owns:
+            granted = entry.grant == wanted
+            return [Send(sender, Verdict(entry.id, claim.epoch, granted))]
+        if entry.claimed_from == claim.old_epoch and entry.epoch == claim.epoch:
+            granted_before = Verdict(entry.id, claim.epoch, granted=True)
+            return [Send(sender, granted_before), Send(sender, Accepted(entry.id, entry.epoch))]
+        return [*_refuse(sender, claim), self._correct(entry, sender, claim.old_epoch)]
+
+    def dropped(self, sender: str, dropped: Dropped, now: float) -> list[Action]:
+        entry = self._entries.get(dropped.request_id)
+        if entry is None or not entry.knows(dropped.epoch):
+            return []
+        if _is_final(dropped.error):
+            return self._fail(entry, _error_of(dropped))
+        why = f"{sender} dropped it: {dropped.error}: {dropped.reason}"
+        if dropped.epoch == entry.epoch:
+            return self._without_owner(entry, (sender,), why, now)
+        return self._without_grant(entry, (sender,), why, now)
+
+    def load(self, load: Load, now: float) -> list[Action]:
+        """Compare what an instance holds with what it should: the cure for lost messages."""
+        self._heard_s[load.instance] = now
+        self._lost.pop(load.instance, None)
+        actions: list[Action] = []
+        for running in load.sequences:
+            entry = self._entries.get(running.request_id)
+            if entry is None:
+                if running.request_id in self._tombstones:
+                    actions.append(Send(load.instance, Abort(running.request_id, running.epoch)))
+            elif entry.knows(running.epoch):
+                entry.evidence_s = now
+            else:
+                actions.append(self._correct(entry, load.instance, running.epoch))
+        return actions
+
+    def lost(self, name: str, now: float) -> list[Action]:
+        self._lost[name] = None
+        self._heard_s.pop(name, None)
+        actions: list[Action] = []
+        for entry in list(self._entries.values()):
+            if entry.owner == name:
+                actions += self._without_owner(entry, (name,), f"{name} is lost", now)
+            elif entry.grant is not None and entry.grant.instance == name:
+                actions += self._without_grant(entry, (name,), f"{name} is lost", now)
+        return actions
+
+    # Delivery.
+
+    def _deliver(self, entry: Entry, token: Token, actions: list[Action]) -> None:
+        if token.epoch != entry.epoch:
+            self._promote(entry, actions)
+        entry.output.append(token.token)
+        entry.replays = 0
+        entry.resumed_from = None
+        actions.append(Deliver(token))
+        if token.finish is not None:
+            self._bury(entry)
+            if entry.grant is not None:
+                actions.append(Send(entry.grant.instance, Abort(entry.id, entry.grant.epoch)))
+
+    def _promote(self, entry: Entry, actions: list[Action]) -> None:
+        """The granted instance becomes the owner; the one before it may free its blocks."""
+        grant = entry.grant
+        assert grant is not None
+        if entry.owner is not None and entry.owner not in self._lost:
+            actions.append(Send(entry.owner, Accepted(entry.id, grant.epoch)))
+        entry.claimed_from = entry.epoch if grant.claimed else None
+        entry.migrations += grant.claimed
+        entry.epoch, entry.owner, entry.grant = grant.epoch, grant.instance, None
+
+    def _hold(self, entry: Entry, token: Token, now: float) -> list[Action]:
+        if not entry.early:
+            entry.stuck_since_s = now
+        entry.early[token.index] = token
+        if len(entry.early) > self.settings.early_tokens:
+            return self._replay(entry, (), "too many tokens arrived before a missing one", now)
+        return []
+
+    def _deliver_early(self, entry: Entry, now: float, actions: list[Action]) -> None:
+        entry.stuck_since_s = now
+        while entry.id in self._entries:
+            token = entry.early.pop(len(entry.output), None)
+            if token is None or not entry.knows(token.epoch):
+                return
+            self._deliver(entry, token, actions)
+
+    # Recovery.
+
+    def _check(self, entry: Entry, now: float) -> list[Action]:
+        settings = self.settings
+        if entry.owner is None:
+            if now - entry.stuck_since_s > settings.reroute_s:
+                return self._fail(entry, DeadlineExceeded("no instance could take the request"))
+            return []
+        if entry.early and now - entry.stuck_since_s > settings.gap_s:
+            return self._replay(entry, (), "a token never arrived", now)
+        heard_s = self._heard_s.get(entry.owner, entry.evidence_s)
+        if entry.owner in self._lost or heard_s - entry.evidence_s > settings.vanish_s:
+            why = f"{entry.owner} does not know the request"
+            return self._without_owner(entry, (entry.owner,), why, now)
+        return []
+
+    def _without_owner(
+        self, entry: Entry, avoid: tuple[str, ...], why: str, now: float
+    ) -> list[Action]:
+        """A claimed target has all it needs without its source; anything else is replayed."""
+        if entry.grant is not None and entry.grant.claimed:
+            actions: list[Action] = []
+            self._promote(entry, actions)
+            entry.evidence_s = now
+            return actions
+        return self._replay(entry, avoid, why, now)
+
+    def _without_grant(
+        self, entry: Entry, avoid: tuple[str, ...], why: str, now: float
+    ) -> list[Action]:
+        """A migration's source goes on under a new epoch; a hand-off is replayed."""
+        grant = entry.grant
+        assert grant is not None
+        if not grant.claimed or entry.owner is None:
+            return self._replay(entry, avoid, why, now)
+        entry.resumed_from = entry.epoch
+        entry.epoch, entry.grant = grant.epoch + 1, None
+        entry.early.clear()
+        entry.evidence_s = now
+        resume: Action = Send(entry.owner, Resume(entry.id, entry.resumed_from, entry.epoch))
+        return [resume, *self._send_alive((grant.instance,), Abort(entry.id, grant.epoch))]
+
+    def _replay(self, entry: Entry, avoid: tuple[str, ...], why: str, now: float) -> list[Action]:
+        """Take the request from whoever holds it and ask for a route to compute it again."""
+        entry.replays += 1
+        entry.replays_total += 1
+        if entry.replays > self.settings.replays:
+            return self._fail(entry, InstanceLost(f"given up after {self._attempts()}: {why}"))
+        actions = self._send_alive(entry.holders, Abort(entry.id, entry.highest))
+        entry.epoch = entry.highest + 1
+        entry.owner = entry.grant = entry.resumed_from = entry.claimed_from = None
+        entry.early.clear()
+        entry.stuck_since_s = now
+        return [*actions, Reroute(entry.id, avoid, why)]
+
+    def _attempts(self) -> str:
+        return f"{self.settings.replays} replays"
+
+    def _correct(self, entry: Entry, instance: str, epoch: int) -> Action:
+        """What to tell an instance that believes in an epoch that has been replaced."""
+        if entry.owner == instance and epoch == entry.resumed_from:
+            return Send(instance, Resume(entry.id, epoch, entry.epoch))
+        return Send(instance, Abort(entry.id, epoch))
+
+    def _fail(self, entry: Entry, error: TandemError) -> list[Action]:
+        return [*self._end(entry), Fail(entry.id, error)]
+
+    def _end(self, entry: Entry) -> list[Action]:
+        self._bury(entry)
+        return self._send_alive(entry.holders, Abort(entry.id, entry.highest))
+
+    def _bury(self, entry: Entry) -> None:
+        del self._entries[entry.id]
+        self._tombstones[entry.id] = entry.highest
+        while len(self._tombstones) > self.settings.tombstones:
+            del self._tombstones[next(iter(self._tombstones))]
+
+    def _send_alive(self, instances: Iterable[str], message: Message) -> list[Action]:
+        return [Send(name, message) for name in instances if name not in self._lost]
+
+
+def _refuse(sender: str, claim: Claim) -> list[Action]:
+    return [Send(sender, Verdict(claim.request_id, claim.epoch, granted=False))]
+
+
+def _is_final(error: str) -> bool:
+    """Whether trying elsewhere is pointless."""
+    kind = getattr(errors, error, None)
+    return isinstance(kind, type) and issubclass(kind, (BadInput, Unsupported))
+
+
+def _error_of(dropped: Dropped) -> TandemError:
+    if dropped.error == Unsupported.__name__:
+        return Unsupported(dropped.reason)
+    return errors.BadRequest("request", dropped.request_id, dropped.reason)

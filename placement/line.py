@@ -1,0 +1,38 @@
+"""A line fitted to what has been observed lately."""
+
+from __future__ import annotations
+
+
+class Line:
+    """y = base + slope * x by least squares, older observations weighing less and less."""
+
+    def __init__(self, slope: float, decay: float = 0.95) -> None:
+        self.base, self.slope = 0.0, slope
+        self.observations = 0
+        self._decay = decay
+        self._w = self._x = self._y = self._xx = self._xy = 0.0
+
+    def at(self, x: float) -> float:
+        return self.base + self.slope * x
+
+    def observe(self, x: float, y: float) -> None:
+        """Both non-negative; a falling line or a negative base is noise and is not fitted."""
+        self.observations += 1
+        keep = self._decay
+        self._w = self._w * keep + 1.0
+        self._x = self._x * keep + x
+        self._y = self._y * keep + y
+        self._xx = self._xx * keep + x * x
+        self._xy = self._xy * keep + x * y
+        self._fit()
+
+    def _fit(self) -> None:
+        spread = self._w * self._xx - self._x * self._x
+        if spread > 0.01 * self._w * self._xx:
+            slope = (self._w * self._xy - self._x * self._y) / spread
+            base = (self._y - slope * self._x) / self._w
+            if slope >= 0.0 and base >= 0.0:
+                self.base, self.slope = base, slope
+                return
+        if self._xx > 0.0:
+            self.base, self.slope = 0.0, self._xy / self._xx
