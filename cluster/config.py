@@ -1,0 +1,273 @@
+"""What a deployment is: the model behind every config file, plan and command-line flag."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.config_errors import first_error
+from cluster.journal import JournalSettings
+from cluster.yaml_file import read_yaml
+from cluster.zmq_link import LinkLimits
+from decode.scheduler import DecodeSettings
+from engine.errors import BadConfig
+from engine.messages import Role
+from kvtransfer.transfer import TransferSettings
+from kvtransfer.transport import TransportLimits
+from placement.router import RouterSettings
+from prefill.scheduler import PrefillSettings
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class PoolConfig(Section):
+    instances: Annotated[int, Field(ge=0, le=4096)] = 1
+    """Model copies in this role."""
+    tensor_parallel: Count = 1
+    """Accelerators that share each layer; they are placed on one node."""
+    pipeline_parallel: Count = 1
+    """Stages of layers; they may lie on different nodes."""
+    resources: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """What Ray reserves for each worker, such as CPU, GPU or a custom resource."""
+
+    @property
+    def workers(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+class PoolsConfig(Section):
+    prefill: PoolConfig = Field(default_factory=lambda: PoolConfig(instances=1))
+    """Instances that compute prompts."""
+    decode: PoolConfig = Field(default_factory=lambda: PoolConfig(instances=1))
+    """Instances that draw the tokens after the first."""
+    mixed: PoolConfig = Field(default_factory=lambda: PoolConfig(instances=0))
+    """Instances that do both."""
+
+    def of(self, role: Role) -> PoolConfig:
+        pool: PoolConfig = getattr(self, role.value)
+        return pool
+
+    @model_validator(mode="after")
+    def _serves_both_phases(self) -> Self:
+        if not self.mixed.instances and not (self.prefill.instances and self.decode.instances):
+            raise ValueError("needs a prefill and a decode instance, or a mixed one")
+        return self
+
+
+class SloConfig(Section):
+    ttft_s: Seconds = 2.0
+    """Target for the time to the first token, where a request names none."""
+    tpot_s: Seconds = 0.1
+    """Target for the mean time per token after the first."""
+    attainment: Share = 0.9
+    """Share of the requests that should meet both."""
+
+
+class EngineConfig(Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and KV; auto is the checkpoint's own, but never float16 on a CPU."""
+    max_length: Count | None = None
+    """Longest sequence served; the model's own limit if not given."""
+    block_tokens: Literal[8, 16, 32, 64, 128, 256] = 16
+    """Tokens in a KV block."""
+    kv_bytes: Count | None = None
+    """KV memory of a worker; if not given, 1 GiB on a CPU and what kv_share leaves on a GPU."""
+    kv_share: Share = 0.9
+    """Part of a GPU's memory that weights and KV may take."""
+    host_slots: Annotated[int, Field(ge=0)] = 0
+    """Blocks of host memory that preempted sequences can be swapped to."""
+    threads: Count = 1
+    """Threads of a CPU worker."""
+    cache_prefixes: bool = True
+    """Whether a prompt may reuse the KV of an earlier one of the same tenant."""
+    prefill: PrefillSettings = PrefillSettings()
+    """The prefill scheduler."""
+    decode: DecodeSettings = DecodeSettings()
+    """The decode scheduler."""
+    tpot_share: Share = 0.9
+    """Part of the tightest TPOT target that a batch of a mixed instance may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig(TransferSettings):
+    transport: Literal["auto", "shared_memory", "nixl", "nccl"] = "auto"
+    """How KV moves; auto picks the fastest that both sides have."""
+    copies: TransportLimits = field(default_factory=TransportLimits)
+
+
+class MigrationConfig(Section):
+    enabled: bool = True
+    """Whether the balancer may move running requests."""
+    interval_s: Seconds = 1.0
+    """How often it looks."""
+
+
+class TlsConfig(Section):
+    certificate: Path
+    """PEM file shown to clients."""
+    key: Path
+    """PEM file of its private key."""
+    client_ca: Path | None = None
+    """PEM file of the authority that clients' certificates must come from (mutual TLS)."""
+
+
+class GatewayConfig(Section):
+    host: str = "127.0.0.1"
+    """Address that both doors listen on."""
+    http_port: Port = 8000
+    """0 picks a free one."""
+    grpc_port: Port = 50051
+    """0 picks a free one."""
+    served_name: str | None = None
+    """The model's name in the API; its source's last part if not given."""
+    tls: TlsConfig | None = None
+    """Without it, HTTP and gRPC are plain."""
+    api_keys_file: Path | None = None
+    """Keys that are let in; without it, everyone is."""
+    journal: JournalSettings = JournalSettings()
+    """The record of every request under way."""
+    routing: RouterSettings = RouterSettings()
+    """Where requests go."""
+
+
+class LimitsConfig(Section):
+    start_s: Seconds = 900.0
+    """How long an instance may take to load and warm up."""
+    drain_s: Seconds = 30.0
+    """How long a shutdown or a drained instance waits for its requests."""
+    heartbeat_s: Seconds = 0.25
+    """How often an instance tells its load."""
+    silence_s: Seconds = 1.0
+    """After so long without a heartbeat the instance is asked whether it lives."""
+    answer_s: Seconds = 2.0
+    """How long it may take over the answer before it is declared lost."""
+    restarts: Annotated[int, Field(ge=0)] = 10
+    """How often in restart_window_s an instance is started anew."""
+    restart_window_s: Seconds = 600.0
+    supervisor_lease_s: Seconds = 30.0
+    """The cluster stops by itself so long after its serve process has vanished."""
+    links: LinkLimits = LinkLimits()
+    """Messages between processes."""
+
+
+class AutoscalingConfig(Section):
+    policy: Path | None = None
+    """Policy file put in force at the start."""
+
+
+class Config(Section):
+    model: str = "demo"
+    """The built-in "demo", a checkpoint directory, or a Hugging Face id."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where every worker can have a GPU, else cpu."""
+    pools: PoolsConfig = Field(default_factory=PoolsConfig)
+    slo: SloConfig = Field(default_factory=SloConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    transfer: TransferConfig = TransferConfig()
+    migration: MigrationConfig = Field(default_factory=MigrationConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+
+    @model_validator(mode="after")
+    def _bounds_are_bounds(self) -> Self:
+        for path, value in _numbers(self, ""):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{path} is {value}: must be finite and not negative")
+        return self
+
+    @property
+    def served_name(self) -> str:
+        return self.gateway.served_name or Path(self.model).name
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """A checked config, or one BadConfig that names the path, the value and the rule."""
+    try:
+        return Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise first_error(error, Config.model_json_schema()) from None
+
+
+def read_config_values(source: str | None) -> dict[str, Any]:
+    """The raw values behind what was asked for: a config file, a plan, a model, or nothing."""
+    if source is None:
+        return {}
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        return {"model": source}
+    values = read_yaml(path)
+    return plan_values(values) if isinstance(values.get("pools"), list) else values
+
+
+def load_config(source: str | None = None, **overrides: Any) -> Config:
+    """Reads what `tandem serve` was given; overrides are dotted paths such as gateway.host."""
+    values = read_config_values(source)
+    for path, value in overrides.items():
+        set_value(values, path, value)
+    return parse_config(values)
+
+
+def set_value(values: dict[str, Any], path: str, value: Any) -> None:
+    """Sets `a.b.c` in nested mappings."""
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise BadConfig(section, values, "must be a mapping")
+    values[name] = value
+
+
+PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "reason")
+
+
+def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan's deployment as config values; its predictions are for people."""
+    pools: dict[str, Any] = {role.value: {"instances": 0} for role in Role}
+    devices: set[str] = set()
+    for number, pool in enumerate(plan["pools"]):
+        role = pool.get("role") if isinstance(pool, dict) else None
+        if role not in pools:
+            raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
+        kept = ("instances", "tensor_parallel", "pipeline_parallel", "resources")
+        pools[role] = {key: pool[key] for key in kept if pool.get(key) is not None}
+        devices.add("cpu" if str(pool.get("device", "")).lower().startswith("cpu") else "cuda")
+    values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
+    values |= {"model": plan.get("model", "demo"), "pools": pools}
+    if plan.get("slo"):
+        values["slo"] = plan["slo"]
+    if len(devices) == 1:
+        values.setdefault("device", devices.pop())
+    return values
+
+
+def _numbers(value: Any, path: str) -> list[tuple[str, float]]:
+    """Every number below `value` with its dotted path."""
+    if isinstance(value, bool) or value is None:
+        return []
+    if isinstance(value, int | float):
+        return [(path, value)]
+    if isinstance(value, BaseModel):
+        names = list(type(value).model_fields)
+    elif is_dataclass(value):
+        names = [entry.name for entry in fields(value)]
+    else:
+        return []
+    found = []
+    for name in names:
+        found += _numbers(getattr(value, name), f"{path}.{name}" if path else name)
+    return found
