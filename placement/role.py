@@ -1,0 +1,76 @@
+"""A role is which schedulers an instance runs: here the two share one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from decode.scheduler import DecodeScheduler, DecodeSettings
+from engine.batch import Batch, Chunk
+from prefill.scheduler import PrefillScheduler, PrefillSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from decode.scheduler import DecodeStep
+    from engine.blocks import BlockPool
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    prefill: PrefillSettings = field(default_factory=PrefillSettings)
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    tpot_share: float = 0.9
+    """Part of the tightest TPOT target that a batch with decodes in it may take."""
+    min_chunk: int = 16
+    """Prompt tokens a batch takes even when the target leaves no time for any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    batch: Batch
+    prefills: tuple[Chunk, ...]
+    decodes: tuple[Chunk, ...]
+    decode_step: DecodeStep
+
+
+class RoleBatcher:
+    """Every decode token rides in every batch; prompt chunks fill what the TPOT target leaves.
+
+    A prefill instance simply has nothing in its decode scheduler, and a decode instance takes a
+    prompt only when the router sends it one; a mixed instance uses both all the time.
+    """
+
+    def __init__(self, pool: BlockPool, settings: RoleSettings) -> None:
+        self.settings = settings
+        self.prefill = PrefillScheduler(pool, settings.prefill)
+        self.decode = DecodeScheduler(pool, settings.decode)
+        self.decode_step_s = 0.0
+        """Smoothed duration of a batch with decodes only."""
+
+    def next_step(self, now: float, held: Collection[str] = ()) -> Step:
+        decode_step = self.decode.next_step(held)
+        decodes = tuple(decode_step.chunks)
+        prefills = tuple(self.prefill.next_chunks(now, self._prompt_budget(len(decodes))))
+        batch = Batch(decodes + prefills, tuple(decode_step.swaps))
+        return Step(batch, prefills, decodes, decode_step)
+
+    def measured(self, step: Step, duration_s: float) -> None:
+        """Learn what decodes cost by themselves, and prompt tokens beyond that."""
+        prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
+        if not step.prefills:
+            gain = 0.2 if self.decode_step_s else 1.0
+            self.decode_step_s += gain * (duration_s - self.decode_step_s)
+        elif step.decodes:
+            self.prefill.measured(prompt_tokens, duration_s - self.decode_step_s)
+        else:
+            self.prefill.measured(prompt_tokens, duration_s)
+
+    def _prompt_budget(self, decodes: int) -> int:
+        budget = self.settings.prefill.token_budget
+        if not decodes:
+            return budget
+        target_s = min(s.request.slo.tpot_s for s in self.decode.running)
+        spare_s = target_s * self.settings.tpot_share - self.decode_step_s
+        fits = int(spare_s * self.prefill.tokens_per_s)
+        return min(budget, max(fits, self.settings.min_chunk))
