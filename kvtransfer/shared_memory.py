@@ -1,0 +1,189 @@
+"""Between CPU workers of one host: map the peer's pool and copy from it.
+
+A pool is an anonymous memfd, reached through the peer's /proc entry. The peer is known by its
+pid and start time and the pool by its device and inode, so neither a reused pid nor another
+file under the same number is mistaken for it. The mapping outlives a dead peer, so reading is
+always safe; a pidfd tells that the peer has died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.errors import BadMessage, PeerLost, TransportError, Unsupported
+from kvtransfer.copier import Copier
+from kvtransfer.copying import copy_routine
+from kvtransfer.transport import (
+    Pool,
+    Served,
+    TransportLimits,
+    check_bounds,
+    decode_metadata,
+    encode_metadata,
+)
+
+if TYPE_CHECKING:
+    from kvtransfer.copier import SlicedPull
+    from kvtransfer.plan import Copies
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPool:
+    """Where a pool is to be found on its host, and how to be sure that it is the one meant."""
+
+    host: str
+    pid: int
+    started_ticks: int
+    fd: int
+    device: int
+    inode: int
+    nbytes: int
+
+
+def host_identity() -> str:
+    """The same for processes that see each other under /proc, and for no others."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def started_ticks(pid: int) -> int:
+    """When a process started; with its pid, its name for as long as the host is up."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise PeerLost(f"process {pid} is gone") from error
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def shared_pool(nbytes: int) -> Pool:
+    """Fresh zeroed memory that other processes of the host can map."""
+    fd = os.memfd_create("tandem-kv")
+    os.ftruncate(fd, nbytes)
+    return Pool.of_array(np.frombuffer(mmap.mmap(fd, nbytes), np.uint8), fd)
+
+
+class PeerPool:
+    """A peer's pool, mapped read-only, and a watch on the peer's life."""
+
+    def __init__(self, found: SharedPool) -> None:
+        if not (0 < found.pid < 1 << 31 and 0 <= found.fd < 1 << 31 and found.nbytes > 0):
+            raise BadMessage(f"no such pool: {found}")
+        self.nbytes = found.nbytes
+        try:
+            self._pidfd = os.pidfd_open(found.pid)
+        except ProcessLookupError as error:
+            raise PeerLost(f"process {found.pid} is gone") from error
+        try:
+            self._memory = _map(found)
+        except BaseException:
+            os.close(self._pidfd)
+            raise
+        self._bytes = np.frombuffer(self._memory, np.uint8)
+        self.address = self._bytes.ctypes.data
+        self._ended = select.poll()
+        self._ended.register(self._pidfd, select.POLLIN)
+
+    def check_alive(self) -> None:
+        if self._ended.poll(0):
+            raise PeerLost("the peer's process has ended")
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+        del self._bytes
+        self._memory.close()
+
+
+def _map(found: SharedPool) -> mmap.mmap:
+    if started_ticks(found.pid) != found.started_ticks:
+        raise PeerLost(f"process {found.pid} is another one than the peer")
+    try:
+        fd = os.open(f"/proc/{found.pid}/fd/{found.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise PeerLost(f"process {found.pid} no longer holds its pool") from error
+    except PermissionError as error:
+        raise TransportError(f"process {found.pid} belongs to another user") from error
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino, status.st_size) != (
+            found.device,
+            found.inode,
+            found.nbytes,
+        ):
+            raise PeerLost(f"descriptor {found.fd} of process {found.pid} is not the pool meant")
+        return mmap.mmap(fd, found.nbytes, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+
+
+class _Peer:
+    def __init__(self, name: str, found: SharedPool, pool: Pool, limits: TransportLimits) -> None:
+        self.source = PeerPool(found)
+        self._pool = pool
+        self._copy = copy_routine()
+        self.copier = Copier(name, self._copy_slice, limits)
+
+    def _copy_slice(self, part: Copies, pull: SlicedPull) -> None:  # noqa: ARG002  short anyway
+        self.source.check_alive()
+        self._copy(self._pool.address, self.source.address, part)
+
+    def close(self) -> None:
+        self.copier.stop()
+        self.source.close()
+
+
+class SharedMemoryTransport:
+    name = "shared_memory"
+
+    def __init__(self, me: str, pool: Pool, limits: TransportLimits | None = None) -> None:
+        if pool.fd is None:
+            raise Unsupported(f"{me}: shared memory needs a pool on a memfd, not on {pool.device}")
+        self._pool = pool
+        self._fd = pool.fd
+        self._limits = limits or TransportLimits()
+        self._peers: dict[str, _Peer] = {}
+
+    def metadata(self, peer: str) -> bytes:  # noqa: ARG002  the same for everyone
+        status = os.fstat(self._fd)
+        mine = SharedPool(
+            host_identity(),
+            os.getpid(),
+            started_ticks(os.getpid()),
+            self._fd,
+            status.st_dev,
+            status.st_ino,
+            self._pool.nbytes,
+        )
+        return encode_metadata(self.name, mine)
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        found = decode_metadata(self.name, SharedPool, metadata)
+        if found.host != host_identity():
+            raise TransportError(f"{peer} runs on another host: {found.host}")
+        self.disconnect(peer)
+        self._peers[peer] = _Peer(peer, found, self._pool, self._limits)
+
+    def pull(self, peer: str, copies: Copies) -> SlicedPull:
+        if peer not in self._peers:
+            raise TransportError(f"not connected to {peer!r}")
+        connected = self._peers[peer]
+        check_bounds(copies, connected.source.nbytes, self._pool.nbytes)
+        return connected.copier.submit(copies)
+
+    def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
+        return Served()
+
+    def disconnect(self, peer: str) -> None:
+        if peer in self._peers:
+            self._peers[peer].close()
+            del self._peers[peer]
+
+    def close(self) -> None:
+        for peer in sorted(self._peers):
+            self.disconnect(peer)
