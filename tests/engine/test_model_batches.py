@@ -1,4 +1,4 @@
-"""However a sequence is cut into batches, and whoever shares them, its greedy tokens are the same."""
+"""A sequence draws the same tokens however it is cut into batches and whoever shares them."""
 
 from __future__ import annotations
 

@@ -96,11 +96,17 @@ def make(name: str, directory: Path, **options: Any) -> PreTrainedModel:
     torch.manual_seed(sum(name.encode()))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            spread = torch.randn_like(parameter)
-            parameter.add_(spread * 0.1 if parameter.dim() == 1 else spread * 0.15)
+        for title, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * _spread(title, parameter))
     model.save_pretrained(directory)
     return model
+
+
+def _spread(name: str, parameter: torch.Tensor) -> float:
+    """Wide enough that layers matter more than the token they start from."""
+    if "embed_tokens" in name or "wte" in name:
+        return 0.03
+    return 0.1 if parameter.dim() == 1 else 0.15
 
 
 def prompt(tokens: int, seed: int = 0) -> tuple[int, ...]:
