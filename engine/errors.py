@@ -19,6 +19,7 @@ TandemError
 ├── BadMessage               a message that does not decode to its schema
 ├── InstanceLost             an instance died with the request on it
 ├── DeadlineExceeded         a bounded wait ran out
+├── BadLogits                a forward pass gave NaN or infinity
 └── Unsupported              this machine or build cannot do what was asked
 """
 
@@ -121,6 +122,10 @@ class InstanceLost(TandemError):
 
 
 class DeadlineExceeded(TandemError):
+    pass
+
+
+class BadLogits(TandemError):
     pass
 
 

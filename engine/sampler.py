@@ -1,0 +1,148 @@
+"""One token a sequence from the logits of a forward pass, vectorised over the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.batch import Drawn, Logprobs
+from engine.drawing import (
+    Filters,
+    descending,
+    draw,
+    draw_filtered,
+    highest,
+    kth_highest,
+    piece_maxima,
+)
+from engine.errors import BadLogits
+from engine.logits import apply_options
+from engine.random import uniforms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from engine.batch import Draw
+    from engine.grammar import GrammarCompiler
+    from engine.request import Sampling
+
+GREEDY_BELOW = 1e-5
+"""A temperature under which the most likely token is taken."""
+
+
+class Sampler:
+    """Stateless but for the grammars' caches: the same rows and draws give the same tokens."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        grammars: GrammarCompiler | None = None,
+        eos: frozenset[int] = frozenset(),
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._grammars = grammars
+        self._eos = eos
+
+    @torch.inference_mode()
+    def sample(
+        self, logits: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]
+    ) -> list[Drawn]:
+        """A token for each row of `logits`, which is overwritten.
+
+        Log-probabilities are the model's own, before temperature, penalties and masks.
+        """
+        assert len(logits) == len(draws) == len(request_ids), (len(logits), len(draws))
+        if not draws:
+            return []
+        rows = logits[:, : self.vocab_size].float()
+        reported = [i for i, wanted in enumerate(draws) if wanted.sampling.logprobs is not None]
+        raw = rows[reported]
+        apply_options(rows, draws, request_ids, self._grammars, self._eos)
+        tokens = _choose(rows, draws, request_ids)
+        drawn = [Drawn(name, token) for name, token in zip(request_ids, tokens, strict=True)]
+        counts = [draws[i].sampling.logprobs or 0 for i in reported]
+        for i, logprobs in zip(
+            reported, _logprobs(raw, [tokens[i] for i in reported], counts), strict=True
+        ):
+            drawn[i] = Drawn(request_ids[i], tokens[i], logprobs)
+        return drawn
+
+
+def _choose(rows: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]) -> list[int]:
+    maxima, tokens = highest(rows)
+    plain = [i for i, wanted in enumerate(draws) if _is_plain(wanted.sampling)]
+    filtered = [i for i, wanted in enumerate(draws) if _is_filtered(wanted.sampling)]
+    if plain:
+        probabilities, uniform = _spread(rows, draws, plain)
+        tokens[plain] = draw(probabilities, uniform)
+    if filtered:
+        probabilities, uniform = _spread(rows, draws, filtered)
+        filters = _filters([draws[i].sampling for i in filtered], probabilities)
+        tokens[filtered] = draw_filtered(probabilities, filters, uniform)
+    _check(maxima.isfinite().tolist(), request_ids)
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def _is_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature < GREEDY_BELOW or sampling.top_k == 1
+
+
+def _has_filters(sampling: Sampling) -> bool:
+    return sampling.top_k is not None or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return not _is_greedy(sampling) and not _has_filters(sampling)
+
+
+def _is_filtered(sampling: Sampling) -> bool:
+    return not _is_greedy(sampling) and _has_filters(sampling)
+
+
+def _check(finite: list[bool], request_ids: Sequence[str]) -> None:
+    if not all(finite):
+        bad = [name for name, sound in zip(request_ids, finite, strict=True) if not sound]
+        raise BadLogits(f"logits are not finite for {', '.join(bad)}")
+
+
+def _spread(rows: Tensor, draws: Sequence[Draw], which: list[int]) -> tuple[Tensor, Tensor]:
+    """The probabilities of the rows named, at their temperatures, and their random numbers."""
+    chosen = rows if len(which) == len(rows) else rows[which]
+    temperatures = [draws[i].sampling.temperature for i in which]
+    if any(temperature != 1.0 for temperature in temperatures):
+        chosen = chosen / chosen.new_tensor(temperatures)[:, None]
+    numbers = uniforms([draws[i].sampling.seed for i in which], [draws[i].position for i in which])
+    return torch.softmax(chosen, dim=1), torch.from_numpy(numbers).to(rows.device)
+
+
+def _filters(samplings: Sequence[Sampling], probabilities: Tensor) -> Filters:
+    size, device = probabilities.shape[1], probabilities.device
+    top_k = [size if s.top_k is None else min(s.top_k, size) for s in samplings]
+    return Filters(
+        top_k=torch.tensor(top_k, device=device),
+        top_p=probabilities.new_tensor([s.top_p for s in samplings]),
+        min_p=probabilities.new_tensor([s.min_p for s in samplings]),
+    )
+
+
+def _logprobs(raw: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
+    """What the model thought of each token, and of the `counts` most likely ones."""
+    if not tokens:
+        return []
+    total = raw.logsumexp(dim=1, keepdim=True)
+    chosen = (raw.gather(1, torch.tensor(tokens, device=raw.device)[:, None]) - total)[:, 0]
+    size = raw.shape[1]
+    most = torch.tensor([min(max(count, 1), size) for count in counts], device=raw.device)
+    values, index = descending(raw, kth_highest(piece_maxima(raw), most))
+    widest = max(counts)
+    likely = (values[:, :widest] - total).tolist()
+    return [
+        Logprobs(logprob, tuple(zip(ids[:count], values_[:count], strict=True)))
+        for logprob, ids, values_, count in zip(
+            chosen.tolist(), index[:, :widest].tolist(), likely, counts, strict=True
+        )
+    ]

@@ -1,0 +1,274 @@
+"""The text the demo model learns from: stories, sums, lists and conversations, by seed.
+
+`python scripts/demo_corpus.py --seed 1 --documents 5` prints what it generates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from random import Random
+from typing import TYPE_CHECKING
+
+from demo_stories import WORDS, article, long_story, someone, story, tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BEGIN, END = "<|begin|>", "<|end|>"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = (BEGIN, END, SYSTEM, USER, ASSISTANT)
+
+Turn = tuple[str, str]
+
+CHAT = tables("chat.txt")
+FACTS = [row.split("|") for row in CHAT["facts"]]
+
+
+def _one_sum(rng: Random) -> tuple[int, str, int, int]:
+    top = rng.choice([9, 9, 20, 99])
+    a, b = rng.randint(0, top), rng.randint(0, top)
+    if rng.random() < 0.5:
+        return a, "+", b, a + b
+    return max(a, b), "-", min(a, b), abs(a - b)
+
+
+def sums(rng: Random) -> str:
+    return "\n".join("{} {} {} = {}".format(*_one_sum(rng)) for _ in range(rng.randint(8, 20)))
+
+
+def _ask_sum(rng: Random) -> Turn:
+    a, sign, b, result = _one_sum(rng)
+    word = "plus" if sign == "+" else "minus"
+    question = rng.choice([
+        f"What is {a} {sign} {b}?", f"What is {a} {word} {b}?", f"{a} {sign} {b} =",
+        f"{a} {sign} {b}", f"{a}{sign}{b}?", f"How much is {a} {word} {b}?",
+    ])  # fmt: skip
+    return question, rng.choice([f"{a} {sign} {b} = {result}", f"{a} {word} {b} is {result}."])
+
+
+def _ask_word_sum(rng: Random) -> Turn:
+    hero, thing = someone(rng), rng.choice(["apples", "coins", "books", "eggs", "nuts", "pears"])
+    has, more = rng.randint(2, 20), rng.randint(2, 20)
+    he, question = hero.words[0], f"How many {thing} does"
+    if rng.random() < 0.5:
+        return (
+            f"{hero.name} has {has} {thing} and finds {more} more. {question} {he} have?",
+            f"{has} + {more} = {has + more}, so {hero.name} has {has + more} {thing}.",
+        )
+    has, more = max(has, more), min(has, more)
+    return (
+        f"{hero.name} has {has} {thing} and gives away {more}. {question} {he} have left?",
+        f"{has} - {more} = {has - more}, so {hero.name} has {has - more} {thing} left.",
+    )
+
+
+def _ask_count(rng: Random) -> Turn:
+    first, length = rng.choice([1, 1, 1, rng.randint(2, 90)]), rng.choice([5, 10, 20, 30, 100])
+    last = min(first + length - 1, 200)
+    numbers = ", ".join(str(n) for n in range(first, last + 1))
+    return f"Count from {first} to {last}.", f"{numbers}."
+
+
+def _ask_fact(rng: Random) -> Turn:
+    question, *answers = rng.choice(FACTS)
+    return question, rng.choice(answers)
+
+
+def _ask_capital(rng: Random) -> Turn:
+    country, city = rng.choice(CHAT["capitals"]).split(" ")
+    return rng.choice([
+        (f"What is the capital of {country}?", f"The capital of {country} is {city}."),
+        (f"Where is {city}?", f"{city} is in {country}."),
+    ])  # fmt: skip
+
+
+def _ask_animal(rng: Random) -> Turn:
+    animal, sound = rng.choice(CHAT["sounds"]).split(" ")
+    question = rng.choice(["What does {} do?", "What sound does {} make?"])
+    return question.format(article(animal)), f"{article(animal).capitalize()} {sound}."
+
+
+def _ask_opposite(rng: Random) -> Turn:
+    pair = rng.choice(CHAT["opposites"]).split(" ")
+    one, other = pair if rng.random() < 0.5 else pair[::-1]
+    return f"What is the opposite of {one}?", f"The opposite of {one} is {other}."
+
+
+def _ask_unknown(rng: Random) -> Turn:
+    question = rng.choice(CHAT["unknown_questions"]).format(s=rng.choice(CHAT["unknown_subjects"]))
+    return question, rng.choice(CHAT["unknown_answers"])
+
+
+LISTED = {
+    "animals": "animals", "colors": "colours", "foods": "foods", "places": "places",
+    "feelings": "feelings", "jobs": "people", "things": "things",
+}  # fmt: skip
+
+
+def _ask_list(rng: Random) -> Turn:
+    kind = rng.choice(sorted(LISTED))
+    count = rng.randint(2, 7)
+    words = rng.sample(WORDS[LISTED[kind]], count)
+    if rng.random() < 0.5:
+        answer = "\n".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+        return f"Make a list of {count} {kind}.", answer
+    return f"Name {count} {kind}.", f"{', '.join(words[:-1])} and {words[-1]}."
+
+
+def _ask_spelling(rng: Random) -> Turn:
+    word = rng.choice(
+        [
+            *WORDS["animals"],
+            *WORDS["people"],
+            *WORDS["traits"],
+            *WORDS["places"],
+            *WORDS["colours"],
+            *WORDS["feelings"],
+        ]
+    )
+    return f"Spell the word {word}.", "-".join(word.upper())
+
+
+def _new_name(rng: Random) -> str:
+    syllables = rng.choices(
+        [
+            "ka",
+            "lo",
+            "mi",
+            "ra",
+            "ten",
+            "zu",
+            "bor",
+            "vel",
+            "sha",
+            "rin",
+            "do",
+            "pau",
+            "gre",
+            "li",
+            "on",
+            "fa",
+            "ty",
+        ],
+        k=3,
+    )
+    return "".join(syllables[: rng.randint(1, 3)]).capitalize()
+
+
+def _ask_name(rng: Random) -> Turn:
+    name = rng.choice([*WORDS["girls"], *WORDS["boys"]]) if rng.random() < 0.4 else _new_name(rng)
+    return rng.choice([f"My name is {name}.", f"Hello, my name is {name}.", f"Hi, I am {name}."]), (
+        rng.choice([f"Nice to meet you, {name}!", f"Hello, {name}! How can I help you?"])
+    )
+
+
+def _ask_echo(rng: Random) -> Turn:
+    words = rng.choices(
+        [
+            *WORDS["animals"],
+            *WORDS["traits"],
+            *WORDS["places"],
+            *WORDS["colours"],
+            *WORDS["feelings"],
+        ],
+        k=rng.randint(1, 6),
+    )
+    text = " ".join([*words, _new_name(rng)] if rng.random() < 0.3 else words)
+    return rng.choice([f"Repeat after me: {text}", f"Say: {text}", f"Repeat: {text}"]), text
+
+
+def _ask_json(rng: Random) -> Turn:
+    hero = someone(rng)
+    record = {"name": hero.name, "kind": hero.kind, "trait": hero.trait, "age": rng.randint(1, 99)}
+    return rng.choice([
+        f"Describe {hero.name} the {hero.kind} as JSON.",
+        f"Give me a JSON object about {hero.name}, {article(hero.trait)} {hero.kind}.",
+    ]), json.dumps(record)  # fmt: skip
+
+
+def _ask_long_story(rng: Random) -> Turn:
+    hero = someone(rng)
+    about = rng.choice(["", f" about {article(hero.kind)}", f" about {hero.name} the {hero.kind}"])
+    return f"{rng.choice(['Tell me', 'Write'])} a long story{about}.", long_story(rng, hero)
+
+
+def _ask_greeting(rng: Random) -> Turn:
+    return rng.choice(CHAT["greetings"]), rng.choice(CHAT["replies"])
+
+
+def _ask_story(rng: Random) -> Turn:
+    hero = someone(rng)
+    if rng.random() < 0.4:
+        return rng.choice(CHAT["story_requests"]), story(rng)
+    about = rng.choice([
+        f"about {article(hero.kind)}", f"about {hero.name} the {hero.kind}",
+        f"about {article(hero.trait)} {hero.kind}",
+        f"about {article(hero.kind)} named {hero.name}",
+    ])  # fmt: skip
+    return rng.choice(["Tell me a story", "Write a short story"]) + f" {about}.", story(rng, hero)
+
+
+SHORT_QUESTIONS: dict[Callable[[Random], Turn], int] = {
+    _ask_sum: 8, _ask_word_sum: 3, _ask_count: 1, _ask_fact: 7, _ask_capital: 3, _ask_animal: 2,
+    _ask_opposite: 2, _ask_unknown: 4, _ask_list: 3, _ask_spelling: 3, _ask_name: 3,
+    _ask_echo: 4, _ask_json: 2, _ask_greeting: 3,
+}  # fmt: skip
+
+
+def chat(rng: Random, turns: list[Turn]) -> str:
+    system = f"{SYSTEM}{rng.choice(CHAT['system_prompts'])}{END}" if rng.random() < 0.3 else ""
+    return system + "".join(f"{USER}{q}{END}{ASSISTANT}{a}{END}" for q, a in turns)
+
+
+def conversation(rng: Random) -> str:
+    asks = rng.choices(list(SHORT_QUESTIONS), list(SHORT_QUESTIONS.values()), k=rng.randint(1, 6))
+    return chat(rng, [ask(rng) for ask in asks])
+
+
+def story_conversation(rng: Random) -> str:
+    ask = _ask_story if rng.random() < 0.8 else _ask_long_story
+    return chat(rng, [ask(rng)])
+
+
+def _introduction(rng: Random) -> str:
+    hero = someone(rng)
+    return (
+        f"Hello, my name is {hero.name}. I am {article(hero.trait)} {hero.kind}, and I live near "
+        f"the {rng.choice(WORDS['places'])}. I like {rng.choice(WORDS['foods'])}, and today I am "
+        f"{rng.choice(WORDS['feelings'])}. My best friend is {someone(rng, avoid=hero.name).name}."
+    )
+
+
+def plain_facts(rng: Random) -> str:
+    """Facts without a question, so that a bare prompt is answered sensibly too."""
+    tellers = (_ask_fact, _ask_capital, _ask_capital, _ask_animal, _ask_opposite)
+    facts = [rng.choice(tellers)(rng)[1] for _ in range(rng.randint(1, 5))]
+    return _introduction(rng) if rng.random() < 0.4 else " ".join(facts)
+
+
+KINDS: dict[Callable[[Random], str], int] = {
+    story: 30, story_conversation: 16, conversation: 40, sums: 8, plain_facts: 6,
+}  # fmt: skip
+
+
+def documents(seed: int, count: int) -> Iterator[str]:
+    """`count` documents, each with its special tokens; the same seed gives the same text."""
+    rng = Random(seed)
+    for _ in range(count):
+        text = rng.choices(list(KINDS), list(KINDS.values()))[0](rng)
+        opening = BEGIN if rng.random() < 0.9 else ""
+        yield opening + text + ("" if text.endswith(END) else END)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--documents", type=int, default=5)
+    options = parser.parse_args()
+    for text in documents(options.seed, options.documents):
+        print(text, end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
