@@ -1,0 +1,111 @@
+"""Carries out an instance's pulls over its ranks' transports, and reports when each has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from engine.errors import TransferError
+from kvtransfer.plan import plan_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from engine.layout import KvLayout
+    from kvtransfer.transfer import PullCancel, PullOrder
+    from kvtransfer.transport import Pull, Transport
+
+    Finished = Callable[[PullOrder, TransferError | None], None]
+
+
+def rank_name(instance: str, rank: int) -> str:
+    """The name of one rank's pool, unique in the cluster."""
+    return f"{instance}/{rank}"
+
+
+class RankMover:
+    """One rank's part of its instance's pulls."""
+
+    def __init__(self, layout: KvLayout, rank: int, transport: Transport) -> None:
+        self._layout, self._rank, self._transport = layout, rank, transport
+        self._under_way: dict[str, list[Pull]] = {}
+
+    async def pull(self, order: PullOrder) -> None:
+        """Returns once all bytes are here; raises TransferError otherwise."""
+        parts = plan_rank(
+            order.layout,
+            self._layout,
+            order.source_blocks,
+            order.target_blocks,
+            self._rank,
+            layers=range(order.first_layer, order.last_layer),
+        )
+        started: list[Pull] = []
+        under_way = self._under_way.setdefault(order.transfer, [])
+        try:
+            for part in parts:
+                peer = rank_name(order.source, part.source_rank)
+                pull = self._transport.pull(peer, part.copies)
+                started.append(pull)
+                under_way.append(pull)
+            for pull in started:
+                await _ended(pull)
+        finally:
+            for pull in started:
+                under_way.remove(pull)
+            if not under_way:
+                self._under_way.pop(order.transfer, None)
+
+    async def cancel(self, transfer: str) -> None:
+        """A fence may wait for a copy under way, so it does not run on the event loop."""
+        for pull in list(self._under_way.get(transfer, ())):
+            await asyncio.to_thread(pull.cancel)
+
+
+async def _ended(pull: Pull) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    pull.add_done_callback(lambda: loop.call_soon_threadsafe(ended.set))
+    await ended.wait()
+    pull.done()
+
+
+class Rank(Protocol):
+    """A RankMover here, or one in another worker's process."""
+
+    async def pull(self, order: PullOrder) -> None: ...
+
+    async def cancel(self, transfer: str) -> None: ...
+
+
+class InstanceMover:
+    """A pull has ended when it has ended in every rank."""
+
+    def __init__(self, ranks: Sequence[Rank], tasks: asyncio.TaskGroup) -> None:
+        self._ranks, self._tasks = ranks, tasks
+
+    def start(self, order: PullOrder, finished: Finished) -> None:
+        self._tasks.create_task(self._pull(order, finished))
+
+    def cancel(self, order: PullCancel) -> None:
+        self._tasks.create_task(self._cancel(order.transfer))
+
+    async def _pull(self, order: PullOrder, finished: Finished) -> None:
+        results = await asyncio.gather(
+            *(rank.pull(order) for rank in self._ranks), return_exceptions=True
+        )
+        finished(order, _first_failure(results))
+
+    async def _cancel(self, transfer: str) -> None:
+        """TransportError here means that a fence cannot be promised: the instance must go."""
+        await asyncio.gather(*(rank.cancel(transfer) for rank in self._ranks))
+
+
+def _first_failure(results: Sequence[BaseException | None]) -> TransferError | None:
+    """Transfer errors are outcomes; anything else is a defect and goes up."""
+    failure = None
+    for result in results:
+        if result is not None and not isinstance(result, TransferError):
+            raise result
+        failure = failure or result
+    return failure
