@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from placement.router import Route
 
 
+COMMITTED = "committed"
+"""The state of a sequence that an instance holds only until its target is accepted."""
+
+
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
     replays: int = 5
@@ -260,7 +264,8 @@ class Journal:
                 if running.request_id in self._tombstones:
                     actions.append(Send(load.instance, Abort(running.request_id, running.epoch)))
             elif entry.knows(running.epoch):
-                entry.evidence_s = now
+                if running.state != COMMITTED:
+                    entry.evidence_s = now
             else:
                 actions.append(self._correct(entry, load.instance, running.epoch))
         return actions
