@@ -1,0 +1,285 @@
+"""The native CPU kernels under the `Ops` seam; plain torch where there are none."""
+
+from __future__ import annotations
+
+import logging
+from struct import Struct
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.native_library import native_library
+from engine.ops import Activation, Ops, TorchOps
+
+if TYPE_CHECKING:
+    from engine.attention import AttentionShape, KvLayer
+    from engine.native_library import NativeLibrary
+    from engine.ops import QkNorm, Rotary
+    from engine.packing import Packed
+
+log = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.RELU: 2}
+PANEL_COLUMNS = 32
+STEP_ROWS = {torch.float32: 1, torch.bfloat16: 32}
+MOST_HEAD_DIM = 512
+
+# The records of engine/native/kernels.h: q is an integer or a pointer, d a double.
+_PACK = Struct("=6q")
+_LINEAR = Struct("=10q")
+_NORM = Struct("=8qd")
+_ACTIVATION = Struct("=7q")
+_PLACE = Struct("=18qd")
+_ATTENTION = Struct("=19q2d")
+
+
+class PackedWeight(torch.Tensor):
+    """A weight [out, in] in the kernels' panels; its elements are not where its shape says."""
+
+    # Calls on a subclass are ten times slower unless it declines to intercept them.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
+
+    pointer: int
+    in_features: int
+    out_features: int
+
+
+def cpu_ops(threads: int) -> Ops:
+    """The fastest operations this process can run, on `threads` cores of its own."""
+    library = native_library()
+    if library is None:
+        torch.set_num_threads(threads)
+        return TorchOps()
+    torch.set_num_threads(1)  # a second pool of spinning threads would fight the kernels' own
+    ops = NativeOps(library, threads, library.instruction_sets[0])
+    log.info("native kernels ready instruction_set=%s threads=%d", ops.instruction_set, threads)
+    return ops
+
+
+class NativeOps(TorchOps):
+    """The compiled kernels; what they do not cover (fp16, exact GELU) plain torch does."""
+
+    name = "native"
+
+    def __init__(self, library: NativeLibrary, threads: int, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._native = library
+        library.use(instruction_set, threads)
+
+    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
+        if shared or weight.dtype not in DTYPES:
+            return weight.contiguous()
+        out_features, in_features = weight.shape
+        step = STEP_ROWS[weight.dtype]
+        width = -(-in_features // step) * step
+        panels = -(-out_features // PANEL_COLUMNS)
+        room = torch.empty(panels * PANEL_COLUMNS, width, dtype=weight.dtype)
+        packed = room.as_subclass(PackedWeight)
+        packed.pointer = room.data_ptr()
+        packed.in_features, packed.out_features = in_features, out_features
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self._native.pack(
+            _PACK.pack(
+                weight.data_ptr(),
+                packed.pointer,
+                in_features,
+                out_features,
+                weight.stride(0),
+                DTYPES[weight.dtype],
+            )
+        )
+        return packed
+
+    def linear(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
+            return super().linear(weight, x, bias)
+        if isinstance(weight, PackedWeight):
+            plain, pointer = 0, weight.pointer
+            in_features, out_features = weight.in_features, weight.out_features
+        else:
+            plain, pointer = 1, weight.data_ptr()
+            out_features, in_features = weight.shape
+        rows = x.shape[0]
+        out = torch.empty((rows, out_features), dtype=x.dtype)
+        self._native.linear(
+            _LINEAR.pack(
+                x.data_ptr(),
+                pointer,
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                rows,
+                in_features,
+                out_features,
+                x.stride(0),
+                dtype,
+                plain,
+            )
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, None, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self._norm(x, residual, weight, None, eps)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self._norm(x, None, weight, bias, eps)
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
+            return self._plain_norm(x, residual, weight, bias, eps)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        features = x.shape[-1]
+        self._native.norm(
+            _NORM.pack(
+                x.data_ptr(),
+                0 if residual is None else residual.data_ptr(),
+                weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                x.numel() // features,
+                features,
+                dtype,
+                eps,
+            )
+        )
+        return out
+
+    def _plain_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        if bias is not None:
+            return super().layer_norm(x, weight, bias, eps)
+        if residual is not None:
+            residual += x
+            x = residual
+        return super().rms_norm(x, weight, eps)
+
+    def activate(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
+        if x.dtype not in DTYPES or kind not in ACTIVATIONS:
+            return super().activate(x, kind)
+        return self._activation(x, x.shape[-1], kind, gated=0)
+
+    def gated(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
+        if gate_up.dtype not in DTYPES or kind not in ACTIVATIONS:
+            return super().gated(gate_up, kind)
+        return self._activation(gate_up, gate_up.shape[-1] // 2, kind, gated=1)
+
+    def _activation(
+        self, x: torch.Tensor, features: int, kind: Activation, gated: int
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+        rows = out.numel() // features
+        self._native.activation(
+            _ACTIVATION.pack(
+                x.data_ptr(),
+                out.data_ptr(),
+                rows,
+                features,
+                ACTIVATIONS[kind],
+                gated,
+                DTYPES[x.dtype],
+            )
+        )
+        return out
+
+    def place_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv: KvLayer,
+        packed: Packed,
+        rotary: Rotary | None,
+        qk_norm: QkNorm | None,
+    ) -> torch.Tensor:
+        if not _covers(qkv, kv):
+            return super().place_qkv(qkv, kv, packed, rotary, qk_norm)
+        tokens, dim = qkv.shape[0], kv.head_dim
+        heads = qkv.shape[1] // dim - 2 * kv.kv_heads
+        table = None if rotary is None else rotary.table
+        self._native.place(
+            _PLACE.pack(
+                qkv.data_ptr(),
+                *_view(kv),
+                packed.positions.data_ptr(),
+                packed.slots.data_ptr(),
+                0 if table is None else table.data_ptr(),
+                0 if qk_norm is None else qk_norm.query.data_ptr(),
+                0 if qk_norm is None else qk_norm.key.data_ptr(),
+                tokens,
+                heads,
+                0 if table is None else table.shape[1],
+                DTYPES[qkv.dtype],
+                0.0 if qk_norm is None else qk_norm.eps,
+            )
+        )
+        return qkv.view(tokens, -1, dim)[:, :heads]
+
+    def paged_attention(
+        self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape
+    ) -> torch.Tensor:
+        if not _covers(query, kv):
+            return super().paged_attention(query, kv, packed, shape)
+        tokens, heads, dim = query.shape
+        out = torch.empty((tokens, heads, dim), dtype=query.dtype)
+        self._native.attention(
+            _ATTENTION.pack(
+                query.data_ptr(),
+                out.data_ptr(),
+                *_view(kv),
+                packed.cu_seqlens.data_ptr(),
+                packed.context_lens.data_ptr(),
+                packed.block_tables.data_ptr(),
+                len(packed.query_lens),
+                heads,
+                query.stride(0),
+                packed.block_tables.stride(0),
+                DTYPES[query.dtype],
+                shape.window or 0,
+                shape.scale,
+                shape.soft_cap or 0.0,
+            )
+        )
+        return out
+
+
+def _covers(heads: torch.Tensor, kv: KvLayer) -> bool:
+    """Whether the kernels read this cache: in the model's own dtype, heads of a sane size."""
+    return heads.dtype in DTYPES and kv.key.dtype == heads.dtype and kv.head_dim <= MOST_HEAD_DIM
+
+
+def _view(kv: KvLayer) -> tuple[int, ...]:
+    block, head, token, _ = kv.key.stride()
+    return (
+        kv.key.data_ptr(),
+        kv.value.data_ptr(),
+        block,
+        head,
+        token,
+        kv.block_tokens,
+        kv.kv_heads,
+        kv.head_dim,
+    )

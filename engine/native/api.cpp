@@ -1,0 +1,35 @@
+// The C interface that engine/kernels.py calls; the process has one set of kernels in use.
+#include "kernels.h"
+
+using namespace tandem;
+
+namespace {
+
+const Kernels *in_use = &scalar_kernels;
+
+template <class Args>
+const Args &unpack(const void *record) {
+    return *static_cast<const Args *>(record);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The name of instruction set `index`, best first; null past the end.
+const char *tandem_set_name(int64_t index) {
+    return index < kInstructionSets ? instruction_sets[index].name : nullptr;
+}
+int64_t tandem_set_usable(int64_t index) { return instruction_sets[index].usable(); }
+void tandem_use_set(int64_t index) { in_use = instruction_sets[index].kernels; }
+void tandem_set_threads(int64_t threads) { set_threads(threads); }
+
+void tandem_pack(const void *record) { pack(unpack<PackArgs>(record)); }
+void tandem_linear(const void *record) { in_use->linear(unpack<LinearArgs>(record)); }
+void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }
+void tandem_activation(const void *record) { in_use->activation(unpack<ActivationArgs>(record)); }
+void tandem_place(const void *record) { in_use->place(unpack<PlaceArgs>(record)); }
+void tandem_attention(const void *record) { in_use->attention(unpack<AttentionArgs>(record)); }
+}
+#pragma GCC visibility pop

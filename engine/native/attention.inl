@@ -1,0 +1,251 @@
+// Paged attention over a ragged batch: tiles of 64 positions, online softmax, GQA heads folded
+// into rows. A row meets the same tiles in the same order whatever else is in the batch, and a
+// tile it may not look at leaves it bit for bit as it was.
+
+constexpr int64_t kTileTokens = 64;
+constexpr int64_t kTaskRows = 128;  // rows that share one packing of keys and values
+constexpr int64_t kStripRows = 32;
+constexpr float kNothingSeen = -1e30f;
+
+alignas(64) const char zero_row[kMaxHeadDim * sizeof(float)] = {};
+
+template <class T>
+struct Task {
+    const AttentionArgs &args;
+    int64_t sequence, kv_head;
+    int64_t first_row, rows;  // a row is (token of the chunk, head of the group)
+    int64_t depth;            // head_dim rounded up to whole steps
+    T *queries;               // [rows, depth], zero padded
+    float *outputs;           // [rows, depth]
+    float *maxima, *sums;     // [rows]
+
+    int64_t group() const { return args.heads / args.kv.kv_heads; }
+    int64_t chunk_tokens() const { return args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]; }
+    int64_t context() const { return args.context_lens[sequence]; }
+    int64_t position(int64_t row) const { return context() - chunk_tokens() + (first_row + row) / group(); }
+    int64_t first_seen(int64_t row) const {
+        int64_t begin = args.window == 0 ? 0 : position(row) - args.window + 1;
+        return begin < 0 ? 0 : begin;
+    }
+    // Offset of a row's head in a [tokens, heads, head_dim] tensor.
+    int64_t offset(int64_t row, int64_t token_stride) const {
+        int64_t token = args.cu_seqlens[sequence] + (first_row + row) / group();
+        return token * token_stride + (kv_head * group() + (first_row + row) % group()) * args.kv.head_dim;
+    }
+};
+
+template <class T>
+void start(const Task<T> &task) {
+    int64_t dim = task.args.kv.head_dim;
+    for (int64_t row = 0; row < task.rows; row++) {
+        const T *from = static_cast<const T *>(task.args.query) + task.offset(row, task.args.query_stride);
+        std::memcpy(task.queries + row * task.depth, from, dim * sizeof(T));
+        std::memset(task.queries + row * task.depth + dim, 0, (task.depth - dim) * sizeof(T));
+        std::memset(task.outputs + row * task.depth, 0, task.depth * sizeof(float));
+        task.maxima[row] = kNothingSeen;
+        task.sums[row] = 0;
+    }
+}
+
+template <class T>
+void finish(const Task<T> &task) {
+    int64_t dim = task.args.kv.head_dim;
+    for (int64_t row = 0; row < task.rows; row++) {
+        T *to = static_cast<T *>(task.args.out) + task.offset(row, task.args.heads * dim);
+        Vec scale = splat(1.f / task.sums[row]);
+        const float *from = task.outputs + row * task.depth;
+        row_map(to, dim, [=](auto at) { return at(from) * scale; });
+    }
+}
+
+// --- one tile of keys and values -------------------------------------------------------------
+
+template <class T>
+void find_rows(const Task<T> &task, const char *pool, int64_t tile, const T *(&rows)[kTileTokens]) {
+    const KvView &kv = task.args.kv;
+    const int32_t *table = task.args.block_tables + task.sequence * task.args.table_stride;
+    for (int64_t i = 0; i < kTileTokens; i++) {
+        int64_t position = tile + i;
+        if (position >= task.context()) {
+            rows[i] = reinterpret_cast<const T *>(zero_row);
+            continue;
+        }
+        int64_t place = table[position / kv.block_tokens] * kv.block_stride + position % kv.block_tokens * kv.token_stride;
+        rows[i] = reinterpret_cast<const T *>(pool) + place + task.kv_head * kv.head_stride;
+    }
+}
+
+// A head row cut to whole steps, through a zero-padded copy where head_dim is not one.
+template <class T>
+struct PaddedRows {
+    T copies[16][kStep];
+    const T *operator()(const T *row, int64_t index, int64_t from, int64_t dim) {
+        if (from + kStep <= dim) return row + from;
+        std::memset(copies[index], 0, sizeof copies[index]);
+        std::memcpy(copies[index], row + from, (dim - from) * sizeof(T));
+        return copies[index];
+    }
+};
+
+// Keys become the panels of K^T: [token / 32][step][half][pair of dimensions][16 tokens][2].
+inline void pack_keys(const bf16 *const *rows, int64_t dim, int64_t depth, bf16 *out) {
+    PaddedRows<bf16> padded;
+    for (int64_t t = 0; t < kTileTokens; t += 16)
+        for (int64_t k = 0; k < depth; k += kStep) {
+            const uint32_t *words[16];
+            for (int64_t i = 0; i < 16; i++)
+                words[i] = reinterpret_cast<const uint32_t *>(padded(rows[t + i], i, k, dim));
+            bf16 *tile = out + t / 32 * depth * kPanel + k * kPanel + t % 32 / 16 * kTile;
+            transpose16(words, reinterpret_cast<uint32_t *>(tile), 16);
+        }
+}
+
+inline void pack_keys(const float *const *rows, int64_t dim, int64_t depth, float *out) {
+    PaddedRows<float> padded;
+    for (int64_t t = 0; t < kTileTokens; t += 16)
+        for (int64_t k = 0; k < depth; k += 16) {
+            const uint32_t *words[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const float *row = padded(rows[t + i], i, k / kStep * kStep, dim) + k % kStep;
+                words[i] = reinterpret_cast<const uint32_t *>(row);
+            }
+            float *corner = out + t / 32 * depth * kPanel + k * kPanel + t % 32;
+            transpose16(words, reinterpret_cast<uint32_t *>(corner), kPanel);
+        }
+}
+
+// Values become the panels of V: [dimension / 32][step of tokens][half][pair of tokens][16][2].
+inline void pack_values(const bf16 *const *rows, int64_t dim, int64_t depth, bf16 *out) {
+    PaddedRows<bf16> padded;
+    for (int64_t d = 0; d < depth; d += kPanel)
+        for (int64_t t = 0; t < kTileTokens; t += 2) {
+            const bf16 *even = padded(rows[t], 0, d, dim), *odd = padded(rows[t + 1], 1, d, dim);
+            bf16 *pair = out + d * kTileTokens + t / kStep * 2 * kTile + t % kStep * 16;
+            for (int64_t i = 0; i < 16; i++) pair[2 * i] = even[i], pair[2 * i + 1] = odd[i];
+            for (int64_t i = 0; i < 16; i++)
+                pair[kTile + 2 * i] = even[16 + i], pair[kTile + 2 * i + 1] = odd[16 + i];
+        }
+}
+
+inline void pack_values(const float *const *rows, int64_t dim, int64_t depth, float *out) {
+    PaddedRows<float> padded;
+    for (int64_t d = 0; d < depth; d += kPanel)
+        for (int64_t t = 0; t < kTileTokens; t++)
+            std::memcpy(out + (d * kTileTokens) + t * kPanel, padded(rows[t], 0, d, dim), kPanel * sizeof(float));
+}
+
+// --- softmax ---------------------------------------------------------------------------------
+
+struct Softmax {
+    float scale;  // to the base-2 logarithm
+    float soft_cap, inverse_cap;
+};
+
+inline Softmax softmax_of(const AttentionArgs &args) {
+    if (args.soft_cap == 0) return {static_cast<float>(args.scale * kLog2E), 0, 0};
+    return {static_cast<float>(args.scale), static_cast<float>(args.soft_cap * kLog2E), static_cast<float>(1 / args.soft_cap)};
+}
+
+inline Vec logit(const Softmax &softmax, Vec score) {
+    score = score * splat(softmax.scale);
+    if (softmax.soft_cap == 0) return score;
+    return hyperbolic_tangent(score * splat(softmax.inverse_cap)) * splat(softmax.soft_cap);
+}
+
+// Turns a row of scores into weights; lanes outside begin .. end - 1 get weight 0. Returns by
+// how much earlier outputs shrink.
+template <class T>
+float weigh(const Softmax &softmax, const float *scores, T *weights, int64_t begin, int64_t end, float &maximum, float &total) {
+    constexpr int kVecs = kTileTokens / 16;
+    Vec logits[kVecs], best = splat(maximum);
+    for (int i = 0; i < kVecs; i++) {
+        logits[i] = logit(softmax, load(scores + i * 16));
+        if (begin > 0 || end < kTileTokens) {
+            int64_t from = begin - i * 16, to = end - i * 16;
+            logits[i] = keep(logits[i], from < 0 ? 0 : from > 16 ? 16 : from, to < 0 ? 0 : to > 16 ? 16 : to, -INFINITY);
+        }
+        best = larger(best, logits[i]);
+    }
+    float peak = largest(best);
+    Vec part = splat(0.f);
+    for (int i = 0; i < kVecs; i++) {
+        Vec weight = power_of_two(logits[i] - splat(peak));
+        store(weights + i * 16, weight);
+        part = part + weight;
+    }
+    float shrink = 1;
+    if (peak != maximum) {
+        float lanes[16];
+        store(lanes, power_of_two(splat(maximum - peak)));
+        shrink = lanes[0];
+    }
+    total = total * shrink + sum(part);
+    maximum = peak;
+    return shrink;
+}
+
+template <class Engine, class T>
+void attend_strip(const Task<T> &task, const Softmax &softmax, int64_t row, int64_t rows, int64_t tile, const T *keys,
+                  const T *values, float *scores, T *weights) {
+    float *outputs = task.outputs + row * task.depth;
+    Engine::multiply(task.queries + row * task.depth, task.depth, rows, keys, task.depth, kTileTokens, scores, kTileTokens, false);
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t begin = task.first_seen(row + i) - tile, end = task.position(row + i) + 1 - tile;
+        float shrink = weigh(softmax, scores + i * kTileTokens, weights + i * kTileTokens, begin < 0 ? 0 : begin,
+                             end > kTileTokens ? kTileTokens : end, task.maxima[row + i], task.sums[row + i]);
+        if (shrink == 1) continue;
+        float *line = outputs + i * task.depth;
+        row_map(line, task.depth, [=](auto at) { return at(const_cast<const float *>(line)) * splat(shrink); });
+    }
+    Engine::multiply(weights, kTileTokens, rows, values, kTileTokens, task.depth, outputs, task.depth, true);
+}
+
+template <class Engine, class T>
+void attend(const Task<T> &task) {
+    [[maybe_unused]] Engine engine;
+    const KvView &kv = task.args.kv;
+    Softmax softmax = softmax_of(task.args);
+    T *keys = static_cast<T *>(scratch(kKeys, kTileTokens * task.depth * sizeof(T)));
+    T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
+    float *scores = static_cast<float *>(scratch(kScores, kStripRows * kTileTokens * sizeof(float)));
+    T *weights = static_cast<T *>(scratch(kWeights, kStripRows * kTileTokens * sizeof(T)));
+    const T *key_rows[kTileTokens], *value_rows[kTileTokens];
+    start(task);
+    int64_t end = task.position(task.rows - 1) + 1;
+    for (int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens; tile < end; tile += kTileTokens) {
+        find_rows(task, kv.key, tile, key_rows);
+        find_rows(task, kv.value, tile, value_rows);
+        pack_keys(key_rows, kv.head_dim, task.depth, keys);
+        pack_values(value_rows, kv.head_dim, task.depth, values);
+        for (int64_t row = 0; row < task.rows; row += kStripRows) {
+            int64_t rows = task.rows - row < kStripRows ? task.rows - row : kStripRows;
+            if (task.position(row + rows - 1) < tile) continue;
+            attend_strip<Engine>(task, softmax, row, rows, tile, keys, values, scores, weights);
+        }
+    }
+    finish(task);
+}
+
+template <class Engine, class T>
+void attention_of(const AttentionArgs &args) {
+    int64_t group = args.heads / args.kv.kv_heads, tasks = 0;
+    auto pieces = [&](int64_t sequence) {
+        return ceil_div((args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]) * group, kTaskRows);
+    };
+    for (int64_t s = 0; s < args.sequences; s++) tasks += pieces(s) * args.kv.kv_heads;
+    int64_t depth = round_up(args.kv.head_dim, kStep);
+    parallel(tasks, [&](int64_t index) {
+        int64_t sequence = 0;
+        for (; index >= pieces(sequence) * args.kv.kv_heads; sequence++) index -= pieces(sequence) * args.kv.kv_heads;
+        // The last pieces see the most keys: start with them.
+        int64_t piece = pieces(sequence) - 1 - index / args.kv.kv_heads;
+        int64_t all = (args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]) * group;
+        int64_t first = piece * kTaskRows, rows = all - first < kTaskRows ? all - first : kTaskRows;
+        // An AMX tile reads whole sixteens of rows; what it makes of the surplus is not used.
+        int64_t room = round_up(rows, 16);
+        float *outputs = static_cast<float *>(scratch(kOutput, (room * depth + 2 * kTaskRows) * sizeof(float)));
+        T *queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
+        float *maxima = outputs + room * depth;
+        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, first, rows, depth, queries, outputs, maxima, maxima + kTaskRows});
+    });
+}

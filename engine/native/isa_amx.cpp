@@ -1,0 +1,34 @@
+// AMX tiles for bf16; fp32 goes the AVX-512 way.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+#include <immintrin.h>
+#include <utility>
+
+#define TANDEM_HAVE_DPBF16
+
+namespace tandem {
+namespace amx {
+#include "vec_avx512.h"
+#include "math.inl"
+#include "pointwise.inl"
+#include "product.inl"
+#include "linear.inl"
+#include "attention.inl"
+#include "amx.inl"
+
+void linear(const LinearArgs &args) {
+    if (args.dtype == kFloat32) return linear_of<float>(args);
+    args.plain ? linear_plain_tiles(args) : linear_tiles(args);
+}
+
+void attention(const AttentionArgs &args) {
+    args.dtype == kBfloat16 ? attention_of<Tiles, bf16>(args) : attention_of<Vectors, float>(args);
+}
+}  // namespace amx
+
+const Kernels amx_kernels = {amx::linear, amx::norm, amx::activation, amx::place, amx::attention};
+}  // namespace tandem
+#endif

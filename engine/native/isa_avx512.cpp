@@ -1,0 +1,17 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+#include <immintrin.h>
+#include <utility>
+
+namespace tandem {
+namespace avx512 {
+#include "vec_avx512.h"
+#include "all.inl"
+}  // namespace avx512
+
+const Kernels avx512_kernels = {avx512::linear, avx512::norm, avx512::activation, avx512::place, avx512::attention};
+}  // namespace tandem
+#endif

@@ -1,0 +1,14 @@
+#include "kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace tandem {
+namespace scalar {
+#include "vec_scalar.h"
+#include "all.inl"
+}  // namespace scalar
+
+const Kernels scalar_kernels = {scalar::linear, scalar::norm, scalar::activation, scalar::place, scalar::attention};
+}  // namespace tandem

@@ -1,0 +1,68 @@
+// Lays a weight out in panels, once, at load time.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tandem {
+namespace {
+
+// Streaming through 4 KB pages costs a tenth of the bandwidth; must run before the first write.
+void use_huge_pages(void *data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 4096;
+    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
+    if (end > begin + (4 << 20)) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+// One tile: 16 columns of weight rows, 16 pairs of each.
+void pack_tile(const bf16 *weight, int64_t row_stride, int64_t columns, int64_t pairs, bf16 *out) {
+    for (int64_t n = 0; n < columns; n++)
+        for (int64_t pair = 0; pair < pairs; pair++)
+            std::memcpy(out + pair * 32 + n * 2, weight + n * row_stride + pair * 2, 2 * sizeof(bf16));
+}
+
+void pack_panel_bf16(const PackArgs &args, int64_t panel) {
+    int64_t steps = ceil_div(args.in_features, kStep);
+    bf16 *out = static_cast<bf16 *>(args.packed) + panel * steps * 2 * kTile;
+    std::memset(out, 0, steps * 2 * kTile * sizeof(bf16));
+    for (int64_t tile = 0; tile < 2 * steps; tile++, out += kTile) {
+        int64_t first = panel * kPanel + tile % 2 * 16, k = tile / 2 * kStep;
+        int64_t columns = std::clamp<int64_t>(args.out_features - first, 0, 16);
+        int64_t depth = std::min(args.in_features - k, kStep);
+        auto weight = static_cast<const bf16 *>(args.weight) + first * args.row_stride + k;
+        pack_tile(weight, args.row_stride, columns, depth / 2, out);
+        for (int64_t n = 0; n < columns && depth % 2; n++)
+            out[depth / 2 * 32 + n * 2] = weight[n * args.row_stride + depth - 1];
+    }
+}
+
+void pack_panel_fp32(const PackArgs &args, int64_t panel) {
+    float *out = static_cast<float *>(args.packed) + panel * args.in_features * kPanel;
+    std::memset(out, 0, args.in_features * kPanel * sizeof(float));
+    for (int64_t n = 0; n < kPanel && panel * kPanel + n < args.out_features; n++) {
+        auto row = static_cast<const float *>(args.weight) + (panel * kPanel + n) * args.row_stride;
+        for (int64_t k = 0; k < args.in_features; k++) out[k * kPanel + n] = row[k];
+    }
+}
+
+}  // namespace
+
+void pack(const PackArgs &args) {
+    int64_t panels = ceil_div(args.out_features, kPanel);
+    int64_t width = args.dtype == kBfloat16 ? 2 * round_up(args.in_features, kStep) : 4 * args.in_features;
+    use_huge_pages(args.packed, panels * kPanel * width);
+    parallel(panels, [&](int64_t panel) {
+        args.dtype == kBfloat16 ? pack_panel_bf16(args, panel) : pack_panel_fp32(args, panel);
+    });
+}
+
+}  // namespace tandem

@@ -1,0 +1,71 @@
+"""Finds the compiled CPU kernels and binds their C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+log = logging.getLogger(__name__)
+
+Kernel = Callable[[bytes], None]
+"""Takes a record of engine/native/kernels.h."""
+
+
+class NativeLibrary:
+    """The compiled kernels, and which instruction sets of this machine they can use."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.tandem_set_name.restype = ctypes.c_char_p
+        for name in ("set_name", "set_usable", "use_set", "set_threads"):
+            getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_int64]
+        self.pack = self._kernel("pack")
+        self.linear = self._kernel("linear")
+        self.norm = self._kernel("norm")
+        self.activation = self._kernel("activation")
+        self.place = self._kernel("place")
+        self.attention = self._kernel("attention")
+        self._index_of = dict(self._usable())
+
+    def _kernel(self, name: str) -> Kernel:
+        kernel = getattr(self._library, f"tandem_{name}")
+        kernel.argtypes = [ctypes.c_char_p]
+        kernel.restype = None
+        return cast("Kernel", kernel)
+
+    def _usable(self) -> list[tuple[str, int]]:
+        found, index = [], 0
+        while name := self._library.tandem_set_name(index):
+            if self._library.tandem_set_usable(index):
+                found.append((name.decode(), index))
+            index += 1
+        return found
+
+    @property
+    def instruction_sets(self) -> tuple[str, ...]:
+        """Best first."""
+        return tuple(self._index_of)
+
+    def use(self, instruction_set: str, threads: int) -> None:
+        self._library.tandem_use_set(self._index_of[instruction_set])
+        self._library.tandem_set_threads(threads)
+
+
+@cache
+def native_library() -> NativeLibrary | None:
+    """The kernels, or None where they were not built."""
+    paths = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not paths:
+        log.warning(
+            "native kernels missing reason=%s", "not built: no C++ compiler at install time"
+        )
+        return None
+    try:
+        return NativeLibrary(paths[0])
+    except OSError as error:
+        log.warning("native kernels missing reason=%s", error)
+        return None
