@@ -126,7 +126,7 @@ def find_model(name_or_directory: str) -> ModelShape:
     known = {key.lower(): key for key in _models()}
     short = name_or_directory.rpartition("/")[2].lower()
     if short not in known:
-        raise unknown_name("model", name_or_directory, _models())
+        raise unknown_name("model", short, _models())
     return shape_from_config(known[short], _models()[known[short]])
 
 

@@ -173,7 +173,7 @@ class Roofline(LatencyModel):
         experts, active = self.shape.experts, self.shape.active_experts
         return experts * (1 - (1 - active / experts) ** tokens)
 
-    def _matrix_s(self, rows: int, parameters: float, read: float) -> float:
+    def matrix_s(self, rows: int, parameters: float, read: float) -> float:
         """`rows` times a matrix; `read` of its parameters come from memory."""
         device, each = self.device, self.shape.weight_bytes_each
         fp8 = device.fp8_flops if each == 1 else None
@@ -190,8 +190,8 @@ class Roofline(LatencyModel):
         hidden_bytes = tokens * shape.hidden * 2
         small_s = ACTIVATION_PASSES * hidden_bytes / self.device.memory_bytes_per_s
         return (
-            2 * self._matrix_s(tokens, query_value, query_value)
-            + self._matrix_s(tokens, active, touched)
+            2 * self.matrix_s(tokens, query_value, query_value)
+            + self.matrix_s(tokens, active, touched)
             + small_s
             + self.device.layer_overhead_s
             + 2 * self.link.all_reduce_s(hidden_bytes, tensor)
@@ -203,7 +203,7 @@ class Roofline(LatencyModel):
         between = self.pipeline_link or self.link
         sends_s = (self.pipeline_parallel - 1) * between.transfer_s(tokens * shape.hidden * 2)
         layers_s = shape.layers * self._layer_s(tokens)
-        return layers_s + self._matrix_s(draws, head, head) + sends_s + self.device.step_overhead_s
+        return layers_s + self.matrix_s(draws, head, head) + sends_s + self.device.step_overhead_s
 
 
 @lru_cache(maxsize=65536)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,8 @@ class FitReport:
     p90_error: float
 
     def __str__(self) -> str:
-        return f"{self.samples} samples, error {self.median_error:.1%} median, {self.p90_error:.1%} p90"
+        errors = f"{self.median_error:.1%} median, {self.p90_error:.1%} p90"
+        return f"{self.samples} samples, error {errors}"
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,18 @@ class Measured(LatencyModel):
     seconds: tuple[float, ...]
     """At each knot."""
     draw_s: float
-    pair_s: float
-    read_s: float
+    pair_cost_s: float
+    read_cost_s: float
     most_kv_read_tokens: int
     pipeline_parallel: int = 1
+
+    @property
+    def pair_s(self) -> float:
+        return self.pair_cost_s
+
+    @property
+    def read_s(self) -> float:
+        return self.read_cost_s
 
     def fixed_s(self, tokens: int, draws: int) -> float:
         return _interpolated_s(self.knots, self.seconds, tokens) + self.draw_s * draws
@@ -198,7 +208,7 @@ def _features(steps: Sequence[Step], knots: tuple[int, ...]) -> NDArray[np.float
     """Columns: one, the part of each segment that is filled, draws, pairs, KV tokens read."""
     tokens = np.array([step.tokens for step in steps], dtype=float)
     columns = [np.ones(len(steps))]
-    for low, high in zip(knots, knots[1:], strict=False):
+    for low, high in pairwise(knots):
         columns.append(np.clip(tokens, low, high) - low)
     rest = np.array([(s.draws, s.pairs, s.kv_read_tokens) for s in steps], dtype=float)
     return np.column_stack([*columns, rest])

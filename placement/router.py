@@ -199,15 +199,25 @@ class Router:
         if route is not None and decoder is not None and decoder.load.role.prefills:
             self._remember(decoder.name, self._chain(tokens, tenant, route.chain))
 
-    def waiting_s(self, view: View) -> float:
-        """How long a request with an empty prompt would wait at the least busy instance."""
-        self._read(view)
-        waits = [
-            self._seconds(one, one.load.queued_tokens + one.ledger_tokens)
+    @property
+    def measured(self) -> bool:
+        """Whether enough first tokens have been timed for predictions to mean something."""
+        return self._typical.observations >= 8
+
+    def alone_s(self, route: Route, prompt_tokens: int) -> float:
+        """The TTFT of this route if nothing were ahead of the request."""
+        instance = self._instances[route.prefill]
+        return self._seconds(instance, prompt_tokens - route.cached_tokens)
+
+    def queue_s(self, tokens: int) -> float:
+        """How long the instances that prefill need for this many tokens more."""
+        slopes = [
+            (one.speed if one.speed.observations else self._typical).slope
             for one in self._instances.values()
             if one.load.role.prefills
         ]
-        return min(waits, default=0.0)
+        speed = sum(1.0 / slope for slope in slopes if slope > 0.0)
+        return tokens / speed if speed else 0.0
 
     # Reading the view.
 

@@ -1,0 +1,219 @@
+"""Reads workloads: our CSV, Azure's and Mooncake's traces; each bad cell is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import BadConfig, unknown_name
+from placement.workload import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
+WHOLE = ("prompt_tokens", "output_tokens", "prefix_tokens", "priority")
+OPTIONAL = ("prefix_id", "prefix_tokens", "priority", "slo_ttft_s", "slo_tpot_s")
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+UNIT = ("unit_arrival_s", "input_len", "output_len")
+MOONCAKE_BLOCK_TOKENS = 512
+MOST_TOKENS = 10_000_000
+
+
+def read_workload(path: Path) -> Workload:
+    """The header tells the kind: our CSV, Azure's, unit arrivals; JSON lines are Mooncake's."""
+    if not path.is_file():
+        raise BadConfig("workload", str(path), "no such file")
+    if path.suffix == ".jsonl":
+        return _read_mooncake(path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        names = tuple(reader.fieldnames or ())
+        rows = list(reader)
+    if set(AZURE) <= set(names):
+        return _read_azure(rows)
+    if set(UNIT) <= set(names):
+        renamed = dict(zip(UNIT, REQUIRED, strict=True))
+        return _columns([{renamed[k]: row[k] for k in UNIT} for row in rows], REQUIRED)
+    for name in names:
+        if name not in REQUIRED + OPTIONAL:
+            raise unknown_name("workload column", name, REQUIRED + OPTIONAL)
+    return _columns(rows, names)
+
+
+def _columns(rows: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> Workload:
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise BadConfig("workload columns", ",".join(names), f"lacks {', '.join(missing)}")
+    if not rows:
+        raise BadConfig("workload", 0, "holds no requests")
+    columns: dict[str, Any] = {}
+    for name in names:
+        if name == "prefix_id":
+            columns[name] = _prefix_ids([row[name] or "" for row in rows])
+        else:
+            columns[name] = _numbers(name, [row[name] for row in rows])
+    _check_arrivals(columns["arrival_s"])
+    _check_prefixes(columns)
+    return Workload(**columns)
+
+
+def _numbers(name: str, cells: Sequence[str | None]) -> np.ndarray[Any, Any]:
+    """A column; an empty cell of an optional one means the default."""
+    whole, required = name in WHOLE, name in REQUIRED
+    lowest = 1 if name in ("prompt_tokens", "output_tokens") else None
+    values = np.empty(len(cells))
+    for index, cell in enumerate(cells):
+        if not cell and not required:
+            values[index] = 0.0 if whole else math.nan
+            continue
+        value = _number(name, index, cell)
+        if lowest is not None and not lowest <= value <= MOST_TOKENS:
+            raise _bad_cell(name, index, cell, f"must be from {lowest} to {MOST_TOKENS}")
+        if name.startswith("slo_") and value <= 0:
+            raise _bad_cell(name, index, cell, "must be positive")
+        if whole and value != int(value):
+            raise _bad_cell(name, index, cell, "must be a whole number")
+        values[index] = value
+    return values.astype(np.int64) if whole else values
+
+
+def _number(name: str, index: int, cell: str | None) -> float:
+    try:
+        value = float(cell or "")
+    except ValueError as error:
+        raise _bad_cell(name, index, cell, "must be a number") from error
+    if not math.isfinite(value):
+        raise _bad_cell(name, index, cell, "must be finite")
+    return value
+
+
+def _bad_cell(name: str, index: int, cell: object, rule: str) -> BadConfig:
+    """Rows are counted as in the file: its first data row is row 2."""
+    return BadConfig(f"workload row {index + 2}, {name}", cell, rule)
+
+
+def _check_arrivals(arrival_s: np.ndarray[Any, Any]) -> None:
+    negative = np.flatnonzero(arrival_s < 0)
+    if len(negative):
+        row = int(negative[0])
+        raise _bad_cell("arrival_s", row, float(arrival_s[row]), "must not be negative")
+    backwards = np.flatnonzero(np.diff(arrival_s) < 0)
+    if len(backwards):
+        row = int(backwards[0]) + 1
+        rule = f"must not be before the row above ({arrival_s[row - 1]:g})"
+        raise _bad_cell("arrival_s", row, float(arrival_s[row]), rule)
+
+
+def _check_prefixes(columns: dict[str, Any]) -> None:
+    if ("prefix_id" in columns) != ("prefix_tokens" in columns):
+        given = "prefix_id" if "prefix_id" in columns else "prefix_tokens"
+        raise BadConfig("workload columns", given, "prefix_id and prefix_tokens go together")
+    if "prefix_tokens" not in columns:
+        return
+    longer = np.flatnonzero(columns["prefix_tokens"] > columns["prompt_tokens"])
+    if len(longer):
+        row = int(longer[0])
+        cell = int(columns["prefix_tokens"][row])
+        raise _bad_cell("prefix_tokens", row, cell, "must not exceed prompt_tokens")
+
+
+def _prefix_ids(cells: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Names numbered in order of appearance; no name, no shared prefix."""
+    numbers: dict[str, int] = {"": -1}
+    for cell in cells:
+        numbers.setdefault(cell, len(numbers) - 1)
+    return np.array([numbers[cell] for cell in cells], dtype=np.int64)
+
+
+def _read_azure(rows: Sequence[dict[str, str]]) -> Workload:
+    """One hour of production: timestamps to 100 ns, in file order by time."""
+    if not rows:
+        raise BadConfig("workload", 0, "holds no requests")
+    moments = [_azure_moment(index, row["TIMESTAMP"]) for index, row in enumerate(rows)]
+    start = moments[0]
+    renamed = [
+        {
+            "arrival_s": repr(moment - start),
+            "prompt_tokens": row["ContextTokens"],
+            "output_tokens": row["GeneratedTokens"],
+        }
+        for moment, row in zip(moments, rows, strict=True)
+    ]
+    return _columns(renamed, REQUIRED)
+
+
+def _azure_moment(index: int, cell: str) -> float:
+    seconds, _, fraction = cell.partition(".")
+    try:
+        whole = datetime.fromisoformat(f"{seconds}+00:00").timestamp()
+        return whole + (float(f"0.{fraction}") if fraction else 0.0)
+    except ValueError as error:
+        raise _bad_cell("TIMESTAMP", index, cell, "must be a date and time") from error
+
+
+def _read_mooncake(path: Path) -> Workload:
+    """JSON lines; prefixes are shared in runs of 512-token blocks with earlier requests."""
+    entries = [
+        _json_line(index, line)
+        for index, line in enumerate(path.read_text(encoding="utf-8").splitlines())
+        if line.strip()
+    ]
+    rows = [
+        {
+            "arrival_s": repr(entry["timestamp"] / 1e3),
+            "prompt_tokens": str(entry["input_length"]),
+            "output_tokens": str(max(entry["output_length"], 1)),
+        }
+        for entry in entries
+    ]
+    plain = _columns(rows, REQUIRED)
+    ids, tokens = _shared_prefixes([tuple(entry.get("hash_ids", ())) for entry in entries])
+    return Workload(
+        plain.arrival_s,
+        plain.prompt_tokens,
+        plain.output_tokens,
+        prefix_id=ids,
+        prefix_tokens=np.minimum(tokens, plain.prompt_tokens),
+    )
+
+
+def _json_line(index: int, line: str) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadConfig(f"workload line {index + 1}", line[:60], f"not JSON: {error}") from error
+    for name in ("timestamp", "input_length", "output_length"):
+        value = entry.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise BadConfig(f"workload line {index + 1}, {name}", value, "must be a number")
+    return entry
+
+
+def _shared_prefixes(
+    chains: Sequence[tuple[int, ...]],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Per request the longest run of leading blocks that another request has too, as an id."""
+    uses: dict[int, int] = {}
+    for chain in chains:
+        for block in chain:
+            uses[block] = uses.get(block, 0) + 1
+    ids, tokens = [], []
+    for chain in chains:
+        shared = _leading(chain, lambda block: uses[block] > 1)
+        ids.append(chain[shared - 1] if shared else -1)
+        tokens.append(shared * MOONCAKE_BLOCK_TOKENS)
+    return np.array(ids, dtype=np.int64), np.array(tokens, dtype=np.int64)
+
+
+def _leading(chain: Sequence[int], holds: Callable[[int], bool]) -> int:
+    count = 0
+    while count < len(chain) and holds(chain[count]):
+        count += 1
+    return count

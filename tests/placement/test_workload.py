@@ -1,0 +1,148 @@
+"""Workloads from files, with every bad cell named, and from distributions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from engine.errors import BadConfig
+from placement.workload import DAY_S, Arrivals, Workload, day_of, fit_lengths, synthetic
+from placement.workload_files import read_workload
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEADER = "arrival_s,prompt_tokens,output_tokens"
+
+
+def written(tmp_path: Path, *lines: str, name: str = "w.csv") -> Path:
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def generator() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def test_our_csv_with_optional_columns(tmp_path: Path) -> None:
+    lines = (HEADER + ",prefix_id,prefix_tokens,slo_ttft_s", "0,10,5,a,4,", "1.5,20,6,,,2.5")
+    workload = read_workload(written(tmp_path, *lines))
+    assert workload.arrival_s.tolist() == [0.0, 1.5]
+    assert workload.prefix_id is not None
+    assert workload.prefix_tokens is not None
+    assert workload.prefix_id.tolist() == [0, -1]
+    assert workload.prefix_tokens.tolist() == [4, 0]
+    assert workload.slo_ttft_s is not None
+    assert np.isnan(workload.slo_ttft_s[0])
+    assert workload.priority is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "field", "rule"),
+    [
+        (("arrival_s,prompt_tokens", "0,1"), "workload columns", "lacks output_tokens"),
+        ((HEADER,), "workload", "holds no requests"),
+        ((HEADER, "0,1,1", "-1,1,1"), "workload row 3, arrival_s", "negative"),
+        ((HEADER, "2,1,1", "1,1,1"), "workload row 3, arrival_s", "before the row above"),
+        ((HEADER, "0,0,1"), "workload row 2, prompt_tokens", "from 1"),
+        ((HEADER, "0,1.5,1"), "workload row 2, prompt_tokens", "whole"),
+        ((HEADER, "0,many,1"), "workload row 2, prompt_tokens", "number"),
+        ((HEADER, "nan,1,1"), "workload row 2, arrival_s", "finite"),
+        ((HEADER, "0,1,"), "workload row 2, output_tokens", "number"),
+        ((HEADER + ",prioritty", "0,1,1,1"), "workload column", "did you mean 'priority'"),
+        ((HEADER + ",prefix_id", "0,1,1,a"), "workload columns", "go together"),
+        ((HEADER + ",prefix_id,prefix_tokens", "0,1,1,a,2"), "workload row 2, prefix", "exceed"),
+    ],
+)
+def test_a_bad_file_is_refused_by_row_and_column(
+    tmp_path: Path, lines: tuple[str, ...], field: str, rule: str
+) -> None:
+    with pytest.raises(BadConfig, match=rule) as refusal:
+        read_workload(written(tmp_path, *lines))
+    assert refusal.value.field.startswith(field)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="no such file"):
+        read_workload(tmp_path / "none.csv")
+
+
+def test_azure_timestamps_keep_their_fractions(tmp_path: Path) -> None:
+    lines = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        "2023-11-16 18:17:03.9799600,4808,10",
+        "2023-11-16 18:17:04.0319600,3180,8",
+    )
+    workload = read_workload(written(tmp_path, *lines))
+    np.testing.assert_allclose(workload.arrival_s, [0.0, 0.052], atol=1e-6)
+
+
+def test_mooncake_blocks_become_shared_prefixes(tmp_path: Path) -> None:
+    lines = [
+        '{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]}',
+        '{"timestamp": 500, "input_length": 1200, "output_length": 5, "hash_ids": [0, 1, 3]}',
+        '{"timestamp": 900, "input_length": 300, "output_length": 5, "hash_ids": [9]}',
+    ]
+    workload = read_workload(written(tmp_path, *lines, name="t.jsonl"))
+    assert workload.prefix_id is not None
+    assert workload.prefix_tokens is not None
+    assert workload.prefix_id.tolist() == [1, 1, -1]
+    assert workload.prefix_tokens.tolist() == [1024, 1024, 0]
+    assert workload.arrival_s.tolist() == [0.0, 0.5, 0.9]
+
+
+def test_a_bad_line_of_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig) as refusal:
+        read_workload(written(tmp_path, '{"timestamp": 0}', name="t.jsonl"))
+    assert refusal.value.field == "workload line 1, input_length"
+
+
+def test_another_rate_keeps_requests_and_their_order() -> None:
+    arrivals = Arrivals(generator()).times(200, 2.0)
+    ones = np.ones(200, dtype=np.int64)
+    faster = Workload(arrivals, ones, ones).at_rate(8.0)
+    assert faster.rate_rps == pytest.approx(8.0)
+    ratios = np.diff(arrivals) / np.diff(faster.arrival_s)
+    np.testing.assert_allclose(ratios, ratios[0])
+
+
+@pytest.mark.parametrize("burstiness", [0.5, 1.0, 2.0])
+def test_gamma_gaps_have_the_rate_and_burstiness(burstiness: float) -> None:
+    gaps = np.diff(Arrivals(generator(), burstiness).times(20_000, 5.0))
+    assert gaps.mean() == pytest.approx(0.2, rel=0.05)
+    assert gaps.std() / gaps.mean() == pytest.approx(burstiness, rel=0.05)
+
+
+def test_without_burstiness_arrivals_are_even() -> None:
+    np.testing.assert_allclose(np.diff(Arrivals(generator(), 0.0).times(10, 4.0)), 0.25)
+
+
+def test_a_day_has_its_peak_where_it_was_put() -> None:
+    times = Arrivals(generator()).seasonal(DAY_S, day_of(0.2, swing=0.8, peak_hour=14.0))
+    assert len(times) == pytest.approx(0.2 * DAY_S, rel=0.05)
+    by_hour = np.bincount((times // 3600).astype(int), minlength=24)
+    assert abs(int(by_hour.argmax()) - 14) <= 2
+    assert by_hour[2] < by_hour[14] / 3
+
+
+def test_fitted_lengths_resemble_what_they_were_fitted_to() -> None:
+    g = generator()
+    prompt = np.rint(g.lognormal(6, 0.8, 5000)).astype(np.int64) + 1
+    output = np.rint(g.lognormal(5, 0.5, 5000)).astype(np.int64) + 1
+    model = fit_lengths(Workload(np.arange(5000.0), prompt, output))
+    drawn = synthetic(model, np.arange(5000.0), g)
+    assert np.median(drawn.prompt_tokens) == pytest.approx(np.median(prompt), rel=0.1)
+    assert np.median(drawn.output_tokens) == pytest.approx(np.median(output), rel=0.1)
+    assert drawn.prompt_tokens.max() <= prompt.max()
+
+
+def test_resampling_is_decided_by_the_generator() -> None:
+    ones = np.arange(1, 51)
+    workload = Workload(np.arange(50.0), ones, ones)
+    draws = [workload.resampled(30, 2.0, Arrivals(generator())) for _ in range(2)]
+    assert draws[0].prompt_tokens.tolist() == draws[1].prompt_tokens.tolist()
+    assert draws[0].arrival_s.tolist() == draws[1].arrival_s.tolist()
+    assert (draws[0].prompt_tokens == draws[0].output_tokens).all()
