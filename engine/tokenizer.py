@@ -20,7 +20,10 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
-    """Open one with `Tokenizer.open(folder)`."""
+    """Open one with `Tokenizer.open(folder)`.
+
+    Where there is a tokenizer.json, it alone says what is added around a text, as in transformers.
+    """
 
     def __init__(
         self,
@@ -47,9 +50,8 @@ class Tokenizer:
         """`embeddings` is how many tokens the model knows; a larger tokenizer does not fit it."""
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json", default={})
-        backend = _backend(folder)
         named = _named_tokens(folder, config)
-        _add_ends(backend, config, named)
+        backend = _backend(folder, config, named)
         tokenizer = cls(
             backend,
             _spelling(backend, folder),
@@ -113,24 +115,33 @@ def _id_of(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
     return index
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCheckpoint(path.name, str(path), f"cannot be read: {error}") from error
+
+
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     if default is not None and not path.is_file():
         return default
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise BadCheckpoint(path.name, str(path), f"cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise BadCheckpoint(path.name, str(path), "must hold a JSON object")
     return value
 
 
-def _backend(folder: Path) -> tokenizers.Tokenizer:
+def _backend(
+    folder: Path, config: Mapping[str, Any], named: Mapping[str, str]
+) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         backend = _parse(path)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = _gpt2_backend(folder)
+        backend = _gpt2_backend(folder, config, named)
     else:
         raise BadCheckpoint("tokenizer.json", str(path), "missing; a fast tokenizer is needed")
     backend.no_truncation()
@@ -146,24 +157,34 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _read_text(path).splitlines()
     pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     if not all(len(pair) == 2 for pair in pairs):
         raise BadCheckpoint(path.name, str(path), "must hold two tokens a line")
     return [(left, right) for left, right in pairs]
 
 
-def _gpt2_backend(folder: Path) -> tokenizers.Tokenizer:
+def _gpt2_backend(
+    folder: Path, config: Mapping[str, Any], named: Mapping[str, str]
+) -> tokenizers.Tokenizer:
     """Older byte-level checkpoints (OPT) carry only vocab.json and merges.txt."""
     vocabulary = _read_json(folder / "vocab.json")
     merges = _merges(folder / "merges.txt")
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    config = _read_json(folder / "tokenizer_config.json", default={})
-    named = _named_tokens(folder, config)
-    special = [token for token in named.values() if token in vocabulary]
-    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+    special = sorted({token for token in named.values() if token in vocabulary})
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in special])
+    ends = {
+        name: named[name]
+        for name in ("bos_token", "eos_token")
+        if config.get(f"add_{name}") and named.get(name) in vocabulary
+    }
+    parts = [ends.get("bos_token"), "$A", ends.get("eos_token")]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[part for part in parts if part is not None],
+        special_tokens=[(token, vocabulary[token]) for token in sorted({*ends.values()})],
+    )
     return backend
 
 
@@ -187,28 +208,8 @@ def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in contents.items() if isinstance(text, str)}
 
 
-def _add_ends(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """add_bos_token and add_eos_token, where given, replace what tokenizer.json adds."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    wanted = {
-        name: named[name]
-        for name in ("bos_token", "eos_token")
-        if config.get(f"add_{name}") and _id_of(backend, named.get(name)) is not None
-    }
-    parts = [wanted.get("bos_token"), "$A", wanted.get("eos_token")]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[part for part in parts if part is not None],
-        special_tokens=[
-            (token, backend.token_to_id(token)) for token in sorted({*wanted.values()})
-        ],
-    )
-
-
 def _eos_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """What ends an answer: the generation config's tokens, else the model's, and the tokenizer's."""
+    """What ends an answer: the generation config's tokens (else the model's), the tokenizer's."""
     ids = {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         eos = _read_json(folder / name, default={}).get("eos_token_id")
@@ -223,7 +224,7 @@ def _chat_template(
 ) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), named)
+        return ChatTemplate(_read_text(path), named)
     older = _read_json(folder / "chat_template.json", default={})
     template = config.get("chat_template", older.get("chat_template"))
     if isinstance(template, list):
