@@ -1,9 +1,10 @@
 """Choosing one token a row: the highest, or by inverse CDF with one uniform number a row.
 
 One uniform keyed by (seed, position) was preferred to Gumbel noise keyed by (seed, position,
-token): noise for every token costs a Philox evaluation a logit, forty times the softmax itself,
-while one number a row is free and as exact. Sums run in fp64 over each row alone, so a
-token depends neither on the row's neighbours nor on the order in which a device adds.
+token): noise costs a Philox evaluation, some eighty integer operations, for every logit, while
+one number a row is drawn on the host for next to nothing. Each row is summed alone, a piece at a
+time in fp32 and the pieces in fp64: a token never depends on its row's neighbours, and two
+devices differ only where a draw falls within rounding of the border between two tokens.
 
 Nothing is sorted but the few tokens that can survive a filter. Rows are cut into pieces of
 `PIECE` tokens: the highest token lies in the highest piece, the drawn one in the piece where the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,8 +17,19 @@ from engine.random import uniforms
 from engine.request import Sampling
 from engine.sampler import Sampler
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 VOCAB = 333
 EOS = 7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw(sampling: Sampling, position: int = 0, output: tuple[int, ...] = ()) -> Draw:
@@ -172,6 +184,14 @@ def test_a_row_gives_the_same_token_in_any_batch_and_any_order(
         alone = sample(logits[i : i + 1], draws[i])[0]
         assert (together[i].token, together[i].logprobs) == (alone.token, alone.logprobs)
         assert shuffled[place].token == alone.token
+
+
+def test_a_row_of_a_large_vocabulary_does_not_see_its_neighbours_either() -> None:
+    logits = random_logits(70, vocab=32_000)
+    draws = [draw(OPTIONS[i % len(OPTIONS)], i, output=tuple(range(i))) for i in range(70)]
+    together = sample(logits, *draws, vocab=32_000)
+    for i, one in enumerate(draws):
+        assert sample(logits[i : i + 1], one, vocab=32_000)[0].token == together[i].token
 
 
 def test_repetition_covers_prompt_and_output_and_the_others_output_only() -> None:
