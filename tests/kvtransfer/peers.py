@@ -49,15 +49,22 @@ def _serve(pipe, kind, name, nbytes, seed):
     transport.close()
 
 
-class Peer:
-    """A source worker in another process."""
+def _read(pipe, metadata, nbytes):
+    pool = shared_pool(nbytes)
+    transport = TRANSPORTS["nixl"]("reader", pool)
+    transport.connect("source", metadata)
+    whole = pieces((0, 0, nbytes))
+    while True:
+        transport.pull("source", whole).wait(ANSWER_S)
+        pipe.send(int(pool.bytes().max()))
 
-    def __init__(self, kind, *, name="source", nbytes=1 << 20, seed=1):
-        self.content = pattern(nbytes, seed)
-        self._pipe, theirs = _processes.Pipe()
-        self._process = _processes.Process(
-            target=_serve, args=(theirs, kind, name, nbytes, seed), daemon=True
-        )
+
+class Process:
+    """A worker in another process and the pipe to it."""
+
+    def __init__(self, work, *args):
+        self.pipe, theirs = _processes.Pipe()
+        self._process = _processes.Process(target=work, args=(theirs, *args), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -65,9 +72,9 @@ class Peer:
     def pid(self):
         return self._process.pid
 
-    def metadata(self):
-        assert self._pipe.poll(ANSWER_S), "the peer did not start"
-        return self._pipe.recv()
+    def receive(self):
+        assert self.pipe.poll(ANSWER_S), "the process does not answer"
+        return self.pipe.recv()
 
     def stop(self):
         os.kill(self.pid, signal.SIGSTOP)
@@ -76,15 +83,47 @@ class Peer:
         os.kill(self.pid, signal.SIGCONT)
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join(ANSWER_S)
 
     def close(self):
-        self._pipe.close()
+        self.pipe.close()
         if self._process.is_alive():
             self.resume()
             self._process.join(ANSWER_S)
         assert not self._process.is_alive()
+
+
+class Peer(Process):
+    """A source worker that stands by to be read."""
+
+    def __init__(self, kind, *, name="source", nbytes=1 << 20, seed=1):
+        self.content = pattern(nbytes, seed)
+        super().__init__(_serve, kind, name, nbytes, seed)
+
+    def metadata(self):
+        return self.receive()
+
+
+class Reader(Process):
+    """A target worker that reads a NIXL source over and over, until it is killed."""
+
+    def __init__(self, metadata, nbytes):
+        super().__init__(_read, metadata, nbytes)
+        self.receive()
+
+    def reads(self):
+        """The largest byte of one whole read."""
+        return self.receive()
+
+
+@contextmanager
+def reader(metadata, nbytes):
+    made = Reader(metadata, nbytes)
+    try:
+        yield made
+    finally:
+        made.kill()
 
 
 @contextmanager

@@ -1,0 +1,98 @@
+"""NIXL with peers that are killed, stopped and restarted."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from engine.errors import PeerLost, TransportError
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.shared_memory import shared_pool
+from kvtransfer.transport import TransportLimits
+from tests.kvtransfer.peers import TRANSPORTS, Peer, peer, pieces, reader
+
+pytestmark = pytest.mark.skipif("nixl" not in TRANSPORTS, reason="nixl cannot be imported here")
+
+NBYTES = 16 << 20
+WHOLE = pieces((0, 0, NBYTES))
+KILLS = 20
+QUEUED = 40
+HASTY = TransportLimits(slice_bytes=1 << 20, slice_timeout_s=0.5, fence_timeout_s=0.2)
+
+
+@pytest.fixture
+def survivor():
+    made = NixlTransport("target", shared_pool(NBYTES), HASTY)
+    yield made
+    made.close()
+
+
+def assert_reads(survivor, name, source):
+    survivor._pool.bytes()[:] = 0
+    survivor.pull(name, WHOLE).wait(30)
+    assert np.array_equal(survivor._pool.bytes(), source.content)
+
+
+def test_a_peer_killed_in_mid_copy_twenty_times_never_takes_the_survivor_down(survivor):
+    with peer("nixl", name="living", nbytes=NBYTES, seed=2) as living, ExitStack() as dying:
+        survivor.connect("living", living.metadata())
+        for _ in range(KILLS):
+            source = Peer("nixl", nbytes=NBYTES)
+            dying.callback(source.close)
+            survivor.connect("dying", source.metadata())
+            pulls = [survivor.pull("dying", WHOLE) for _ in range(QUEUED)]
+            pulls[0].wait(30)
+            source.kill()
+            with pytest.raises(PeerLost):
+                pulls[-1].wait(30)
+            for pull in pulls:
+                pull.cancel(30)
+            assert_reads(survivor, "living", living)
+
+
+def test_a_peer_that_is_stopped_is_lost_in_bounded_time_and_fenced_once_it_goes_on(survivor):
+    with (
+        peer("nixl", nbytes=NBYTES) as stopped,
+        peer("nixl", name="living", nbytes=NBYTES, seed=2) as living,
+    ):
+        survivor.connect("living", living.metadata())
+        metadata = stopped.metadata()
+        survivor.connect("stopped", metadata)
+        stopped.stop()
+        pulls = [survivor.pull("stopped", WHOLE) for _ in range(2)]
+        for pull in pulls:
+            with pytest.raises(PeerLost, match="longer than"):
+                pull.wait(30)
+        with pytest.raises(PeerLost, match="longer than"):
+            survivor.pull("stopped", WHOLE)
+        pulls[1].cancel()
+        with pytest.raises(TransportError, match="could not be fenced"):
+            pulls[0].cancel()
+        assert_reads(survivor, "living", living)
+        stopped.resume()
+        pulls[0].cancel(30)
+        survivor.connect("stopped", metadata)
+        assert_reads(survivor, "stopped", stopped)
+
+
+def test_closing_does_not_wait_for_a_stopped_peer(survivor):
+    with peer("nixl", nbytes=NBYTES) as stopped:
+        survivor.connect("stopped", stopped.metadata())
+        stopped.stop()
+        pull = survivor.pull("stopped", WHOLE)
+        survivor.close()
+        with pytest.raises(TransportError):
+            pull.done()
+        with pytest.raises(TransportError, match="is closed"):
+            survivor.metadata("anyone")
+
+
+def test_readers_killed_in_mid_copy_do_not_take_their_source_down(survivor):
+    survivor._pool.bytes()[:] = 7
+    for _ in range(3):
+        with reader(survivor.metadata("reader"), NBYTES) as killed:
+            killed.kill()
+    with reader(survivor.metadata("reader"), NBYTES) as last:
+        assert last.reads() == 7
