@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from engine.packing import Packed
 
 QUERY_TILE = 256
-"""Queries attended at once; bounds the mask and the scores of a long prompt."""
+"""Queries of a sequence attended at once; bounds the mask and the scores of a long prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,12 @@ def store_kv(key: torch.Tensor, value: torch.Tensor, kv: KvLayer, slots: torch.T
 
 
 def paged_attention(
-    query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape
+    query: torch.Tensor,
+    kv: KvLayer,
+    packed: Packed,
+    shape: AttentionShape,
+    *,
+    tile: int = QUERY_TILE,
 ) -> torch.Tensor:
     """Causal attention of each chunk's queries [tokens, heads, head_dim] over its blocks."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -62,9 +67,9 @@ def paged_attention(
         zip(packed.query_lens, packed.contexts, strict=True)
     ):
         table = packed.block_tables[sequence]
-        for tile in range(0, count, QUERY_TILE):
-            rows = slice(row + tile, row + min(tile + QUERY_TILE, count))
-            first = context - count + tile
+        for start in range(0, count, tile):
+            rows = slice(row + start, row + min(start + tile, count))
+            first = context - count + start
             out[rows] = _attend_tile(query[rows], first, kv, table, shape)
         row += count
     return out

@@ -35,6 +35,8 @@ class Parallel:
     """All ranks, over gloo, for batches: an idle instance may wait here for ever."""
     answers: ProcessGroup | None = None
     """All ranks, over gloo, for drawn tokens: these are waited for within bounds."""
+    ordered: bool = False
+    """Whether sums are taken in the order of ranks, so that a row's do not depend on its place."""
 
     @property
     def rank(self) -> int:
@@ -58,18 +60,24 @@ class Parallel:
         return (self.stages - 1) * self.tensor_size
 
     def add_up(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of every tensor rank's part, in place."""
-        if self.tensor_size > 1:
-            distributed.all_reduce(part, group=self.tensor_group)
+        """The sum of every tensor rank's part, which it may overwrite."""
+        if self.tensor_size == 1:
+            return part
+        if self.ordered and self.tensor_size > 2:
+            return torch.stack(self._gather(part)).sum(0)
+        distributed.all_reduce(part, group=self.tensor_group)
         return part
 
     def gather_columns(self, part: torch.Tensor) -> torch.Tensor:
         """Every tensor rank's columns side by side."""
         if self.tensor_size == 1:
             return part
+        return torch.cat(self._gather(part), dim=-1)
+
+    def _gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(part) for _ in range(self.tensor_size)]
         distributed.all_gather(parts, part.contiguous(), group=self.tensor_group)
-        return torch.cat(parts, dim=-1)
+        return parts
 
     def hand_on(self, hidden: torch.Tensor) -> None:
         """Gives the hidden states to the next stage."""
@@ -107,6 +115,7 @@ def join(
     stages: int,
     init_method: str,
     device: torch.device,
+    ordered: bool = False,
     wait_s: float = WAIT_S,
 ) -> Parallel:
     """Meets the other ranks of one model at `init_method`; every rank calls this once."""
@@ -127,7 +136,9 @@ def join(
     control = distributed.new_group(backend="gloo", timeout=IDLE)
     answers = distributed.new_group(backend="gloo", timeout=wait)
     stage, tensor_rank = divmod(rank, tensor_size)
-    return Parallel(tensor_rank, tensor_size, stage, stages, groups[stage], control, answers)
+    return Parallel(
+        tensor_rank, tensor_size, stage, stages, groups[stage], control, answers, ordered
+    )
 
 
 def leave(parallel: Parallel) -> None:

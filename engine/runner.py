@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,12 +11,14 @@ import torch
 from engine.batch import StepResult
 from engine.clock import SystemClock
 from engine.errors import BadConfig
+from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
 from engine.model.decoder import Decoder
 from engine.model.weights import Loader
 from engine.ops import Ops, TorchOps
 from engine.packing import pack
 from engine.parallel import ALONE, Parallel
+from engine.rowwise import RowwiseOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from engine.layout import KvLayout
 
 log = logging.getLogger(__name__)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_PIECE_BYTES, KEPT_BYTES = 32 << 20, 64 << 20
 
 
 class Draws(Protocol):
@@ -47,6 +53,25 @@ def resolve_dtype(wanted: str, saved: str, device: torch.device) -> str:
     return dtype
 
 
+def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Ops:
+    """The fastest operations for a device; `deterministic` ones do not mix a batch's rows."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return RowwiseOps() if deterministic else TorchOps()
+    _keep_freed_memory()
+    ops = cpu_ops(threads)
+    repeatable = isinstance(ops, NativeOps)
+    return RowwiseOps() if deterministic and not repeatable else ops
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc reuse the memory of activations instead of mapping it afresh for every layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_PIECE_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 class Runner:
     """One rank of a model. On the last stage's first tensor rank `execute` draws tokens."""
 
@@ -63,6 +88,7 @@ class Runner:
         host_slots: int = 0,
         layer_groups: int = 4,
         threads: int = 1,
+        deterministic: bool = False,
         ops: Ops | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -76,11 +102,10 @@ class Runner:
             tensor_parallel=parallel.tensor_size,
             pipeline_parallel=parallel.stages,
         )
-        self._claim_device(threads)
+        ops = ops or choose_ops(self.device, threads, deterministic=deterministic)
         self.kv = KvCache(
             self.layout, parallel.rank, blocks=blocks, device=self.device, host_slots=host_slots
         )
-        ops = ops or TorchOps()
         loader = Loader(checkpoint, parallel, ops, self.device, TORCH_DTYPES[name])
         with torch.inference_mode():
             self._decoder = Decoder(loader, self.kv)
@@ -128,12 +153,6 @@ class Runner:
                 on_layer_group(last_layers[layer])
 
         return report
-
-    def _claim_device(self, threads: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        else:
-            torch.set_num_threads(threads)
 
 
 def _ignore(_layer: int) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REMAP_BYTES = 256 << 20
+REMAP_BYTES = 64 << 20
 """Pages of a file that may stay mapped while it is read; they count as resident."""
 
 
@@ -36,10 +36,19 @@ class _Shard:
         return tuple(self._file.get_slice(name).get_shape())
 
     def copy(self, name: str, cut: tuple[slice, ...], into: torch.Tensor) -> None:
-        """Copies a slice; `into` may be of another dtype or device."""
-        into.copy_(self._file.get_slice(name)[cut])
-        self._read_bytes += into.nbytes
-        if self._read_bytes > REMAP_BYTES:
+        """Copies a slice piece by piece; `into` may be of another dtype or device."""
+        first, *others = cut
+        start = first.start or 0
+        step = max(1, REMAP_BYTES * into.shape[0] // max(1, into.nbytes))
+        for row in range(0, into.shape[0], step):
+            piece = into[row : row + step]
+            rows = slice(start + row, start + row + piece.shape[0])
+            piece.copy_(self._file.get_slice(name)[rows, *others])
+            self._remap_after(piece.nbytes)
+
+    def _remap_after(self, read_bytes: int) -> None:
+        self._read_bytes += read_bytes
+        if self._read_bytes >= REMAP_BYTES:
             self._file, self._read_bytes = self._open(), 0
 
     def _open(self) -> Any:
