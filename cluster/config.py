@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.call import RequestLimits
 from cluster.config_errors import first_error
 from cluster.journal import JournalSettings
 from cluster.yaml_file import read_yaml
@@ -19,6 +20,7 @@ from engine.errors import BadConfig
 from engine.messages import Role
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
+from placement.admission import AdmissionSettings
 from placement.router import RouterSettings
 from prefill.scheduler import PrefillSettings
 
@@ -92,6 +94,8 @@ class EngineConfig(Section):
     """Blocks of host memory that preempted sequences can be swapped to."""
     threads: Count = 1
     """Threads of a CPU worker."""
+    deterministic: bool = False
+    """Whether a sequence's result must not depend on its neighbours in a batch, even at a cost."""
     cache_prefixes: bool = True
     """Whether a prompt may reuse the KV of an earlier one of the same tenant."""
     prefill: PrefillSettings = PrefillSettings()
@@ -142,9 +146,17 @@ class GatewayConfig(Section):
     """The record of every request under way."""
     routing: RouterSettings = RouterSettings()
     """Where requests go."""
+    admission: AdmissionSettings = AdmissionSettings()
+    """Which requests are let in, and in which order."""
 
 
 class LimitsConfig(Section):
+    requests: RequestLimits = RequestLimits()
+    """What one request may ask for."""
+    queue_s: Seconds = 120.0
+    """The longest that a request may wait before it is sent anywhere."""
+    request_s: Seconds = 3600.0
+    """The longest that a request may take."""
     start_s: Seconds = 900.0
     """How long an instance may take to load and warm up."""
     drain_s: Seconds = 30.0

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from engine.errors import BadMessage, InstanceLost
+from engine.errors import InstanceLost
 from engine.messages import Lost
 from kvtransfer.transfer import PullCancel, PullOrder
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from engine.errors import TransferError
     from engine.messages import Load
 
-log = logging.getLogger(__name__)
+    Finished = Callable[[PullOrder, TransferError | None], None]
 
-Finished = "Callable[[PullOrder, TransferError | None], None]"
+log = logging.getLogger(__name__)
 
 
 class Mover(Protocol):
@@ -115,11 +115,7 @@ class Host:
 
     async def _receive(self) -> None:
         while True:
-            try:
-                sender, message = await self._link.receive()
-            except BadMessage as error:
-                log.warning("message refused error=%s", error)
-                continue
+            sender, message = await self._link.receive()
             self.instance.receive(sender, message, self._clock.now())
             self.pump()
 

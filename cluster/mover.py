@@ -40,21 +40,22 @@ class RankMover:
             self._rank,
             layers=range(order.first_layer, order.last_layer),
         )
-        started: list[Pull] = []
         under_way = self._under_way.setdefault(order.transfer, [])
+        started: list[Pull] = []
         try:
             for part in parts:
                 peer = rank_name(order.source, part.source_rank)
-                pull = self._transport.pull(peer, part.copies)
-                started.append(pull)
-                under_way.append(pull)
-            for pull in started:
-                await _ended(pull)
+                started.append(self._transport.pull(peer, part.copies))
+                under_way.append(started[-1])
         finally:
+            failures = [await _ending(pull) for pull in started]
             for pull in started:
                 under_way.remove(pull)
             if not under_way:
                 self._under_way.pop(order.transfer, None)
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
     async def cancel(self, transfer: str) -> None:
         """A fence may wait for a copy under way, so it does not run on the event loop."""
@@ -62,12 +63,21 @@ class RankMover:
             await asyncio.to_thread(pull.cancel)
 
 
-async def _ended(pull: Pull) -> None:
+async def _ending(pull: Pull) -> TransferError | None:
+    """Waits until nothing more is written, whatever became of the copy."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    pull.add_done_callback(lambda: loop.call_soon_threadsafe(ended.set))
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    pull.add_done_callback(wake)
     await ended.wait()
-    pull.done()
+    try:
+        pull.done()
+    except TransferError as error:
+        return error
+    return None
 
 
 class Rank(Protocol):

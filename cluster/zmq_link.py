@@ -8,6 +8,7 @@ is TCP, always encrypted and open only to holders of the cluster's key.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.messages import Message
+
+log = logging.getLogger(__name__)
 
 READS_BEFORE_A_YIELD = 64
 
@@ -85,6 +88,7 @@ class ZmqLink:
             raise InstanceLost(f"{to} does not read: the queue to it is full") from error
 
     async def receive(self) -> tuple[str, Message]:
+        """What does not decode is logged and skipped: one bad peer must not stop the others."""
         while True:
             self._reads += 1
             if self._reads % READS_BEFORE_A_YIELD == 0:
@@ -94,7 +98,10 @@ class ZmqLink:
             except zmq.Again:
                 await self._readable()
                 continue
-            return _decode(frames)
+            try:
+                return _decode(frames)
+            except BadMessage as error:
+                log.warning("message refused link=%s error=%s", self.name, error)
 
     def connect(self, peer: str, address: str) -> None:
         """Knows the peer by this address from now on; what waited for another one is dropped."""

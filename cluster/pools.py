@@ -1,0 +1,50 @@
+"""What the instances of a pool look like, from the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.roster import InstanceSpec
+from engine.messages import Role
+
+if TYPE_CHECKING:
+    from cluster.config import Config
+
+LOCAL_WORKER_CPU = 0.01
+"""On a Ray of our own CPUs are not rationed between Ray jobs: there is only this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What instances stand on."""
+
+    device: str
+    """cpu or cuda."""
+    owned: bool
+    """Whether this Ray is ours alone."""
+
+
+def pool_spec(config: Config, ground: Ground, role: Role, name: str) -> InstanceSpec:
+    pool = config.pools.of(role)
+    resources = dict(pool.resources)
+    if ground.device == "cuda":
+        resources.setdefault("GPU", 1.0)
+    cpus = LOCAL_WORKER_CPU if ground.owned else float(config.engine.threads)
+    resources.setdefault("CPU", cpus)
+    return InstanceSpec(
+        name,
+        role,
+        ground.device,
+        pool.tensor_parallel,
+        pool.pipeline_parallel,
+        tuple(sorted(resources.items())),
+    )
+
+
+def initial_specs(config: Config, ground: Ground) -> tuple[InstanceSpec, ...]:
+    return tuple(
+        pool_spec(config, ground, role, f"{role.value}-{number}")
+        for role in Role
+        for number in range(config.pools.of(role).instances)
+    )

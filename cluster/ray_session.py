@@ -1,0 +1,78 @@
+"""The Ray that a deployment stands on: one of our own, or one that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from cluster.actors import NAMESPACE, find_controller
+from engine.errors import BadConfig, InstanceLost
+from engine.messages import Role
+
+if TYPE_CHECKING:
+    from cluster.config import Config, PoolConfig
+
+log = logging.getLogger(__name__)
+
+LOCAL_OBJECT_STORE_BYTES = 80 << 20
+"""Ray's least; nothing of ours travels through the object store."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaySession:
+    owned: bool
+    """Started by us, on this machine only, and stopped by us."""
+    cpus: float
+    gpus: float
+
+    def stop(self) -> None:
+        ray.shutdown()
+
+
+def start_ray(address: str | None) -> RaySession:
+    """Joins the cluster at `address` or RAY_ADDRESS; without either, starts one on this machine."""
+    owned = address is None and not os.environ.get("RAY_ADDRESS")
+    if owned:
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            namespace=NAMESPACE,
+            logging_level=logging.WARNING,
+        )
+    else:
+        _join(address)
+    total = ray.cluster_resources()
+    return RaySession(owned, total.get("CPU", 0.0), total.get("GPU", 0.0))
+
+
+def _join(address: str | None) -> None:
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        rule = f"no Ray cluster answers there: {str(error).splitlines()[0]}"
+        raise BadConfig("address", address or os.environ["RAY_ADDRESS"], rule) from error
+    try:
+        find_controller()
+    except InstanceLost:
+        return
+    raise BadConfig("address", address, "this Ray cluster serves a Tandem deployment already")
+
+
+def choose_device(config: Config, session: RaySession) -> str:
+    """`auto` is cuda where every worker can have a GPU."""
+    if config.device != "auto":
+        return config.device
+    workers = sum(pool.workers * pool.instances for pool in _pools(config))
+    device = "cuda" if session.gpus >= max(workers, 1) else "cpu"
+    log.info("device chosen device=%s gpus=%g workers=%d", device, session.gpus, workers)
+    return device
+
+
+def _pools(config: Config) -> tuple[PoolConfig, ...]:
+    return tuple(config.pools.of(role) for role in Role)
