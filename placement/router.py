@@ -47,6 +47,8 @@ class RouterSettings:
     """The longest uncached prompt that a decode instance may prefill itself."""
     local_slack: float = 0.3
     """The share of the TPOT target that a decode instance's step must leave for that."""
+    local_ttft_share: float = 0.8
+    """It does so only if its predicted TTFT is below this share of that of a hand-off."""
     growth_tokens: int = 64
     """Output tokens to have room for when a sequence is placed."""
 
@@ -294,28 +296,43 @@ class Router:
         return self._route(ask, prefill, None if prefill.load.role.decodes else decode)
 
     def _cheapest(self, ask: _Ask, usable: list[_Instance]) -> Route | None:
-        decode_costs = [
-            (self._decode_cost(ask, one), one) for one in usable if one.load.role.decodes
+        """The lowest cost of mixed instances, a hand-off, and decode instances with slack."""
+        target_s = ask.request.slo.ttft_s
+        costs = [(self._decode_cost(ask, one), one) for one in usable if one.load.role.decodes]
+        choices: list[_Choice] = [
+            (cost + self._ttft_s(ask, one) / target_s, one, None)
+            for cost, one in costs
+            if one.load.role.prefills
         ]
-        if not decode_costs:
-            return None
-        slo = ask.request.slo
-        best_cost, best_decode = min(decode_costs, key=_cost)
-        handoff = best_cost + self.settings.handoff_s / slo.tpot_s
-        choices: list[tuple[float, _Instance, _Instance | None]] = [
-            (self._ttft_s(ask, one) / slo.ttft_s + handoff, one, best_decode)
-            for one in usable
-            if not one.load.role.decodes
-        ]
-        choices += [
-            (self._ttft_s(ask, one) / slo.ttft_s + cost, one, None)
-            for cost, one in decode_costs
-            if one.load.role.prefills or self._may_prefill_locally(ask, one)
-        ]
+        prefills = [(self._ttft_s(ask, one), one) for one in usable if not one.load.role.decodes]
+        if costs and prefills:
+            cost, decode = min(costs, key=_cost)
+            ttft_s, prefill = min(prefills, key=_cost)
+            cost += self.settings.handoff_s / ask.request.slo.tpot_s
+            choices.append((cost + ttft_s / target_s, prefill, decode))
+            choices += self._local(ask, costs, ttft_s * self.settings.local_ttft_share)
+        choices = choices or self._alone(ask, usable)
         if not choices:
             return None
-        _, prefill, decode = min(choices, key=_cost)
-        return self._route(ask, prefill, decode)
+        _, first, partner = min(choices, key=_cost)
+        return self._route(ask, first, partner)
+
+    def _local(
+        self, ask: _Ask, costs: list[tuple[float, _Instance]], below_s: float
+    ) -> list[_Choice]:
+        """Decode instances that would give a short prompt's first token sooner."""
+        target_s = ask.request.slo.ttft_s
+        local: list[_Choice] = []
+        for cost, one in costs:
+            if one.load.role is Role.DECODE and self._may_prefill_locally(ask, one):
+                ttft_s = self._ttft_s(ask, one)
+                if ttft_s < below_s:
+                    local.append((cost + ttft_s / target_s, one, None))
+        return local
+
+    def _alone(self, ask: _Ask, usable: list[_Instance]) -> list[_Choice]:
+        """While a whole role is missing, the other serves requests by itself."""
+        return [(self._decode_cost(ask, one) + self._ttft_s(ask, one), one, None) for one in usable]
 
     def _decode_cost(self, ask: _Ask, instance: _Instance) -> float:
         pace = instance.tpot_s() / ask.request.slo.tpot_s
