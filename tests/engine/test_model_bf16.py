@@ -3,6 +3,9 @@
 Random weights give almost flat logits: in some rows the two best differ by less than both may be
 off once rounded to bf16, and no bf16 program can order those. They are left out; of the others,
 99 of 100 must agree. Both models hold the same weights, saved in bf16.
+
+A router with random weights is nearly undecided too, and a token that rounding sends to another
+expert ends elsewhere altogether, so models with experts are asked for 98.
 """
 
 from __future__ import annotations
@@ -52,4 +55,5 @@ def test_bf16_agrees_with_fp32_on_the_likeliest_token(name: str, tmp_path: Path)
     sure = first - second > ROUNDINGS * exact.abs().amax(-1)
     agree = (exact.argmax(-1) == rounded.argmax(-1)).float()
     assert sure.float().mean() > 0.75
-    assert agree[sure].mean() >= 0.99
+    experts = open_checkpoint(str(tmp_path)).config.moe
+    assert agree[sure].mean() >= (0.99 if experts is None else 0.98)
