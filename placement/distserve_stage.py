@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heapify, heappop, heappush
-from math import ceil, sqrt
 from typing import TYPE_CHECKING, Protocol
+
+from placement.latency import steps_to_reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -146,18 +147,3 @@ class DecodeStage:
         for request in self._waiting:
             self._need[request] += self._round
         self._finish_rounds.clear()
-
-
-def steps_to_reach(span_s: float, first_step_s: float, growth_s: float) -> int:
-    """The fewest steps (at least 1) that last `span_s`, each `growth_s` longer than the last."""
-    if span_s <= first_step_s:
-        return 1
-    linear = first_step_s - growth_s / 2
-    if growth_s > 0:
-        steps = (sqrt(linear * linear + 2 * growth_s * span_s) - linear) / growth_s
-    else:
-        steps = span_s / first_step_s
-    count = max(1, ceil(steps) - 1)
-    while count * first_step_s + growth_s * (count * (count - 1) / 2) < span_s:
-        count += 1
-    return count

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
 from engine.errors import BadConfig
@@ -218,3 +219,18 @@ def power_w(device: Device, compute_share: float, memory_share: float) -> float:
 
 
 MEMORY_POWER_SHARE = 0.5
+
+
+def steps_to_reach(span_s: float, first_step_s: float, growth_s: float) -> int:
+    """The fewest steps (at least 1) that last `span_s`, each `growth_s` longer than the last."""
+    if span_s <= first_step_s:
+        return 1
+    linear = first_step_s - growth_s / 2
+    if growth_s > 0:
+        steps = (sqrt(linear * linear + 2 * growth_s * span_s) - linear) / growth_s
+    else:
+        steps = span_s / first_step_s
+    count = max(1, ceil(steps) - 1)
+    while count * first_step_s + growth_s * (count * (count - 1) / 2) < span_s:
+        count += 1
+    return count

@@ -19,7 +19,7 @@ from placement.distserve_rules import (
     simulate,
     stage_rules,
 )
-from placement.distserve_stage import steps_to_reach
+from placement.latency import steps_to_reach
 
 ONE = Parallel(1, 1)
 SPLIT = Layout("opt-13b", ONE, ONE)

@@ -1,0 +1,433 @@
+"""One instance in virtual time: the real batcher and block pool; a latency model for a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from engine.blocks import BlockPool
+from engine.errors import OutOfBlocks
+from engine.messages import InstanceState, Load, Running
+from engine.request import SequenceState, start_sequence
+from placement.latency import Step, pairs_of, steps_to_reach
+from placement.simulated_handoff import Handoff, Inbox
+from placement.steady import Flow, SteadyBatcher
+from placement.view import InstanceView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from engine.batch import Chunk
+    from engine.request import Request, Sequence
+    from placement.deployment import Deployment, InstanceModel
+    from placement.role import RoleSettings
+    from placement.role import Step as RoleStep
+
+LEARNED_STEPS = 8
+"""Of a run of equal steps; the smoothed step duration hardly changes after these."""
+
+
+class World(Protocol):
+    """What an instance tells about its requests, and who calls it back later."""
+
+    def at(self, time_s: float, action: Callable[[float], None]) -> None: ...
+    def moment(self, name: str, request_id: str, now: float) -> None: ...
+    def first_token(self, request_id: str, now: float) -> None: ...
+    def finished(self, request_id: str, now: float) -> None: ...
+    def failed(self, request_id: str) -> None: ...
+    def gap(self, seconds: float, count: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Steps under way: one, or several in which the same decodes take a token each."""
+
+    step: RoleStep
+    decodes: int
+    start_s: float
+    first_step_s: float
+    growth_s: float
+    """How much longer each step is than the one before."""
+    steps: int
+    steady: bool
+
+    @property
+    def duration_s(self) -> float:
+        growing = self.growth_s * (self.steps * (self.steps - 1) / 2)
+        return self.steps * self.first_step_s + growing
+
+
+class SimulatedInstance:
+    def __init__(
+        self, name: str, model: InstanceModel, deployment: Deployment, world: World
+    ) -> None:
+        self.name = name
+        self.model = model
+        self._deployment = deployment
+        self._world = world
+        self.pool = BlockPool(deployment.blocks(model), deployment.block_tokens)
+        self.batcher = SteadyBatcher(self.pool, _with_speed(model))
+        self._flow = Flow(self.pool)
+        self._steady = True
+        """Whether all decodes are in the flow; else the batcher decides every step."""
+        self.busy_s = 0.0
+        self.most_tokens = self.most_kv_read_tokens = 0
+        self.egress_free_s = 0.0
+        self._inbox = Inbox(self, deployment, world)
+        self._targets: dict[str, SimulatedInstance | None] = {}
+        self._started_s: dict[str, float] = {}
+        self._fresh: dict[str, None] = {}
+        """Decoding sequences that have not taken a step here."""
+        self._run: _Run | None = None
+        self._run_number = 0
+        self._listed: dict[str, Running] = {}
+        self._view: InstanceView | None = None
+
+    # What others ask of it.
+
+    def submit(self, request: Request, target: SimulatedInstance | None, now: float) -> None:
+        """Prefill a request here; with a target, hand it off afterwards."""
+        sequence = start_sequence(request, 0)
+        try:
+            self.batcher.prefill.add(sequence)
+        except OutOfBlocks:
+            self._world.failed(request.id)
+            return
+        self._targets[request.id] = target
+        self._list(sequence)
+        self._poke(now)
+
+    def offer(self, handoff: Handoff, now: float) -> None:
+        self._inbox.add(handoff, now)
+
+    def freed(self, handoff: Handoff, now: float) -> None:
+        """The target has the KV: the source may reuse its blocks."""
+        self.pool.release(handoff.sequence.blocks)
+        handoff.sequence.blocks = []
+        self._unlist(handoff.sequence.id)
+        self._inbox.take(now)
+        self._poke(now)
+
+    def join(self, sequence: Sequence, now: float) -> None:
+        """Decode a sequence whose KV is here."""
+        self.batcher.decode.add(sequence)
+        self._fresh[sequence.id] = None
+        self._list(sequence)
+        self._poke(now)
+
+    def has_room(self, blocks: int) -> bool:
+        self._make_available_exact(blocks)
+        return self.batcher.decode.has_room(blocks)
+
+    def view(self) -> InstanceView:
+        """As the router sees it; built anew only after a change."""
+        if self._view is None:
+            self._view = InstanceView(
+                self._load(),
+                self.model.node,
+                self.model.device,
+                self.model.tensor_parallel,
+                self.model.pipeline_parallel,
+            )
+        return self._view
+
+    @property
+    def is_empty(self) -> bool:
+        idle = self._run is None and not len(self._inbox) and not len(self._flow)
+        scheduled = len(self.batcher.decode) + len(self.batcher.prefill)
+        return idle and not scheduled and self.pool.available == self.pool.total_blocks
+
+    # Running.
+
+    def _poke(self, now: float) -> None:
+        """Something came: start, or stop a run of decodes after its current step."""
+        self._view = None
+        run = self._run
+        if run is None:
+            self._start(now)
+        elif run.steps > 1:
+            steps = steps_to_reach(now - run.start_s, run.first_step_s, run.growth_s)
+            if steps < run.steps:
+                run.steps = steps
+                self._schedule(run)
+
+    def _start(self, now: float) -> None:
+        if self._steady and self._start_steady(now):
+            return
+        if self._steady:
+            self._flow.release()
+            self._steady = False
+        step = self.batcher.next_step(now)
+        for sequence in step.decode_step.outgrown:
+            self._give_up(sequence)
+        if step.batch.chunks:
+            self._launch(step, len(step.decodes), _work(step), now, 1)
+        elif not len(self.batcher.decode):
+            self._steady = True
+
+    def _start_steady(self, now: float) -> bool:
+        """Start what is known without asking for a whole step; False if too little is known."""
+        scheduler, flow = self.batcher.steady_decode, self._flow
+        if scheduler.has_newcomers:
+            self._make_available_exact(len(flow) + 1)
+            newcomers = scheduler.let_all_in()
+            if newcomers is None:
+                return False
+            for sequence in newcomers:
+                flow.add(sequence)
+        lasting = self._rounds_in_memory()
+        if lasting < 1:
+            return False
+        step = self.batcher.prompts_beside(now, len(flow))
+        if step.prefills:
+            steps = 1
+        elif len(flow):
+            steps = min(flow.steps_to_end, lasting)
+        else:
+            return True
+        work = _with_decodes(_work_of(step.prefills), len(flow), flow.kv_read_tokens)
+        self._launch(step, len(flow), work, now, steps)
+        return True
+
+    def _rounds_in_memory(self) -> int:
+        if not len(self._flow):
+            return 1
+        lasting = self._flow.steps_in_memory
+        if lasting < 1 and self._flow.most_ungrown_blocks <= self.pool.available:
+            self._flow.grow()
+            lasting = self._flow.steps_in_memory
+        return lasting
+
+    def _make_available_exact(self, blocks: int) -> None:
+        """Give out blocks that are spoken for, where that may change what is decided."""
+        reserve = int(self.pool.total_blocks * self.model.settings.decode.watermark)
+        tight = self._flow.most_ungrown_blocks + blocks + reserve > self.pool.available
+        if tight and self._run is None and len(self._flow):
+            self._flow.grow()
+
+    def _launch(self, step: RoleStep, decodes: int, work: Step, now: float, steps: int) -> None:
+        self.most_tokens = max(self.most_tokens, work.tokens)
+        self.most_kv_read_tokens = max(self.most_kv_read_tokens, work.kv_read_tokens)
+        first_s = self._step_s(work, decodes=decodes > 0) + self._swap_s(step)
+        growth_s = self._growth_s(decodes) if steps > 1 else 0.0
+        run = _Run(step, decodes, now, first_s, growth_s, steps, self._steady)
+        self._run = run
+        for chunk in step.prefills:
+            if chunk.request_id not in self._started_s:
+                self._started_s[chunk.request_id] = now
+                self._world.moment("prefill_started_s", chunk.request_id, now)
+        if self._fresh:
+            self._mark_first_steps(run)
+        self._schedule(run)
+
+    def _schedule(self, run: _Run) -> None:
+        self._run_number += 1
+        number = self._run_number
+
+        def end(now: float) -> None:
+            if number == self._run_number:
+                self._end(now)
+
+        self._world.at(run.start_s + run.duration_s, end)
+
+    def _mark_first_steps(self, run: _Run) -> None:
+        """Everyone decodes in a steady run; else those in the step."""
+        taking = (
+            list(self._fresh) if run.steady else [chunk.request_id for chunk in run.step.decodes]
+        )
+        for request_id in taking:
+            if request_id in self._fresh:
+                del self._fresh[request_id]
+                self._world.moment("decode_started_s", request_id, run.start_s)
+                self._world.moment("second_token_s", request_id, run.start_s + run.first_step_s)
+
+    def _step_s(self, work: Step, *, decodes: bool) -> float:
+        """A pass, or with stages working at once: a round of passes over parts of the batch."""
+        latency, stages = self.model.latency, self.model.pipeline_parallel
+        if not self.model.pipelined or stages == 1:
+            return latency.step_s(work)
+        if not decodes:
+            return latency.stage_s(work)
+        part = Step(
+            -(-work.tokens // stages),
+            -(-work.draws // stages),
+            work.pairs // stages,
+            work.kv_read_tokens // stages,
+        )
+        return latency.step_s(part)
+
+    def _growth_s(self, batch: int) -> float:
+        stages = self.model.pipeline_parallel if self.model.pipelined else 1
+        return self.model.latency.read_s * batch / stages
+
+    def _swap_s(self, step: RoleStep) -> float:
+        """Half of the there and back that a swapped block costs."""
+        blocks = sum(len(swap.blocks) for swap in step.batch.swaps)
+        return blocks * self.model.settings.decode.swap_block_s / 2
+
+    def _drain_s(self, run: _Run) -> float:
+        """How long prompts are still in later stages when the next batch may start."""
+        stages = self.model.pipeline_parallel
+        if not self.model.pipelined or stages == 1 or run.decodes:
+            return 0.0
+        return run.first_step_s * (stages - 1)
+
+    def _end(self, now: float) -> None:
+        run = self._run
+        assert run is not None
+        self._run, self._view = None, None
+        self.busy_s += run.duration_s
+        mean_s = run.duration_s / run.steps
+        for _ in range(min(run.steps, LEARNED_STEPS)):
+            self.batcher.measured(run.step, mean_s)
+        if run.decodes:
+            self._world.gap(mean_s, run.steps * run.decodes)
+        ended = self._flow.advance(run.steps) if run.steady else self._take_tokens(run)
+        for sequence in ended:
+            self._finish(self.batcher.decode.remove(sequence.id), now)
+        for chunk in run.step.prefills:
+            self._apply_prefill(chunk, now, self._drain_s(run))
+        if not run.steady:
+            self._try_steady()
+        if ended:
+            self._inbox.take(now)
+        if self._run is None:
+            self._start(now)
+
+    def _take_tokens(self, run: _Run) -> list[Sequence]:
+        """One step as the batcher made it; those that end with it."""
+        ended = []
+        for chunk in run.step.decodes:
+            sequence = self.batcher.decode.computed(chunk)
+            if chunk.draw is None:
+                continue
+            sequence.tokens.append(0)
+            if sequence.output_tokens >= sequence.request.sampling.max_tokens:
+                ended.append(sequence)
+        return ended
+
+    def _try_steady(self) -> None:
+        """Back to counting rounds, once everyone runs with all of its KV and room to grow."""
+        scheduler = self.batcher.steady_decode
+        running = scheduler.running
+        if not scheduler.all_run or any(s.uncomputed != 1 for s in running):
+            return
+        if running and self.pool.available < 4 * len(running):
+            return
+        for sequence in running:
+            self._flow.add(sequence)
+        self._steady = True
+
+    def _finish(self, sequence: Sequence, now: float) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.state = SequenceState.FINISHED
+        self._unlist(sequence.id)
+        self._world.finished(sequence.id, now)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._unlist(sequence.id)
+        self._fresh.pop(sequence.id, None)
+        self._world.failed(sequence.id)
+
+    def _apply_prefill(self, chunk: Chunk, now: float, drain_s: float) -> None:
+        sequence = self.batcher.prefill.computed(chunk)
+        if chunk.draw is None:
+            return
+        self.batcher.prefill.remove(sequence.id)
+        if drain_s == 0.0:
+            self._prefilled(sequence, len(chunk.tokens), now)
+        else:
+            count = len(chunk.tokens)
+            self._world.at(now + drain_s, lambda then: self._prefilled(sequence, count, then))
+
+    def _prefilled(self, sequence: Sequence, last_chunk_tokens: int, now: float) -> None:
+        """The first token is out: decode here, or offer the KV to who will."""
+        sequence.tokens.append(0)
+        self._world.first_token(sequence.id, now)
+        target = self._targets.pop(sequence.id)
+        started_s = self._started_s.pop(sequence.id)
+        if sequence.request.sampling.max_tokens == 1:
+            self._finish(sequence, now)
+        elif target is None or target is self:
+            self._fresh[sequence.id] = None
+            self.batcher.decode.add(sequence)
+            if self._run is not None:
+                self._poke(now)
+        else:
+            sequence.state = SequenceState.HELD
+            last_share = last_chunk_tokens / (len(sequence.tokens) - 1)
+            tail_share = last_share / self._deployment.overheads.layer_groups
+            target.offer(Handoff(sequence, self, started_s, now, tail_share), now)
+
+    # What the router sees.
+
+    def _list(self, sequence: Sequence) -> None:
+        self._listed[sequence.id] = Running(
+            sequence.id,
+            sequence.epoch,
+            sequence.state.value,
+            sequence.request.priority,
+            sequence.prompt_tokens,
+            sequence.output_tokens,
+            len(sequence.blocks),
+        )
+        self._view = None
+
+    def _unlist(self, request_id: str) -> None:
+        self._listed.pop(request_id, None)
+        self._view = None
+
+    def _load(self) -> Load:
+        free_blocks = self.pool.available - self._flow.most_ungrown_blocks
+        return Load(
+            instance=self.name,
+            role=self.model.role,
+            state=InstanceState.READY,
+            queue_requests=len(self.batcher.prefill),
+            queued_tokens=self.batcher.prefill.queued_tokens,
+            running_sequences=len(self.batcher.decode),
+            running_tokens=self._flow.kv_read_tokens,
+            free_blocks=max(0, free_blocks),
+            total_blocks=self.pool.total_blocks,
+            block_tokens=self.pool.block_tokens,
+            pinned_blocks=0,
+            cached_blocks=0,
+            step_s=self.batcher.decode_step_s,
+            sequences=tuple(self._listed.values()),
+        )
+
+
+def _work(step: RoleStep) -> Step:
+    """What a step costs, from its chunks."""
+    return _work_of((*step.decodes, *step.prefills))
+
+
+def _work_of(chunks: Iterable[Chunk]) -> Step:
+    tokens = draws = pairs = read = 0
+    for chunk in chunks:
+        count = len(chunk.tokens)
+        tokens += count
+        draws += chunk.draw is not None
+        read += chunk.start
+        pairs += pairs_of(count, chunk.start) if count > 1 else 0
+    return Step(tokens, draws, pairs, read)
+
+
+def _with_decodes(work: Step, decodes: int, kv_read_tokens: int) -> Step:
+    return Step(
+        work.tokens + decodes,
+        work.draws + decodes,
+        work.pairs,
+        work.kv_read_tokens + kv_read_tokens,
+    )
+
+
+def _with_speed(model: InstanceModel) -> RoleSettings:
+    """The batcher's first guess of the prefill rate, from the latency model."""
+    settings = model.settings
+    budget = settings.prefill.token_budget
+    per_s = budget / model.latency.prefill_s([(budget, 0)])
+    return replace(settings, prefill=replace(settings.prefill, tokens_per_s=per_s))

@@ -1,0 +1,140 @@
+"""Batches whose next step is known before the schedulers are asked.
+
+While every sequence has a place and memory suffices, a step takes one token of each decode. The
+schedulers here are the real ones, asked only for what is open: who is let in, and which prompt
+chunks ride along. Decodes then advance by counting rounds.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from decode.scheduler import DecodeScheduler, DecodeStep
+from engine.batch import Batch, Chunk
+from engine.blocks import blocks_for
+from placement.role import RoleBatcher, RoleSettings, Step
+
+if TYPE_CHECKING:
+    from engine.blocks import BlockPool
+    from engine.request import Sequence
+
+ANY_DECODE = (Chunk("", (0,), 0, (), None),)
+"""Stands for decodes where only their presence matters."""
+
+
+class SteadyDecodeScheduler(DecodeScheduler):
+    @property
+    def has_newcomers(self) -> bool:
+        return bool(self._waiting)
+
+    def let_all_in(self) -> list[Sequence] | None:
+        """Admit those that wait; None if some cannot be, or someone had to give way before."""
+        if self._displaced():
+            return None
+        newcomers = list(self._waiting.values())
+        self._let_in()
+        return None if self._waiting else newcomers
+
+    @property
+    def all_run(self) -> bool:
+        return not self._waiting and not self._swapped
+
+
+class SteadyBatcher(RoleBatcher):
+    """The instance's batcher, which can also be asked for one half of a step."""
+
+    def __init__(self, pool: BlockPool, settings: RoleSettings) -> None:
+        super().__init__(pool, settings)
+        self.steady_decode = SteadyDecodeScheduler(pool, settings.decode)
+        self.decode = self.steady_decode
+
+    def prompts_beside(self, now: float, decodes: int) -> Step:
+        """The step in which so many decodes take a token each, with the chunks that fit."""
+        budget = self._prompt_budget(decodes)
+        prefills = tuple(self.prefill.next_chunks(now, budget)) if len(self.prefill) else ()
+        return Step(Batch(), prefills, ANY_DECODE if decodes else (), DecodeStep())
+
+
+class Flow:
+    """Decodes that take one token a round; a sequence's own record is brought up to date late."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._members: dict[str, tuple[Sequence, int]] = {}
+        """With the round up to which the sequence is up to date."""
+        self._ends: list[tuple[int, int, str]] = []
+        self._added = 0
+        self._round = 0
+        self._grown_round = 0
+        self.kv_read_tokens = 0
+        """What the next step reads."""
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, sequence: Sequence) -> None:
+        remaining = sequence.request.sampling.max_tokens - sequence.output_tokens
+        self._members[sequence.id] = sequence, self._round
+        self._added += 1
+        heappush(self._ends, (self._round + remaining, self._added, sequence.id))
+        self.kv_read_tokens += sequence.computed
+
+    @property
+    def steps_to_end(self) -> int:
+        """Until the first member ends."""
+        return self._ends[0][0] - self._round
+
+    @property
+    def steps_in_memory(self) -> int:
+        """How many rounds the pool's blocks surely last, whoever needs a new one first."""
+        lasting = self._pool.available // len(self._members) * self._pool.block_tokens
+        return lasting - 1 - (self._round - self._grown_round)
+
+    @property
+    def most_ungrown_blocks(self) -> int:
+        """At most so many blocks of the pool are spoken for already."""
+        if self._round == self._grown_round:
+            return 0
+        rounds = self._round - self._grown_round
+        return len(self._members) * (rounds // self._pool.block_tokens + 1)
+
+    def advance(self, steps: int) -> list[Sequence]:
+        """Everyone takes so many tokens; those that end leave."""
+        self._round += steps
+        self.kv_read_tokens += steps * len(self._members)
+        ended = []
+        while self._ends and self._ends[0][0] == self._round:
+            request_id = heappop(self._ends)[2]
+            sequence, since = self._members.pop(request_id)
+            self._catch_up(sequence, since)
+            self.kv_read_tokens -= sequence.computed
+            ended.append(sequence)
+        if not self._members:
+            self._grown_round = self._round
+        return ended
+
+    def grow(self) -> None:
+        """Bring block tables up to date."""
+        for request_id, (sequence, since) in self._members.items():
+            self._catch_up(sequence, since)
+            self._members[request_id] = sequence, self._round
+            needed = blocks_for(len(sequence.tokens), self._pool.block_tokens)
+            if needed > len(sequence.blocks):
+                sequence.blocks.extend(self._pool.allocate(needed - len(sequence.blocks)))
+        self._grown_round = self._round
+
+    def release(self) -> None:
+        """Hand every member back, up to date, to be scheduled step by step."""
+        for sequence, since in self._members.values():
+            self._catch_up(sequence, since)
+        self._members.clear()
+        self._ends.clear()
+        self.kv_read_tokens = 0
+        self._grown_round = self._round
+
+    def _catch_up(self, sequence: Sequence, since: int) -> None:
+        steps = self._round - since
+        if steps:
+            sequence.tokens.extend([0] * steps)
+            sequence.computed += steps
