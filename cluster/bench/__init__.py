@@ -1,0 +1,1 @@
+"""Load against any OpenAI-compatible server, measured from the outside."""
