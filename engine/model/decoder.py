@@ -80,13 +80,11 @@ class Head:
             table = loader.table(name, config.vocab, width, _vocab_share(loader))
         self._output = loader.head(table, shared=shared)
 
-    def __call__(
-        self, delta: torch.Tensor | None, residual: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """fp32 logits of the chosen rows."""
-        hidden = residual[rows]
+    def __call__(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """fp32 logits."""
+        hidden = residual
         if self._norm is not None:
-            hidden = self._norm.after_adding(None if delta is None else delta[rows], hidden)
+            hidden = self._norm.after_adding(delta, hidden)
         if self._project is not None:
             hidden = self._project(hidden)
         logits = self._parallel.gather_columns(self._output(hidden))[:, : self._vocab].float()
@@ -113,17 +111,26 @@ class Decoder:
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
-        residual = self._start(packed)
-        delta: torch.Tensor | None = None
-        for index, layer in self._layers.items():
+        delta, residual = None, self._start(packed)
+        *before, (last_index, last) = self._layers.items()
+        for index, layer in before:
             delta, residual = layer(delta, residual, packed)
             on_layer(index)
-        if self._head is None:
-            self._parallel.hand_on(residual if delta is None else residual + delta)
+        if self._head is not None and packed.draw_rows.shape[0] == 0:
+            last.fill(delta, residual, packed)
+            on_layer(last_index)
             return None
-        if packed.draw_rows.numel() == 0:
-            return None
-        return self._head(delta, residual, packed.draw_rows)
+        delta, residual = last(delta, residual, packed, self._kept(packed))
+        on_layer(last_index)
+        if self._head is not None:
+            return self._head(delta, residual)
+        self._parallel.hand_on(residual if delta is None else residual + delta)
+        return None
+
+    def _kept(self, packed: Packed) -> torch.Tensor | None:
+        """Rows the last layer must finish: before the head, only those that draw."""
+        all_draw = packed.draw_rows.shape[0] == packed.tokens
+        return None if self._head is None or all_draw else packed.draw_rows
 
     def _start(self, packed: Packed) -> torch.Tensor:
         if self._embedding is not None:

@@ -29,11 +29,17 @@ class Attention:
     qk_norm: QkNorm | None
     kv: KvLayer
 
-    def __call__(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        ops = self.qkv.ops
-        query = ops.place_qkv(self.qkv(x), self.kv, packed, self.rotary, self.qk_norm)
-        attended = ops.paged_attention(query, self.kv, packed, self.shape)
-        return self.output(attended.view(x.shape[0], -1))
+    def __call__(self, x: torch.Tensor, packed: Packed, keep: torch.Tensor | None) -> torch.Tensor:
+        """The rows `keep` of the result; all of them when None."""
+        query = self.place(x, packed)
+        attended = self.qkv.ops.paged_attention(query, self.kv, packed, self.shape)
+        attended = attended.view(x.shape[0], -1)
+        return self.output(attended if keep is None else attended[keep])
+
+    def place(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Stores the new keys and values; the queries."""
+        qkv = self.qkv(x)
+        return self.qkv.ops.place_qkv(qkv, self.kv, packed, self.rotary, self.qk_norm)
 
 
 @dataclass(slots=True)
@@ -50,24 +56,40 @@ class Layer:
     parallel: Parallel
 
     def __call__(
-        self, delta: torch.Tensor | None, residual: torch.Tensor, packed: Packed
+        self,
+        delta: torch.Tensor | None,
+        residual: torch.Tensor,
+        packed: Packed,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Only the rows `keep` go on past the attention, where the others are not needed."""
         if not self.norm_first:
-            return None, self._norm_last(residual, packed)
-        delta = self._attend(self.attention_norm.after_adding(delta, residual), packed)
+            return None, self._norm_last(residual, packed, keep)
+        normed = self.attention_norm.after_adding(delta, residual)
+        delta = self._attend(normed, packed, keep)
         if self.after_attention_norm is not None:
             delta = self.after_attention_norm(delta)
+        residual = residual if keep is None else residual[keep]
         delta = self._think(self.mlp_norm.after_adding(delta, residual))
         if self.after_mlp_norm is not None:
             delta = self.after_mlp_norm(delta)
         return delta, residual
 
-    def _norm_last(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
-        hidden = self.attention_norm.after_adding(self._attend(hidden, packed), hidden)
+    def fill(self, delta: torch.Tensor | None, residual: torch.Tensor, packed: Packed) -> None:
+        """Stores the layer's keys and values where nothing after them is needed."""
+        x = self.attention_norm.after_adding(delta, residual) if self.norm_first else residual
+        self.attention.place(x, packed)
+
+    def _norm_last(
+        self, hidden: torch.Tensor, packed: Packed, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        attended = self._attend(hidden, packed, keep)
+        hidden = hidden if keep is None else hidden[keep]
+        hidden = self.attention_norm.after_adding(attended, hidden)
         return self.mlp_norm.after_adding(self._think(hidden), hidden)
 
-    def _attend(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        return self.parallel.add_up(self.attention(x, packed))
+    def _attend(self, x: torch.Tensor, packed: Packed, keep: torch.Tensor | None) -> torch.Tensor:
+        return self.parallel.add_up(self.attention(x, packed, keep))
 
     def _think(self, x: torch.Tensor) -> torch.Tensor:
         return self.parallel.add_up(self.mlp(x))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadCheckpoint
@@ -52,10 +53,7 @@ def change_config(directory: Path, **changes: Any) -> None:
 
 def test_a_sharded_checkpoint_is_the_same_model(sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    whole, cut = load(sharded.parent / "whole"), load(sharded)
-    prompt = tiny.prompt(20)
-    assert generate(cut, prompt, 8, BLOCKS) == generate(whole, prompt, 8, BLOCKS)
-    assert cut.layout == whole.layout
+    check_same_model(sharded.parent / "whole", sharded)
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
@@ -141,6 +139,40 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused() -> None:
     with pytest.raises(BadCheckpoint, match="neither a directory nor a hub id"):
         open_checkpoint("not a/valid/id")
+
+
+def rename_tensors(directory: Path, old: str, new: str) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace(old, new, 1): tensor for name, tensor in tensors.items()}, path)
+
+
+def test_the_text_half_of_a_multimodal_checkpoint_is_the_text_model(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = tiny_checkpoint("gemma3")
+    both = shutil.copytree(text, tmp_path / "both")
+    config = json.loads((text / "config.json").read_text())
+    nested = {"model_type": "gemma3", "text_config": config, "dtype": config["dtype"]}
+    (both / "config.json").write_text(json.dumps(nested))
+    rename_tensors(both, "model.", "language_model.model.")
+    check_same_model(text, both)
+
+
+def test_gpt2_may_be_stored_without_its_prefix(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    prefixed = tiny_checkpoint("gpt2")
+    bare = shutil.copytree(prefixed, tmp_path / "bare")
+    rename_tensors(bare, "transformer.", "")
+    check_same_model(prefixed, bare)
+
+
+def check_same_model(one: Path, other: Path) -> None:
+    first, second = (load(directory) for directory in (one, other))
+    prompt = tiny.prompt(20)
+    assert generate(first, prompt, 8, BLOCKS) == generate(second, prompt, 8, BLOCKS)
+    assert first.layout == second.layout
 
 
 def test_older_spelling_of_the_rope_means_the_same(directory: Path) -> None:
