@@ -65,10 +65,16 @@ class Matcher:
 class GrammarCompiler:
     """Compiled grammars and running matchers, each kept up to a bound, the oldest use first out."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
-        """`vocab_size` is the width of the masks: the model's, where it exceeds the tokenizer's."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int | None = None,
+        eos: frozenset[int] | None = None,
+    ) -> None:
+        """`vocab_size` is the width of the masks and `eos` what ends an answer, where the model's
+        own differ from the tokenizer's."""
         self.vocab_size = vocab_size or tokenizer.vocab_size
-        self.eos = tuple(sorted(tokenizer.eos_ids))
+        self.eos = tuple(sorted(tokenizer.eos_ids if eos is None else eos))
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer.backend.to_str(),
             n_vocab=tokenizer.vocab_size,

@@ -177,6 +177,14 @@ def test_guided_and_free_rows_share_a_batch() -> None:
     )
 
 
+def test_an_answer_ends_with_the_models_own_end_where_it_has_one() -> None:
+    rules = GrammarCompiler(TOKENIZER, eos=frozenset({3}))
+    red = TOKENIZER.encode("red", add_special_tokens=False)
+    assert rules.allowed(rules.matcher("r", CHOICE, red)).nonzero()[0].tolist() == [3]
+    begun = rules.allowed(rules.matcher("s", DATE, []))
+    assert not begun[EOS]
+
+
 def test_masks_are_as_wide_as_the_model() -> None:
     wide = GrammarCompiler(TOKENIZER, vocab_size=TOKENIZER.vocab_size + 100)
     allowed = wide.allowed(wide.matcher("r", SCHEMA, []))
