@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from placement.role import RoleSettings
     from placement.role import Step as RoleStep
 
-LEARNED_STEPS = 8
-"""Of a run of equal steps; the smoothed step duration hardly changes after these."""
+LEARNED_STEPS = 40
+"""The last of a run; what the batcher learned before them no longer counts."""
 
 
 class World(Protocol):
@@ -277,11 +277,10 @@ class SimulatedInstance:
         assert run is not None
         self._run, self._view = None, None
         self.busy_s += run.duration_s
-        mean_s = run.duration_s / run.steps
-        for _ in range(min(run.steps, LEARNED_STEPS)):
-            self.batcher.measured(run.step, mean_s)
+        for number in range(max(0, run.steps - LEARNED_STEPS), run.steps):
+            self.batcher.measured(run.step, run.first_step_s + number * run.growth_s)
         if run.decodes:
-            self._world.gap(mean_s, run.steps * run.decodes)
+            self._world.gap(run.duration_s / run.steps, run.steps * run.decodes)
         ended = self._flow.advance(run.steps) if run.steady else self._take_tokens(run)
         for sequence in ended:
             self._finish(self.batcher.decode.remove(sequence.id), now)
