@@ -1,4 +1,4 @@
-"""Reads workloads: our CSV, Azure's and Mooncake's traces; each bad cell is named."""
+"""Reads workloads: our CSV, Azure's, BurstGPT's and Mooncake's traces; each bad cell is named."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 WHOLE = ("prompt_tokens", "output_tokens", "prefix_tokens", "priority")
 OPTIONAL = ("prefix_id", "prefix_tokens", "priority", "slo_ttft_s", "slo_tpot_s")
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 UNIT = ("unit_arrival_s", "input_len", "output_len")
 MOONCAKE_BLOCK_TOKENS = 512
 MOST_TOKENS = 10_000_000
 
 
 def read_workload(path: Path) -> Workload:
-    """The header tells the kind: our CSV, Azure's, unit arrivals; JSON lines are Mooncake's."""
+    """The header tells the kind: our CSV, Azure's, BurstGPT's, unit arrivals; JSON lines are Mooncake's."""
     if not path.is_file():
         raise BadConfig("workload", str(path), "no such file")
     if path.suffix == ".jsonl":
@@ -38,13 +39,20 @@ def read_workload(path: Path) -> Workload:
         rows = list(reader)
     if set(AZURE) <= set(names):
         return _read_azure(rows)
+    if set(BURSTGPT) <= set(names):
+        return _renamed(BURSTGPT, [row for row in rows if row["Response tokens"] != "0"])
     if set(UNIT) <= set(names):
-        renamed = dict(zip(UNIT, REQUIRED, strict=True))
-        return _columns([{renamed[k]: row[k] for k in UNIT} for row in rows], REQUIRED)
+        return _renamed(UNIT, rows)
     for name in names:
         if name not in REQUIRED + OPTIONAL:
             raise unknown_name("workload column", name, REQUIRED + OPTIONAL)
     return _columns(rows, names)
+
+
+def _renamed(names: Sequence[str], rows: Sequence[Mapping[str, str | None]]) -> Workload:
+    """Another format with the three columns that ours needs."""
+    renamed = dict(zip(names, REQUIRED, strict=True))
+    return _columns([{renamed[name]: row[name] for name in names} for row in rows], REQUIRED)
 
 
 def _columns(rows: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> Workload:

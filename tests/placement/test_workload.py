@@ -146,3 +146,12 @@ def test_resampling_is_decided_by_the_generator() -> None:
     assert draws[0].prompt_tokens.tolist() == draws[1].prompt_tokens.tolist()
     assert draws[0].arrival_s.tolist() == draws[1].arrival_s.tolist()
     assert (draws[0].prompt_tokens == draws[0].output_tokens).all()
+
+
+def test_burstgpt_without_the_requests_that_failed(tmp_path: Path) -> None:
+    header = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+    rows = ("5,ChatGPT,472,18,490,Conversation log", "45,ChatGPT,1087,0,1087,API log")
+    workload = read_workload(written(tmp_path, header, *rows, "118,GPT-4,417,276,693,API log"))
+    assert workload.arrival_s.tolist() == [5.0, 118.0]
+    assert workload.prompt_tokens.tolist() == [472, 417]
+    assert workload.output_tokens.tolist() == [18, 276]
