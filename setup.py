@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels where there is a C++ compiler; the engine also runs without."""
+"""Builds the native CPU routines where there is a C++ compiler; Tandem also runs without."""
 
 from pathlib import Path
 
@@ -60,7 +60,14 @@ setup(
             language="c++",
             extra_link_args=["-pthread", "-s"],
             optional=True,
-        )
+        ),
+        Extension(
+            "kvtransfer._copy",
+            sources=["kvtransfer/native/copy.cpp"],
+            language="c++",
+            extra_link_args=["-s"],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildNative},
 )

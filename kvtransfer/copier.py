@@ -26,23 +26,17 @@ class SlicedPull(PullState):
         self._claim = threading.Lock()
         """Taken once: by the thread that starts the pull, or by whoever ends it before."""
         self._cancelling = False
-        self._fenced = threading.Event()
-
-    @property
-    def fenced(self) -> bool:
-        return self._fenced.is_set()
 
     def cancel(self, timeout_s: float | None = None) -> None:
         self._cancelling = True
         self.end_unstarted(Ending.CANCELLED)
         timeout_s = self._limits.fence_timeout_s if timeout_s is None else timeout_s
-        if not self._fenced.wait(timeout_s):
+        if not self.wait_fenced(timeout_s):
             raise TransportError(f"a copy could not be fenced within {timeout_s:g} s")
 
     def end_unstarted(self, ending: Ending, error: TransferError | None = None) -> None:
         if self._claim.acquire(blocking=False):
-            self._fenced.set()
-            self.settle(ending, error)
+            self.end(ending, error)
 
     def run(self, copy: Callable[[Copies, SlicedPull], None]) -> None:
         """Every slice in order; ends the pull in whatever way it ended."""
@@ -53,11 +47,9 @@ class SlicedPull(PullState):
         except TransferError as failure:
             ending, error = Ending.FAILED, failure
         except BaseException:
-            self._fenced.set()
-            self.settle(Ending.FAILED, TransportError("the copying thread failed"))
+            self.end(Ending.FAILED, TransportError("the copying thread failed"))
             raise
-        self._fenced.set()
-        self.settle(ending, error)
+        self.end(ending, error)
 
     def _run_slices(self, copy: Callable[[Copies, SlicedPull], None]) -> Ending:
         for part in self._copies.slices(self._limits.slice_bytes):

@@ -61,7 +61,7 @@ class MemoryNetwork:
 
     def step(self) -> bool:
         """Moves one slice of the oldest pull; False when there is nothing to move."""
-        while self._active and self._active[0].settled:
+        while self._active and self._active[0].fenced:
             self._active.popleft()
         if not self._active:
             return False
@@ -82,12 +82,12 @@ class MemoryPull(PullState):
     def step(self) -> None:
         part = next(self._slices, None)
         if part is None:
-            self.settle(Ending.DONE)
+            self.end(Ending.DONE)
             return
         try:
             source = self._network.pool_at(self._address).bytes()
         except PeerLost as lost:
-            self.settle(Ending.FAILED, lost)
+            self.end(Ending.FAILED, lost)
             return
         target = self._target.bytes()
         for start, to, count in zip(
@@ -101,7 +101,7 @@ class MemoryPull(PullState):
             raise DeadlineExceeded(f"the pull has not ended after {timeout_s:g} s")
 
     def cancel(self, timeout_s: float | None = None) -> None:  # noqa: ARG002  never waits
-        self.settle(Ending.CANCELLED)
+        self.end(Ending.CANCELLED)
 
 
 class MemoryTransport:
@@ -133,7 +133,7 @@ class MemoryTransport:
         check_bounds(copies, source.nbytes, self._pool.nbytes)
         slices = copies.slices(self._limits.slice_bytes)
         pull = MemoryPull(self._network, source.address, self._pool, slices)
-        active = [old for old in self._pulls.get(peer, []) if not old.settled]
+        active = [old for old in self._pulls.get(peer, []) if not old.fenced]
         self._pulls[peer] = [*active, pull]
         self._network.start(pull)
         return pull

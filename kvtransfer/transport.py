@@ -86,8 +86,8 @@ class Pull(Protocol):
     def done(self) -> bool:
         """Whether all bytes have arrived; raises what ended the pull otherwise.
 
-        A pull that failed may still be written to by a peer that only stalled: cancel it, too,
-        before its blocks are used again.
+        A pull whose peer is lost fails at once, yet may still be written to if the peer only
+        stalled: its blocks are free once it has ended, see `add_done_callback`.
         """
         ...
 
@@ -101,7 +101,7 @@ class Pull(Protocol):
         ...
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Called once, from any thread, when the pull has ended in whatever way.
+        """Called once, from any thread, when nothing is written any more, whatever the outcome.
 
         It must be short and leave the transport alone.
         """
@@ -144,18 +144,19 @@ class Ending(Enum):
 
 
 class PullState:
-    """How a pull ends: exactly once, seen by any thread. Transports share it."""
+    """How a pull ends: an outcome, once, and then the fence. Transports share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._settled = threading.Event()
+        self._fenced = threading.Event()
         self._ending: Ending | None = None
         self._error: TransferError | None = None
         self._callbacks: list[Callable[[], None]] = []
 
     @property
-    def settled(self) -> bool:
-        return self._settled.is_set()
+    def fenced(self) -> bool:
+        return self._fenced.is_set()
 
     def done(self) -> bool:
         if not self._settled.is_set():
@@ -171,20 +172,29 @@ class PullState:
             raise DeadlineExceeded(f"the pull has not ended after {timeout_s:g} s")
         self.done()
 
+    def wait_fenced(self, timeout_s: float) -> bool:
+        return self._fenced.wait(timeout_s)
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         with self._lock:
-            if self._ending is None:
+            if not self._fenced.is_set():
                 self._callbacks.append(callback)
                 return
         callback()
 
     def settle(self, ending: Ending, error: TransferError | None = None) -> None:
+        """Fixes the outcome, unless it is fixed already."""
         with self._lock:
-            if self._ending is not None:
-                return
-            self._ending, self._error = ending, error
-            callbacks, self._callbacks = self._callbacks, []
+            if self._ending is None:
+                self._ending, self._error = ending, error
         self._settled.set()
+
+    def end(self, ending: Ending, error: TransferError | None = None) -> None:
+        """Settles, and promises that nothing is written any more."""
+        self.settle(ending, error)
+        with self._lock:
+            self._fenced.set()
+            callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
 
@@ -194,7 +204,7 @@ class Served(PullState):
 
     def __init__(self) -> None:
         super().__init__()
-        self.settle(Ending.DONE)
+        self.end(Ending.DONE)
 
     def cancel(self, timeout_s: float | None = None) -> None:
         """Nothing of ours is under way."""

@@ -34,8 +34,9 @@ static void finish() {}
 
 static const int64_t small_bytes = 16384;
 
-extern "C" void tandem_copy(uint8_t* target, const uint8_t* source, const int64_t* target_offsets,
-                            const int64_t* source_offsets, const int64_t* nbytes, int64_t count) {
+extern "C" __attribute__((visibility("default"))) void tandem_copy(
+    uint8_t* target, const uint8_t* source, const int64_t* target_offsets,
+    const int64_t* source_offsets, const int64_t* nbytes, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         uint8_t* to = target + target_offsets[i];
         const uint8_t* from = source + source_offsets[i];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 
 import numpy as np
@@ -71,8 +72,11 @@ def test_a_peer_that_is_stopped_is_lost_in_bounded_time_and_fenced_once_it_goes_
         with pytest.raises(TransportError, match="could not be fenced"):
             pulls[0].cancel()
         assert_reads(survivor, "living", living)
+        ended = threading.Event()
+        pulls[0].add_done_callback(ended.set)
+        assert not ended.is_set()
         stopped.resume()
-        pulls[0].cancel(30)
+        assert ended.wait(30)
         survivor.connect("stopped", metadata)
         assert_reads(survivor, "stopped", stopped)
 
