@@ -18,6 +18,7 @@ namespace amx {
 #include "linear.inl"
 #include "attention.inl"
 #include "amx.inl"
+#include "amx_linear.inl"
 
 void linear(const LinearArgs &args) {
     if (args.dtype == kFloat32) return linear_of<float>(args);

@@ -1,0 +1,158 @@
+// Linear layers on AMX tiles: packed weights for every layer, plain ones for tied embeddings.
+
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// x in tiles: [rows / 16][steps][16][32]. Rows past the last are whatever was there before.
+struct TiledInput {
+    bf16 *tiles;
+    int64_t steps, row_tiles;
+
+    explicit TiledInput(const LinearArgs &args)
+        : steps(ceil_div(args.in_features, kStep)), row_tiles(ceil_div(args.rows, kTileRows)) {
+        tiles = static_cast<bf16 *>(scratch(kInput, row_tiles * steps * kTile * sizeof(bf16)));
+        int64_t grain = round_up(rows_a_task(args.in_features), kTileRows);
+        parallel_ranges(args.rows, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) cut(args, row);
+        });
+    }
+
+    void cut(const LinearArgs &args, int64_t row) const {
+        const bf16 *x = static_cast<const bf16 *>(args.x) + row * args.x_stride;
+        bf16 *out = tiles + row / kTileRows * steps * kTile + row % kTileRows * kStep;
+        int64_t whole = args.in_features / kStep, rest = args.in_features % kStep;
+        for (int64_t step = 0; step < whole; step++)
+            std::memcpy(out + step * kTile, x + step * kStep, kStep * sizeof(bf16));
+        if (rest == 0) return;
+        std::memset(out + whole * kTile, 0, kStep * sizeof(bf16));
+        std::memcpy(out + whole * kTile, x + whole * kStep, rest * sizeof(bf16));
+    }
+
+    const bf16 *at(int64_t row_tile, int64_t step) const { return tiles + (row_tile * steps + step) * kTile; }
+};
+
+constexpr int64_t kDepthSteps = 8;                // of a panel, 16 KB, stay in L1 while rows pass
+constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panels pass
+constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
+constexpr int64_t kStreamAhead = 4096;            // elements: how far ahead a stream is fetched
+
+// A run of row tiles that meets panels; the sums of one panel rest in `sums`, [rows, 32].
+struct RowBlock {
+    const LinearArgs &args;
+    const TiledInput &x;
+    int64_t first, tiles;
+    float *sums;
+
+    const bf16 *panel(int64_t index) const {
+        return static_cast<const bf16 *>(args.weight) + index * x.steps * 2 * kTile;
+    }
+
+    TileBlock block(const bf16 *panel, int64_t tile, int64_t step, int64_t steps) const {
+        return {x.at(first + tile, step), kStep, kTile, x.steps * kTile, panel + step * 2 * kTile, steps,
+                sums + tile * kTileRows * kPanel, kPanel, step > 0, nullptr, 0};
+    }
+
+    void write(int64_t tile, int64_t panel_index) const {
+        int64_t row = (first + tile) * kTileRows, rows = smaller_of(2 * kTileRows, args.rows - row);
+        emit<bf16>(args, sums + tile * kTileRows * kPanel, row, rows, panel_index * kPanel);
+    }
+
+    // Lines of the output are owned by the time the sums are ready.
+    void claim_output(int64_t tile, int64_t panel_index) const {
+        int64_t row = (first + tile) * kTileRows, end = smaller_of(row + 2 * kTileRows, args.rows);
+        for (; row < end; row++)
+            __builtin_prefetch(static_cast<bf16 *>(args.y) + row * args.out_features + panel_index * kPanel, 1);
+    }
+
+    // Few rows: the panel streams by, its sums never leave the tiles.
+    void stream(int64_t panel_index) const {
+        TileBlock all = block(panel(panel_index), 0, 0, x.steps);
+        all.next = all.panel + kStreamAhead;
+        all.next_lines = kStepLines;
+        multiply_rows<kReuseRows>(all, tiles);
+        write(0, panel_index);
+    }
+
+    // Many rows: a slab of the panel stays in L1 while they pass, and the next slab is fetched.
+    void pass(int64_t panel_index) const {
+        int64_t lines = ceil_div(kStepLines, ceil_div(tiles, 2));
+        for (int64_t step = 0; step < x.steps; step += kDepthSteps) {
+            int64_t steps = smaller_of(kDepthSteps, x.steps - step);
+            bool last = step + steps == x.steps;
+            for (int64_t tile = 0; tile < tiles; tile += 2) {
+                TileBlock part = block(panel(panel_index), tile, step, steps);
+                part.next = part.panel + steps * (2 * kTile + tile / 2 * lines * kLine);
+                part.next_lines = lines;
+                if (last) claim_output(tile, panel_index);
+                multiply_rows<kReusePanel>(part, tiles - tile);
+                if (last) write(tile, panel_index);
+            }
+        }
+    }
+};
+
+void linear_tiles(const LinearArgs &args) {
+    TiledInput x(args);
+    int64_t most = kInputBlockBytes / (x.steps * kTile * static_cast<int64_t>(sizeof(bf16))) / 2 * 2;
+    int64_t block_tiles = smaller_of(most < 2 ? 2 : most, x.row_tiles);
+    int64_t blocks = ceil_div(x.row_tiles, block_tiles), panels = ceil_div(args.out_features, kPanel);
+    int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
+    int64_t groups = ceil_div(panels, grain);
+    parallel(blocks * groups, [&](int64_t task) {
+        Tiles configured;
+        int64_t first = task / groups * block_tiles, tiles = smaller_of(block_tiles, x.row_tiles - first);
+        auto sums = static_cast<float *>(scratch(kSums, round_up(tiles, 2) * kTileRows * kPanel * sizeof(float)));
+        RowBlock rows{args, x, first, tiles, sums};
+        int64_t begin = task % groups * grain, end = smaller_of(begin + grain, panels);
+        for (int64_t panel = begin; panel < end; panel++) x.row_tiles <= 2 ? rows.stream(panel) : rows.pass(panel);
+    });
+}
+
+// --- plain weights: rows of W are A, x is the panel, and the sums come out transposed ---------
+
+// x as panels: [rows / 32][steps][half][16 pairs of features][16 rows][2].
+const bf16 *transposed_input(const LinearArgs &args, int64_t steps) {
+    int64_t row_tiles = round_up(ceil_div(args.rows, kTileRows), 2);
+    auto out = static_cast<bf16 *>(scratch(kInput, row_tiles * steps * kTile * sizeof(bf16)));
+    for (int64_t tile = 0; tile < row_tiles; tile++)
+        for (int64_t step = 0; step < steps; step++) {
+            const uint32_t *words[16];
+            for (int64_t i = 0; i < 16; i++) {
+                int64_t row = smaller_of(tile * kTileRows + i, args.rows - 1);  // the surplus is not used
+                auto from = static_cast<const bf16 *>(args.x) + row * args.x_stride + step * kStep;
+                words[i] = reinterpret_cast<const uint32_t *>(from);
+            }
+            bf16 *to = out + ((tile / 2 * steps + step) * 2 + tile % 2) * kTile;
+            transpose16(words, reinterpret_cast<uint32_t *>(to), 16);
+        }
+    return out;
+}
+
+// 32 rows of W by up to 32 rows of x.
+void plain_block(const LinearArgs &args, const bf16 *x, int64_t steps, int64_t row, int64_t column) {
+    alignas(64) float sums[kPanel * kPanel], turned[kPanel * kPanel];
+    const bf16 *weight = static_cast<const bf16 *>(args.weight) + column * args.in_features;
+    TileBlock block{weight, args.in_features, kStep, kTileRows * args.in_features, x + row / kPanel * steps * 2 * kTile,
+                    steps, sums, kPanel, false, weight + kPanel * args.in_features, row == 0 ? kStepLines : 0};
+    multiply_block<true, kReusePanel>(block);
+    for (int64_t corner = 0; corner < 4; corner++) {
+        const uint32_t *words[16];
+        const float *from = sums + corner / 2 * 16 * kPanel + corner % 2 * 16;
+        for (int64_t i = 0; i < 16; i++) words[i] = reinterpret_cast<const uint32_t *>(from + i * kPanel);
+        transpose16(words, reinterpret_cast<uint32_t *>(turned + corner % 2 * 16 * kPanel + corner / 2 * 16), kPanel);
+    }
+    emit<bf16>(args, turned, row, smaller_of(kPanel, args.rows - row), column);
+}
+
+void linear_plain_tiles(const LinearArgs &args) {
+    if (args.in_features % kStep != 0 || args.out_features < kPanel) return linear_plain<bf16>(args);
+    int64_t steps = args.in_features / kStep;
+    const bf16 *x = transposed_input(args, steps);
+    int64_t grain = round_up(ceil_div(kTaskWeightBytes, args.in_features * static_cast<int64_t>(sizeof(bf16))), kPanel);
+    parallel_ranges(args.out_features, grain, [&](int64_t begin, int64_t end) {
+        Tiles configured;
+        for (int64_t column = begin; column < end; column += kPanel) {
+            int64_t whole = smaller_of(column, args.out_features - kPanel);  // the last block overlaps
+            for (int64_t row = 0; row < args.rows; row += kPanel) plain_block(args, x, steps, row, whole);
+        }
+    });
+}
