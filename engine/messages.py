@@ -223,9 +223,8 @@ class Offer:
     """The target's, once committed."""
     gateway: str
     layout: KvLayout
-    blocks: tuple[int, ...]
     tokens: int
-    """Prompt and output tokens to expect, growth included."""
+    """Prompt and output tokens to make room for, growth included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,15 +236,14 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """KV of positions [start, end) in layers [first_layer, last_layer) may be read."""
+    """KV of the first `tokens` positions in layers [first_layer, last_layer) may be read."""
 
     transfer: str
-    start: int
-    end: int
+    tokens: int
     first_layer: int
     last_layer: int
     blocks: tuple[int, ...]
-    """The source's whole block table up to `end`."""
+    """The source's block table up to there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,15 +253,15 @@ class Sealed:
     transfer: str
     output: tuple[int, ...]
     computed: int
-    stamps: tuple[tuple[str, float], ...] = ()
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """The target has copied all that was sealed, `computed` tokens of it."""
+    """The target has a copy of the first `tokens` positions, in all layers."""
 
     transfer: str
-    computed: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

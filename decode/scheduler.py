@@ -1,0 +1,218 @@
+"""Which sequences take their next token, and who gives way when memory is short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine.batch import Chunk, Swap, chunk_of
+from engine.blocks import blocks_for, prefix_hashes
+from engine.request import SequenceState
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from engine.blocks import BlockPool
+    from engine.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    max_sequences: int = 256
+    watermark: float = 0.02
+    """Part of the pool kept free when admitting, so that running sequences can grow."""
+    host_slots: int = 0
+    """Blocks of host memory to swap to."""
+    swap_block_s: float = 2e-4
+    """One block to the host and back."""
+    recompute_token_s: float = 1e-4
+    recompute_budget: int = 512
+    """Tokens a batch may spend on recomputing preempted sequences."""
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    chunks: list[Chunk] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    """Sequences that lost their place; what reads their blocks must stop."""
+    outgrown: list[Sequence] = field(default_factory=list)
+    """Sequences that this whole pool cannot hold any longer; no longer scheduled."""
+
+
+class DecodeScheduler:
+    """Continuous batching: every running sequence takes one token a step.
+
+    When blocks run out, the least urgent sequence gives way, the latest arrival first; it is
+    swapped to the host or recomputed later, whichever costs less, and it comes back before
+    anyone new is let in. The oldest sequence of the highest priority never gives way, so every
+    sequence ends.
+    """
+
+    def __init__(self, pool: BlockPool, settings: DecodeSettings) -> None:
+        self.pool = pool
+        self.settings = settings
+        self.preemptions = 0
+        self._running: dict[str, Sequence] = {}
+        self._waiting: dict[str, Sequence] = {}
+        """Has its blocks, or has none and must be recomputed; waits for a place."""
+        self._swapped: dict[str, tuple[Sequence, tuple[int, ...]]] = {}
+        self._host_free = list(range(settings.host_slots))
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._waiting) + len(self._swapped)
+
+    def __contains__(self, request_id: str) -> bool:
+        holders = (self._running, self._waiting, self._swapped)
+        return any(request_id in held for held in holders)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running.values())
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        swapped = (sequence for sequence, _ in self._swapped.values())
+        return (*self._running.values(), *self._waiting.values(), *swapped)
+
+    @property
+    def free_host_slots(self) -> int:
+        return len(self._host_free)
+
+    def has_room(self, blocks: int) -> bool:
+        """Whether newcomers may take so many blocks: never before those that had to give way."""
+        reserve = int(self.pool.total_blocks * self.settings.watermark)
+        if not self._running and not self._waiting:
+            reserve = 0
+        return not self._displaced() and self.pool.available - blocks >= reserve
+
+    def add(self, sequence: Sequence) -> None:
+        assert sequence.id not in self
+        assert sequence.blocks, "a newcomer brings its KV"
+        sequence.state = SequenceState.WAITING
+        self._waiting[sequence.id] = sequence
+
+    def remove(self, request_id: str) -> Sequence:
+        """Forget a sequence; its blocks stay with the caller, its host slots become free."""
+        if request_id in self._swapped:
+            sequence, slots = self._swapped.pop(request_id)
+            self._host_free.extend(slots)
+            return sequence
+        held = self._running if request_id in self._running else self._waiting
+        return held.pop(request_id)
+
+    def next_step(self, held: Collection[str] = ()) -> DecodeStep:
+        """The chunks of one step. `held` sequences keep their place but take no token."""
+        step = DecodeStep()
+        for sequence in self._by_urgency(self._running):
+            if sequence.id in self._running and sequence.id not in held:
+                self._grow(sequence, held, step)
+        self._swap_in(step)
+        self._let_in()
+        recompute = self.settings.recompute_budget
+        for sequence in self._running.values():
+            if sequence.id in held:
+                continue
+            count = min(sequence.uncomputed, max(recompute, 1))
+            if count > 1:
+                recompute -= count
+            step.chunks.append(chunk_of(sequence, count))
+        return step
+
+    def computed(self, chunk: Chunk) -> Sequence:
+        sequence = self._running[chunk.request_id]
+        sequence.computed = chunk.end
+        return sequence
+
+    def _displaced(self) -> bool:
+        return bool(self._swapped) or any(not s.blocks for s in self._waiting.values())
+
+    def _by_urgency(self, held: dict[str, Sequence]) -> list[Sequence]:
+        key = lambda s: (-s.request.priority, s.request.arrival_s, s.id)  # noqa: E731
+        return sorted(held.values(), key=key)
+
+    def _grow(self, sequence: Sequence, held: Collection[str], step: DecodeStep) -> None:
+        """Give the sequence the blocks of its next token, displacing less urgent ones."""
+        missing = self._missing_blocks(sequence)
+        while missing > self.pool.available:
+            victim = next(s for s in reversed(self._by_urgency(self._running)) if s.id not in held)
+            if victim is sequence:
+                self._give_way(sequence, step)
+                return
+            self._displace(victim, step)
+        sequence.blocks.extend(self.pool.allocate(missing))
+
+    def _missing_blocks(self, sequence: Sequence) -> int:
+        return blocks_for(len(sequence.tokens), self.pool.block_tokens) - len(sequence.blocks)
+
+    def _give_way(self, sequence: Sequence, step: DecodeStep) -> None:
+        """Nobody less urgent is left: wait for room, or leave if there can never be enough."""
+        if blocks_for(len(sequence.tokens), self.pool.block_tokens) > self.pool.total_blocks:
+            step.outgrown.append(self._running.pop(sequence.id))
+        else:
+            self._displace(sequence, step)
+
+    def _displace(self, victim: Sequence, step: DecodeStep) -> None:
+        self.preemptions += 1
+        del self._running[victim.id]
+        step.preempted.append(victim.id)
+        blocks = tuple(victim.blocks)
+        if self._swap_pays(victim):
+            slots = tuple(self._host_free.pop() for _ in blocks)
+            self._swapped[victim.id] = victim, slots
+            step.swaps.append(Swap(victim.id, blocks, slots, to_host=True))
+            victim.state = SequenceState.SWAPPED
+        else:
+            victim.computed = 0
+            victim.state = SequenceState.WAITING
+            self._waiting[victim.id] = victim
+        self.pool.release(blocks)
+        victim.blocks = []
+
+    def _swap_pays(self, victim: Sequence) -> bool:
+        if len(victim.blocks) > len(self._host_free):
+            return False
+        swap_s = len(victim.blocks) * self.settings.swap_block_s
+        return swap_s <= victim.computed * self.settings.recompute_token_s
+
+    def _swap_in(self, step: DecodeStep) -> None:
+        for sequence in self._by_urgency({k: s for k, (s, _) in self._swapped.items()}):
+            if step.preempted or not self._place_for(sequence):
+                return
+            _, slots = self._swapped.pop(sequence.id)
+            sequence.blocks = self.pool.allocate(self._missing_blocks(sequence))
+            filled = tuple(sequence.blocks[: len(slots)])
+            step.swaps.append(Swap(sequence.id, filled, slots, to_host=False))
+            self._host_free.extend(slots)
+            self._run(sequence)
+
+    def _let_in(self) -> None:
+        """Sequences that gave way first, then newcomers, as far as places and blocks go."""
+        displaced = {k: s for k, s in self._waiting.items() if not s.blocks}
+        newcomers = {k: s for k, s in self._waiting.items() if s.blocks}
+        for sequence in [*self._by_urgency(displaced), *self._by_urgency(newcomers)]:
+            if not self._place_for(sequence):
+                if self._running:
+                    return
+                continue  # nobody will make room for it but those behind it
+            del self._waiting[sequence.id]
+            if not sequence.blocks:
+                self._share_prefix(sequence)
+            sequence.blocks.extend(self.pool.allocate(self._missing_blocks(sequence)))
+            self._run(sequence)
+
+    def _place_for(self, sequence: Sequence) -> bool:
+        if len(self._running) >= self.settings.max_sequences:
+            return False
+        spare = int(self.pool.total_blocks * self.settings.watermark) if self._running else 0
+        return self.pool.available - self._missing_blocks(sequence) >= spare
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        last_token_block = (len(sequence.tokens) - 1) // self.pool.block_tokens
+        hashes = prefix_hashes(sequence.tokens, self.pool.block_tokens, sequence.request.tenant)
+        sequence.blocks = self.pool.share_prefix(hashes[:last_token_block])
+        sequence.computed = len(sequence.blocks) * self.pool.block_tokens
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.RUNNING
+        self._running[sequence.id] = sequence

@@ -1,0 +1,168 @@
+"""Which prompt tokens to compute next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.batch import Chunk, chunk_of
+from engine.blocks import blocks_for, prefix_hashes
+from engine.errors import OutOfBlocks
+from engine.request import SequenceState
+
+if TYPE_CHECKING:
+    from engine.blocks import BlockPool
+    from engine.request import Sequence
+
+POLICIES = ("deadline", "fcfs")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSettings:
+    token_budget: int = 2048
+    """Tokens of a batch: where this accelerator saturates, from its latency profile."""
+    max_sequences: int = 256
+    policy: str = "deadline"
+    late_share: float = 0.25
+    """Part of each batch kept for the oldest prompt that can no longer meet its target."""
+    tokens_per_s: float = 10_000.0
+    """First guess of the prefill rate; measured from then on."""
+
+
+class PrefillScheduler:
+    """Packs chunks of waiting prompts into a budget, the most pressing first.
+
+    Pressing means: higher priority, then the earlier deadline among prompts that can still meet
+    theirs. A prompt too long for its target would otherwise hold up all behind it, so late ones
+    queue behind the others, except for a share of every batch that goes to the oldest of them.
+    """
+
+    def __init__(self, pool: BlockPool, settings: PrefillSettings) -> None:
+        assert settings.policy in POLICIES, settings.policy
+        self.pool = pool
+        self.settings = settings
+        self.tokens_per_s = settings.tokens_per_s
+        self._sequences: dict[str, Sequence] = {}
+        self._hashes: dict[str, list[bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(self._sequences.values())
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(sequence.uncomputed for sequence in self._sequences.values())
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises OutOfBlocks for a prompt that an empty pool could not hold."""
+        needed = blocks_for(len(sequence.tokens) + 1, self.pool.block_tokens)
+        if needed > self.pool.total_blocks:
+            raise OutOfBlocks(needed, self.pool.total_blocks)
+        assert sequence.id not in self._sequences
+        self._sequences[sequence.id] = sequence
+        self._hashes[sequence.id] = prefix_hashes(
+            sequence.tokens, self.pool.block_tokens, sequence.request.tenant
+        )
+
+    def remove(self, request_id: str) -> Sequence:
+        """Forget a sequence; its blocks stay with the caller."""
+        del self._hashes[request_id]
+        return self._sequences.pop(request_id)
+
+    def next_chunks(self, now: float, budget: int) -> list[Chunk]:
+        """Chunks of at most `budget` tokens together; admitted prompts have all their blocks."""
+        late_budget = int(budget * self.settings.late_share)
+        ahead, late = self._order(now)
+        chunks: list[Chunk] = []
+        if late and ahead:
+            budget -= self._pack(late[:1], late_budget, chunks)
+        self._pack([*ahead, *late], budget, chunks)
+        return chunks
+
+    def computed(self, chunk: Chunk) -> Sequence:
+        """Account for a chunk that has run, and make its full blocks findable."""
+        sequence = self._sequences[chunk.request_id]
+        sequence.computed = chunk.end
+        full = sequence.computed // self.pool.block_tokens
+        self.pool.remember(sequence.blocks[:full], self._hashes[sequence.id][:full])
+        return sequence
+
+    def measured(self, tokens: int, duration_s: float) -> None:
+        """Learn the rate from a batch that prefilled `tokens`."""
+        if tokens and duration_s > 0.0:
+            self.tokens_per_s += 0.2 * (tokens / duration_s - self.tokens_per_s)
+
+    def _order(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
+        """Prompts that can meet their deadline, and those that are late, most pressing first."""
+        waiting = list(self._sequences.values())
+        if self.settings.policy == "fcfs":
+            key = lambda s: (-s.request.priority, s.request.arrival_s, s.id)  # noqa: E731
+            return sorted(waiting, key=key), []
+        ahead: list[Sequence] = []
+        late: list[Sequence] = []
+        for sequence in waiting:
+            done_s = now + sequence.uncomputed / self.tokens_per_s
+            (late if done_s > sequence.request.ttft_deadline_s else ahead).append(sequence)
+        ahead.sort(key=lambda s: (-s.request.priority, s.request.ttft_deadline_s, s.id))
+        late.sort(key=lambda s: (-s.request.priority, s.request.arrival_s, s.id))
+        return ahead, late
+
+    def _pack(self, order: list[Sequence], budget: int, chunks: list[Chunk]) -> int:
+        """Append chunks in this order; returns the tokens used. A prompt without room blocks
+        those behind it, or else small prompts would starve it."""
+        used = 0
+        packed = {chunk.request_id for chunk in chunks}
+        computing = self._blocks_under_way(packed)
+        for sequence in order:
+            if used >= budget or len(chunks) >= self.settings.max_sequences:
+                break
+            if sequence.id in packed or self._sibling_computes(sequence, computing):
+                continue
+            if not sequence.blocks and not self._admit(sequence):
+                break
+            chunk = chunk_of(sequence, min(sequence.uncomputed, budget - used))
+            chunks.append(chunk)
+            used += len(chunk.tokens)
+            computing.update(self._hashes[sequence.id][sequence.computed // self._block_tokens :])
+        return used
+
+    @property
+    def _block_tokens(self) -> int:
+        return self.pool.block_tokens
+
+    def _blocks_under_way(self, packed: set[str]) -> set[bytes]:
+        computing: set[bytes] = set()
+        for sequence in self._sequences.values():
+            if sequence.blocks or sequence.id in packed:
+                start = sequence.computed // self._block_tokens
+                computing.update(self._hashes[sequence.id][start:])
+        return computing
+
+    def _sibling_computes(self, sequence: Sequence, computing: set[bytes]) -> bool:
+        """Whether the first block this prompt misses is being computed for another right now:
+        waiting one batch for it is cheaper than computing it twice."""
+        if sequence.blocks:
+            return False
+        hashes = self._hashes[sequence.id]
+        cached = self.pool.cached_prefix(hashes)
+        return cached < len(hashes) and hashes[cached] in computing
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the sequence its cached prefix and blocks for the rest, or nothing."""
+        hashes = self._hashes[sequence.id]
+        last_token_block = (len(sequence.tokens) - 1) // self._block_tokens
+        shared = self.pool.share_prefix(hashes[:last_token_block])
+        missing = blocks_for(len(sequence.tokens), self._block_tokens) - len(shared)
+        if missing > self.pool.available:
+            self.pool.release(shared)
+            return False
+        sequence.blocks = shared + self.pool.allocate(missing)
+        sequence.computed = len(shared) * self._block_tokens
+        sequence.state = SequenceState.RUNNING
+        return True
