@@ -1,0 +1,5 @@
+"""`python -m cluster` is `tandem`."""
+
+from cluster.cli import main
+
+main()
