@@ -6,19 +6,23 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.errors import TandemError
 from engine.request import FinishReason
 
 if TYPE_CHECKING:
     from cluster.journal import Entry
     from engine.batch import Logprobs
     from engine.detokenizer import Detokenizer, StopStrings
-    from engine.errors import TandemError
     from engine.events import Timeline
     from engine.messages import Token
     from engine.request import Request
 
 STAMPS = ("prefill_started_s", "transferred_s", "decode_started_s")
 """Moments that only instances see; the others are those of the client's stream."""
+
+
+class ClientGone(TandemError):
+    """Nobody reads the answer any more."""
 
 
 @dataclass(slots=True)

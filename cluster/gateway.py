@@ -149,6 +149,10 @@ class Gateway:
         """Every request under way, in order of arrival."""
         return [status_of(choice) for choice in self._choices.values()]
 
+    def loads(self) -> list[Load]:
+        """The instances' latest loads, in order of id."""
+        return [one.load for one in self._sightings.view(self.clock.now()).instances]
+
     async def drain(self) -> None:
         """Admit nothing more and wait for what is under way."""
         self.draining = True
