@@ -1,0 +1,126 @@
+"""Opens what a rank's machine offers and picks a transport for each peer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import TransportError, Unsupported
+from kvtransfer.choose import TRANSPORTS, Offered, choose
+from kvtransfer.shared_memory import SharedMemoryTransport, host_identity
+from kvtransfer.transport import TransportLimits, decode_metadata, encode_metadata
+
+if TYPE_CHECKING:
+    from kvtransfer.plan import Copies
+    from kvtransfer.transport import Pool, Pull, Transport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    transport: str
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AutoMetadata:
+    offered: Offered
+    parts: tuple[Part, ...]
+
+
+class AutoTransport:
+    """Every transport that can be opened here; `preference` narrows them to one."""
+
+    name = "auto"
+
+    def __init__(
+        self,
+        me: str,
+        pool: Pool,
+        limits: TransportLimits | None = None,
+        *,
+        preference: str = "auto",
+    ) -> None:
+        self._me = me
+        self._preference = preference
+        self._open = open_transports(me, pool, limits or TransportLimits(), preference)
+        self._offered = Offered(host_identity(), pool.device, tuple(sorted(self._open)))
+        self._used: dict[str, Transport] = {}
+
+    def metadata(self, peer: str) -> bytes:
+        parts = tuple(
+            Part(name, transport.metadata(peer)) for name, transport in sorted(self._open.items())
+        )
+        return encode_metadata(self.name, AutoMetadata(self._offered, parts))
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        found = decode_metadata(self.name, AutoMetadata, metadata)
+        choice = choose(self._offered, found.offered, self._preference)
+        log.info(
+            "transport chosen rank=%s peer=%s transport=%s why=%s",
+            self._me,
+            peer,
+            choice.name,
+            choice.why,
+        )
+        parts = {part.transport: part.metadata for part in found.parts}
+        if choice.name not in parts:
+            raise TransportError(f"{peer} offers {choice.name} but sent no metadata for it")
+        self.disconnect(peer)
+        self._open[choice.name].connect(peer, parts[choice.name])
+        self._used[peer] = self._open[choice.name]
+
+    def pull(self, peer: str, copies: Copies) -> Pull:
+        return self._way_to(peer).pull(peer, copies)
+
+    def serve(self, peer: str, copies: Copies) -> Pull:
+        return self._way_to(peer).serve(peer, copies)
+
+    def uses(self, peer: str) -> str:
+        """The name of the transport that joins this rank to a peer."""
+        return self._way_to(peer).name
+
+    def disconnect(self, peer: str) -> None:
+        if peer in self._used:
+            self._used[peer].disconnect(peer)
+            del self._used[peer]
+
+    def close(self) -> None:
+        self._used.clear()
+        for _, transport in sorted(self._open.items()):
+            transport.close()
+
+    def _way_to(self, peer: str) -> Transport:
+        if peer not in self._used:
+            raise TransportError(f"not connected to {peer!r}")
+        return self._used[peer]
+
+
+def open_transports(
+    me: str, pool: Pool, limits: TransportLimits, preference: str
+) -> dict[str, Transport]:
+    """The preferred one, or all that work here but NCCL, which is used only when asked for."""
+    wanted = [name for name in TRANSPORTS if name != "nccl"]
+    if preference != "auto":
+        return {preference: _open(preference, me, pool, limits)}
+    opened: dict[str, Transport] = {}
+    for name in wanted:
+        try:
+            opened[name] = _open(name, me, pool, limits)
+        except Unsupported as why:
+            log.info("transport not open rank=%s transport=%s why=%s", me, name, why)
+    return opened
+
+
+def _open(name: str, me: str, pool: Pool, limits: TransportLimits) -> Transport:
+    if name == "shared_memory":
+        return SharedMemoryTransport(me, pool, limits)
+    if name == "nixl":
+        from kvtransfer.nixl import NixlTransport
+
+        return NixlTransport(me, pool, limits)
+    from kvtransfer.nccl import NcclTransport, cuda_library
+
+    return NcclTransport(me, pool, cuda_library(), limits)

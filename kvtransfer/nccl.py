@@ -1,0 +1,279 @@
+"""NCCL between GPUs: a communicator for each pair and direction, owned by one thread.
+
+Nothing is one-sided here, so the source serves what the target pulls, in the same order.
+A dead peer, a late one or a cancelled pull ends its own communicator only; the pair exchanges
+metadata again to go on. An aborted communicator writes nothing more, so an abort is a fence.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.errors import PeerLost, TransportError, Unsupported
+from kvtransfer.copier import Copier
+from kvtransfer.transport import (
+    TransportLimits,
+    check_bounds,
+    decode_metadata,
+    encode_metadata,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtransfer.copier import SlicedPull
+    from kvtransfer.plan import Copies
+    from kvtransfer.transport import Pool, Pull
+
+LOOK_S = 200e-6
+"""Between looks at a slice under way and at the communicator's health."""
+SOURCE_RANK, TARGET_RANK = 0, 1
+UniqueId = tuple[int, ...]
+
+
+class Communicator(Protocol):
+    """Two ranks' communicator; used by one thread."""
+
+    def start(self, pieces: list[tuple[int, int]], *, sending: bool) -> Callable[[], bool]:
+        """Moves (address, bytes) pieces as one group; the result tells when that is done."""
+        ...
+
+    def failure(self) -> str | None:
+        """What went wrong behind our back."""
+        ...
+
+    def abort(self) -> None: ...
+
+
+class NcclLibrary(Protocol):
+    def unique_id(self) -> UniqueId: ...
+
+    def join(self, unique_id: UniqueId, rank: int, device: str) -> Communicator:
+        """Blocks until the other rank has joined."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NcclMetadata:
+    nbytes: int
+    slice_bytes: int
+    """Both sides must cut alike, or their sends and receives do not match."""
+    unique_id: UniqueId
+    """Of the communicator in which the peer reads this rank."""
+
+
+class _Lane:
+    """One direction between two ranks: its communicator and the thread that owns it."""
+
+    def __init__(
+        self,
+        name: str,
+        join: Callable[[], Communicator],
+        pool: Pool,
+        limits: TransportLimits,
+        *,
+        sending: bool,
+    ) -> None:
+        self._name, self._join, self._sending = name, join, sending
+        self._pool = pool
+        self._limits = limits
+        self._broken = threading.Event()
+        self._communicator: Communicator | None = None
+        self._copier = Copier(name, self._copy_slice, limits)
+
+    def submit(self, copies: Copies) -> NcclPull:
+        return NcclPull(self._copier.submit(copies), self._broken)
+
+    def stop(self) -> None:
+        self._broken.set()
+        self._copier.stop()
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def _copy_slice(self, part: Copies, pull: SlicedPull) -> None:  # noqa: ARG002  all alike
+        if self._broken.is_set():
+            raise self._broken_off()
+        if self._communicator is None:
+            self._communicator = self._join()
+        offsets = part.source_offsets if self._sending else part.target_offsets
+        addresses = (offsets + self._pool.address).tolist()
+        pieces = list(zip(addresses, part.nbytes.tolist(), strict=True))
+        try:
+            self._wait(self._communicator, self._communicator.start(pieces, sending=self._sending))
+        except PeerLost:
+            self._communicator.abort()
+            raise
+
+    def _wait(self, communicator: Communicator, finished: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._limits.slice_timeout_s
+        while not finished():
+            failure = communicator.failure()
+            if failure is not None:
+                raise PeerLost(f"{self._name}: {failure}")
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"{self._name}: a slice took longer than {self._limits.slice_timeout_s:g} s"
+                )
+            if self._broken.wait(LOOK_S):
+                raise self._broken_off()
+
+    def _broken_off(self) -> PeerLost:
+        return PeerLost(f"{self._name}: broken off; connect again")
+
+
+class NcclPull:
+    """A pull or its serving half. What one side skips the other would wait for, so a cancel
+    that comes before the end breaks the whole lane off."""
+
+    def __init__(self, pull: SlicedPull, broken: threading.Event) -> None:
+        self._pull, self._broken = pull, broken
+        self.done, self.wait = pull.done, pull.wait
+        self.add_done_callback = pull.add_done_callback
+
+    def cancel(self, timeout_s: float | None = None) -> None:
+        if not self._pull.fenced:
+            self._broken.set()
+        self._pull.cancel(timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    nbytes: int
+    incoming: _Lane
+    outgoing: _Lane
+
+
+class NcclTransport:
+    name = "nccl"
+
+    def __init__(
+        self, me: str, pool: Pool, library: NcclLibrary, limits: TransportLimits | None = None
+    ) -> None:
+        if pool.device == "cpu":
+            raise Unsupported(f"{me}: NCCL moves between GPUs, and this pool lies on the CPU")
+        self._me = me
+        self._pool = pool
+        self._library = library
+        self._limits = limits or TransportLimits()
+        self._offered: dict[str, UniqueId] = {}
+        self._peers: dict[str, _Peer] = {}
+
+    def metadata(self, peer: str) -> bytes:
+        """Good for one connection: ask again, on both sides, to connect again."""
+        self._offered[peer] = self._library.unique_id()
+        mine = NcclMetadata(self._pool.nbytes, self._limits.slice_bytes, self._offered[peer])
+        return encode_metadata(self.name, mine)
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        found = decode_metadata(self.name, NcclMetadata, metadata)
+        if found.slice_bytes != self._limits.slice_bytes:
+            raise TransportError(
+                f"slice_bytes: {peer} has {found.slice_bytes}, this rank {self._limits.slice_bytes}"
+            )
+        if peer not in self._offered:
+            raise TransportError(f"{peer} has not been given this rank's metadata")
+        self.disconnect(peer)
+        self._peers[peer] = _Peer(
+            found.nbytes,
+            self._lane(peer, found.unique_id, TARGET_RANK),
+            self._lane(peer, self._offered.pop(peer), SOURCE_RANK),
+        )
+
+    def _lane(self, peer: str, unique_id: UniqueId, rank: int) -> _Lane:
+        def join() -> Communicator:
+            return self._library.join(unique_id, rank, self._pool.device)
+
+        return _Lane(peer, join, self._pool, self._limits, sending=rank == SOURCE_RANK)
+
+    def pull(self, peer: str, copies: Copies) -> Pull:
+        connected = self._connected(peer)
+        check_bounds(copies, connected.nbytes, self._pool.nbytes)
+        return connected.incoming.submit(copies)
+
+    def serve(self, peer: str, copies: Copies) -> Pull:
+        connected = self._connected(peer)
+        check_bounds(copies, self._pool.nbytes, connected.nbytes)
+        return connected.outgoing.submit(copies)
+
+    def _connected(self, peer: str) -> _Peer:
+        if peer not in self._peers:
+            raise TransportError(f"not connected to {peer!r}")
+        return self._peers[peer]
+
+    def disconnect(self, peer: str) -> None:
+        if peer in self._peers:
+            self._peers[peer].incoming.stop()
+            self._peers[peer].outgoing.stop()
+            del self._peers[peer]
+
+    def close(self) -> None:
+        for peer in sorted(self._peers):
+            self.disconnect(peer)
+
+
+def cuda_library() -> CudaLibrary:
+    """NCCL through CuPy; Unsupported where either is missing."""
+    try:
+        import cupy
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise Unsupported(f"nccl: {error}; install the `gpu` extra") from error
+    if not getattr(nccl, "available", False):
+        raise Unsupported("nccl: CuPy finds no NCCL library; install the `gpu` extra")
+    return CudaLibrary(cupy, nccl)
+
+
+class CudaLibrary:
+    def __init__(self, cupy: Any, nccl: Any) -> None:
+        self._cupy, self._nccl = cupy, nccl
+
+    def unique_id(self) -> UniqueId:
+        return tuple(int(byte) for byte in self._nccl.get_unique_id())
+
+    def join(self, unique_id: UniqueId, rank: int, device: str) -> Communicator:
+        self._cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
+        try:
+            joined = self._nccl.NcclCommunicator(2, unique_id, rank)
+        except self._nccl.NcclError as error:
+            raise PeerLost(f"joining: {error}") from error
+        return CudaCommunicator(self._cupy, self._nccl, joined, peer=1 - rank)
+
+
+class CudaCommunicator:
+    def __init__(self, cupy: Any, nccl: Any, joined: Any, *, peer: int) -> None:
+        self._cupy, self._nccl = cupy, nccl
+        self._joined: Any | None = joined
+        self._peer = peer
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def start(self, pieces: list[tuple[int, int]], *, sending: bool) -> Callable[[], bool]:
+        if self._joined is None:
+            raise PeerLost("the communicator was aborted")
+        move = self._joined.send if sending else self._joined.recv
+        try:
+            self._nccl.groupStart()
+            for address, nbytes in pieces:
+                move(address, nbytes, self._nccl.NCCL_UINT8, self._peer, self._stream.ptr)
+            self._nccl.groupEnd()
+        except self._nccl.NcclError as error:
+            raise PeerLost(str(error)) from error
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return lambda: bool(event.done)
+
+    def failure(self) -> str | None:
+        if self._joined is None:
+            return "the communicator was aborted"
+        try:
+            self._joined.check_async_error()
+        except self._nccl.NcclError as error:
+            return str(error)
+        return None
+
+    def abort(self) -> None:
+        if self._joined is not None:
+            self._joined.abort()
+            self._joined = None
