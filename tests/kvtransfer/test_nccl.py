@@ -1,0 +1,178 @@
+"""NCCL's ordering and failure logic over a fake library; the real one needs two GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from engine.errors import BadMessage, PeerLost, TransportError, Unsupported
+from kvtransfer.nccl import NcclMetadata, NcclTransport
+from kvtransfer.shared_memory import shared_pool
+from kvtransfer.transport import Pool, TransportLimits, decode_metadata
+from tests.kvtransfer.peers import pattern, pieces
+
+NBYTES = 1 << 16
+LIMITS = TransportLimits(slice_bytes=1 << 12, slice_timeout_s=0.3)
+WAIT_S = 20
+
+
+class FakeNccl:
+    """Two-rank communicators within one process: a queue of groups for each."""
+
+    def __init__(self):
+        self._numbers = itertools.count()
+        self._queues = {}
+        self._lock = threading.Lock()
+        self.aborted = []
+
+    def unique_id(self):
+        return (next(self._numbers),)
+
+    def join(self, unique_id, rank, device):
+        with self._lock:
+            groups = self._queues.setdefault(unique_id, queue.SimpleQueue())
+        return FakeCommunicator(self, unique_id, groups)
+
+
+class FakeCommunicator:
+    def __init__(self, library, unique_id, groups):
+        self._library, self._id, self._groups = library, unique_id, groups
+        self._sent = None
+
+    def start(self, pieces, *, sending):
+        if sending:
+            taken = threading.Event()
+            self._groups.put(
+                ([ctypes.string_at(address, nbytes) for address, nbytes in pieces], taken)
+            )
+            return taken.is_set
+        return lambda: self._receive(pieces)
+
+    def _receive(self, pieces):
+        try:
+            sent, taken = self._groups.get_nowait()
+        except queue.Empty:
+            return False
+        assert [len(piece) for piece in sent] == [nbytes for _, nbytes in pieces]
+        for (address, nbytes), piece in zip(pieces, sent, strict=True):
+            ctypes.memmove(address, piece, nbytes)
+        taken.set()
+        return True
+
+    def failure(self):
+        return "the other rank aborted" if self._id in self._library.aborted else None
+
+    def abort(self):
+        self._library.aborted.append(self._id)
+
+
+@pytest.fixture
+def pair():
+    """Two ranks that can read each other, and their pools."""
+    library = FakeNccl()
+    pools = [shared_pool(NBYTES) for _ in range(2)]
+    for seed, pool in enumerate(pools):
+        pool.bytes()[:] = pattern(NBYTES, seed)
+    a, b = (
+        NcclTransport(name, Pool(pool.address, NBYTES, pool, f"cuda:{number}"), library, LIMITS)
+        for number, (name, pool) in enumerate(zip("ab", pools, strict=True))
+    )
+    meet(a, b)
+    yield a, b, pools
+    a.close()
+    b.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pull ")]
+
+
+def meet(a, b):
+    to_b, to_a = a.metadata("b"), b.metadata("a")
+    a.connect("b", to_a)
+    b.connect("a", to_b)
+
+
+def test_served_copies_arrive_where_the_target_pulls_them(pair):
+    a, b, pools = pair
+    copies = pieces((0, 30000, 20000), (60000, 5, 7))
+    serving, pull = a.serve("b", copies), b.pull("a", copies)
+    pull.wait(WAIT_S)
+    serving.wait(WAIT_S)
+    expected = pattern(NBYTES, 1)
+    expected[30000:50000] = pools[0].bytes()[:20000]
+    expected[5:12] = pools[0].bytes()[60000:60007]
+    assert np.array_equal(pools[1].bytes(), expected)
+
+
+def test_two_ranks_may_read_each_other_at_once(pair):
+    a, b, pools = pair
+    low, high = pieces((0, 0, 30000)), pieces((30000, 30000, 30000))
+    pulls = [a.pull("b", low), b.pull("a", high)]
+    serves = [b.serve("a", low), a.serve("b", high)]
+    for pull in pulls + serves:
+        pull.wait(WAIT_S)
+    assert np.array_equal(pools[0].bytes()[:60000], pools[1].bytes()[:60000])
+
+
+def test_a_source_that_does_not_serve_is_lost_in_bounded_time(pair):
+    _, b, pools = pair
+    pull = b.pull("a", pieces((0, 0, 8)))
+    with pytest.raises(PeerLost, match="longer than"):
+        pull.wait(WAIT_S)
+    assert np.array_equal(pools[1].bytes(), pattern(NBYTES, 1))
+
+
+def test_an_abort_on_one_side_ends_the_other_and_a_new_meeting_mends_it(pair):
+    a, b, pools = pair
+    whole = pieces((0, 0, NBYTES))
+    pull = b.pull("a", whole)
+    pull.cancel(WAIT_S)
+    with pytest.raises(PeerLost):
+        a.serve("b", whole).wait(WAIT_S)
+    with pytest.raises(TransportError):
+        b.pull("a", whole).wait(WAIT_S)
+    meet(a, b)
+    serving, pull = a.serve("b", whole), b.pull("a", whole)
+    pull.wait(WAIT_S)
+    serving.wait(WAIT_S)
+    assert np.array_equal(pools[0].bytes(), pools[1].bytes())
+
+
+def test_each_meeting_has_a_communicator_of_its_own(pair):
+    a, _, _ = pair
+    ids = [decode_metadata("nccl", NcclMetadata, a.metadata("b")).unique_id for _ in range(2)]
+    assert ids[0] != ids[1]
+
+
+def test_a_peer_that_cuts_slices_otherwise_is_refused(pair):
+    a, _, pools = pair
+    pool = Pool(pools[1].address, NBYTES, pools[1], "cuda:2")
+    other = NcclTransport("c", pool, FakeNccl(), TransportLimits(slice_bytes=77))
+    with pytest.raises(TransportError, match="slice_bytes: c has 77, this rank 4096"):
+        a.connect("c", other.metadata("a"))
+
+
+def test_a_peer_that_was_not_told_of_us_cannot_be_connected(pair):
+    a, b, _ = pair
+    with pytest.raises(TransportError, match="has not been given"):
+        a.connect("stranger", b.metadata("stranger"))
+
+
+def test_copies_outside_the_pools_and_foreign_metadata_are_refused(pair):
+    a, b, _ = pair
+    with pytest.raises(TransportError, match="outside the source's pool"):
+        b.pull("a", pieces((NBYTES, 0, 1)))
+    with pytest.raises(TransportError, match="outside the target's pool"):
+        a.serve("b", pieces((0, NBYTES, 1)))
+    with pytest.raises(TransportError, match="not connected"):
+        a.pull("nobody", pieces((0, 0, 1)))
+    with pytest.raises(BadMessage):
+        a.connect("b", b"\x93\xa4nccl")
+
+
+def test_a_pool_on_the_cpu_is_unsupported():
+    with pytest.raises(Unsupported, match="between GPUs"):
+        NcclTransport("a", shared_pool(8), FakeNccl())
