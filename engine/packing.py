@@ -44,14 +44,6 @@ class Packed:
     def tokens(self) -> int:
         return self.token_ids.shape[0]
 
-    @property
-    def longest_query(self) -> int:
-        return max(self.query_lens)
-
-    @property
-    def longest_context(self) -> int:
-        return max(self.contexts)
-
 
 def pack(chunks: Sequence[Chunk], block_tokens: int, device: torch.device) -> Packed:
     """The arrays of a non-empty batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,35 +29,34 @@ def runner(directory: Path, parallel: Parallel) -> Runner:
     return Runner(checkpoint, sampler=Greedy(), parallel=parallel, blocks=16, block_tokens=4)
 
 
-def follow_one(directory: Path, rank: int, tensor_size: int, stages: int, meeting: str) -> None:
-    parallel = join(
-        rank,
-        tensor_size=tensor_size,
-        stages=stages,
-        init_method=meeting,
-        device=CPU,
-        wait_s=20.0,
-    )
-    follow(runner(directory, parallel))
+def follow_one(directory: Path, rank: int, cut: dict[str, Any]) -> None:
+    follow(runner(directory, join(rank, device=CPU, **cut)))
 
 
 @contextmanager
 def leading(
-    directory: Path, meeting: Path, *, tensor_size: int, stages: int
+    directory: Path, meeting: Path, *, tensor_size: int, stages: int, wait_s: float = 20.0
 ) -> Iterator[tuple[ParallelRunner, list[BaseProcess]]]:
     """An executor over followers; the block must close it or lose it."""
+    cut: dict[str, Any] = {
+        "tensor_size": tensor_size,
+        "stages": stages,
+        "init_method": f"file://{meeting}",
+        "wait_s": wait_s,
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.ranks"])
-    url = f"file://{meeting}"
     followers: list[BaseProcess] = [
-        context.Process(target=follow_one, args=(directory, rank, tensor_size, stages, url))
+        context.Process(target=follow_one, args=(directory, rank, cut))
         for rank in range(1, tensor_size * stages)
     ]
     for follower in followers:
         follower.start()
-    parallel = join(
-        0, tensor_size=tensor_size, stages=stages, init_method=url, device=CPU, wait_s=20.0
-    )
-    yield ParallelRunner(runner(directory, parallel)), followers
-    for follower in followers:
-        follower.join(20.0)
+    try:
+        yield ParallelRunner(runner(directory, join(0, device=CPU, **cut))), followers
+        for follower in followers:
+            follower.join(20.0)
+    finally:
+        for follower in followers:
+            follower.kill()
+            follower.join()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,6 +62,25 @@ def test_a_lost_rank_fails_the_leaders_call(
         follower.join()
         with pytest.raises(InstanceLost, match="a rank of the model failed"):
             step(executor, chunk("a", (7,), 2, BLOCKS))
+
+
+@pytest.mark.parametrize(("tensor_size", "stages"), [(2, 1), (1, 2)])
+def test_a_rank_that_hangs_fails_the_leaders_call(
+    tensor_size: int, stages: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with leading(
+        tiny_checkpoint("llama3"),
+        tmp_path / "meet",
+        tensor_size=tensor_size,
+        stages=stages,
+        wait_s=2.0,
+    ) as (executor, (follower,)):
+        step(executor, chunk("a", (5, 6), 0, BLOCKS))
+        assert follower.pid is not None
+        os.kill(follower.pid, signal.SIGSTOP)
+        with pytest.raises(InstanceLost, match="a rank of the model failed"):
+            step(executor, chunk("a", (7,), 2, BLOCKS))
+        follower.kill()
 
 
 @pytest.mark.parametrize(
