@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LOOK_S = 200e-6
 """Between looks at a slice under way and at the communicator's health."""
 SOURCE_RANK, TARGET_RANK = 0, 1
+UNIQUE_ID_BYTES = 128
 UniqueId = tuple[int, ...]
 
 
@@ -102,10 +103,21 @@ class _Lane:
         addresses = (offsets + self._pool.address).tolist()
         pieces = list(zip(addresses, part.nbytes.tolist(), strict=True))
         try:
-            self._wait(self._communicator, self._communicator.start(pieces, sending=self._sending))
+            self._wait(self._communicator, self._start(self._communicator, pieces))
         except PeerLost:
             self._communicator.abort()
             raise
+
+    def _start(
+        self, communicator: Communicator, pieces: list[tuple[int, int]]
+    ) -> Callable[[], bool]:
+        """The first group connects to the peer and may block on it: a watchdog aborts it then."""
+        watchdog = threading.Timer(self._limits.slice_timeout_s, communicator.abort)
+        watchdog.start()
+        try:
+            return communicator.start(pieces, sending=self._sending)
+        finally:
+            watchdog.cancel()
 
     def _wait(self, communicator: Communicator, finished: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self._limits.slice_timeout_s
@@ -234,6 +246,8 @@ class CudaLibrary:
         return tuple(int(byte) for byte in self._nccl.get_unique_id())
 
     def join(self, unique_id: UniqueId, rank: int, device: str) -> Communicator:
+        if len(unique_id) != UNIQUE_ID_BYTES or not all(-128 <= byte < 128 for byte in unique_id):
+            raise PeerLost(f"joining: not an NCCL id: {len(unique_id)} numbers")
         self._cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
         try:
             joined = self._nccl.NcclCommunicator(2, unique_id, rank)
