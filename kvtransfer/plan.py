@@ -127,9 +127,9 @@ def plan_transfer(
     """All pulls that bring `tokens` of `layers` from the source's blocks to the target's.
 
     The block tables start at token 0. Blocks of equal size are copied whole; others are
-    converted run by run. Without `tokens`, everything in the source's table is copied.
+    converted run by run. Without `tokens`, all of the source's table is copied.
     """
-    check_layouts(source, target)
+    check_compatible(source, target)
     pieces = _pieces(source, target, source_blocks, target_blocks, tokens)
     pulls: list[RankPull] = []
     for rank in range(target.ranks):
@@ -148,12 +148,12 @@ def plan_rank(
     tokens: range | None = None,
 ) -> tuple[RankPull, ...]:
     """The part of `plan_transfer` that one target rank carries out."""
-    check_layouts(source, target)
+    check_compatible(source, target)
     pieces = _pieces(source, target, source_blocks, target_blocks, tokens)
     return tuple(_rank_pulls(source, target, pieces, layers, rank))
 
 
-def check_layouts(source: KvLayout, target: KvLayout) -> None:
+def check_compatible(source: KvLayout, target: KvLayout) -> None:
     """Different models never exchange KV; different cuts and block sizes may."""
     for field in SAME_MODEL:
         ours, theirs = getattr(source, field), getattr(target, field)
@@ -176,7 +176,7 @@ def _pieces(
     tokens: range | None,
 ) -> _Pieces:
     if tokens is None:
-        tokens = range(len(source_blocks) * source.block_tokens)
+        tokens = _all_tokens(source, target, len(source_blocks), len(target_blocks))
     sides = (("source", source, source_blocks), ("target", target, target_blocks))
     for side, layout, blocks in sides:
         if len(blocks) * layout.block_tokens < tokens.stop:
@@ -196,6 +196,13 @@ def _pieces(
         starts % target.block_tokens,
         np.diff(starts, append=tokens.stop),
     )
+
+
+def _all_tokens(source: KvLayout, target: KvLayout, held: int, room: int) -> range:
+    """What the source's blocks may hold; the end of its last one may find no room, being empty."""
+    held_tokens, room_tokens = held * source.block_tokens, room * target.block_tokens
+    fits = held_tokens - room_tokens < source.block_tokens
+    return range(min(held_tokens, room_tokens) if fits else held_tokens)
 
 
 def _whole_blocks(tokens: range, block_tokens: int) -> range:

@@ -181,6 +181,14 @@ def test_layouts_of_different_models_are_refused_by_name(field, value):
         plan_transfer(layout(), replace(layout(), **{field: value}), [0], [0])
 
 
+def test_the_empty_end_of_a_larger_last_block_needs_no_room():
+    source, target = layout(block_tokens=4), layout(block_tokens=2)
+    plan = plan_transfer(source, target, [0, 1], [0, 1, 2])
+    assert plan.total_bytes == 3 * target.block_bytes(0)
+    with pytest.raises(LayoutMismatch, match="ends before token 8"):
+        plan_transfer(source, target, [0, 1], [0, 1])
+
+
 def test_a_table_that_ends_too_early_is_refused():
     with pytest.raises(LayoutMismatch, match="target table of 1 blocks"):
         plan_transfer(layout(), layout(), [0, 1], [0])
