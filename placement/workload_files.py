@@ -28,7 +28,7 @@ MOST_TOKENS = 10_000_000
 
 
 def read_workload(path: Path) -> Workload:
-    """The header tells the kind: our CSV, Azure's, BurstGPT's, unit arrivals; JSON lines are Mooncake's."""
+    """The header tells the kind; JSON lines are Mooncake's."""
     if not path.is_file():
         raise BadConfig("workload", str(path), "no such file")
     if path.suffix == ".jsonl":

@@ -112,34 +112,35 @@ def _errors(samples: Iterable[Sample]) -> dict[str, int]:
 
 def confidence(samples: Sequence[Sample], seed: int = 0) -> dict[str, Any]:
     """95% intervals by bootstrap over requests."""
-    rng = np.random.default_rng(seed)
-    intervals: dict[str, Any] = {
-        "level": CONFIDENCE,
-        "attainment": bootstrap(np.array([one.met() for one in samples], float), np.mean, rng),
-    }
+    intervals: dict[str, Any] = {"level": CONFIDENCE, "attainment": share_interval(samples, seed)}
+    levels = list(QUANTILES.values())
     for name, latency in LATENCIES.items():
         values = np.array(_values(latency, samples))
-        intervals[name] = {
-            point: bootstrap(values, _quantile(q), rng) if len(values) else None
-            for point, q in QUANTILES.items()
-        }
+        if len(values):
+            edges = bootstrap(values, lambda draw: np.quantile(draw, levels), seed)
+            intervals[name] = dict(zip(QUANTILES, edges.T.tolist(), strict=True))
+        else:
+            intervals[name] = dict.fromkeys(QUANTILES)
     return intervals
 
 
-def _quantile(q: float) -> Callable[..., Any]:
-    return lambda draws, axis: np.quantile(draws, q, axis=axis)
+def share_interval(samples: Sequence[Sample], seed: int = 0) -> list[float]:
+    """Of the share that met their targets."""
+    met = np.array([one.met() for one in samples], float)
+    edges: list[float] = bootstrap(met, lambda draw: draw.mean(), seed).tolist()
+    return edges
 
 
 def bootstrap(
-    values: NDArray[np.float64], statistic: Callable[..., Any], rng: np.random.Generator
-) -> list[float]:
-    """The interval that holds the statistic of `CONFIDENCE` of the resampled runs."""
-    draws = [
-        statistic(values[rng.integers(0, len(values), len(values))], axis=0)
-        for _ in range(RESAMPLES)
-    ]
-    tail = (1 - CONFIDENCE) / 2
-    return [float(edge) for edge in np.quantile(draws, [tail, 1 - tail])]
+    values: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64]], Any],
+    seed: int,
+) -> NDArray[np.float64]:
+    """Low and high edge of what holds the statistic of `CONFIDENCE` of the resampled runs."""
+    rng, tail = np.random.default_rng(seed), (1 - CONFIDENCE) / 2
+    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(RESAMPLES)]
+    edges: NDArray[np.float64] = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return edges
 
 
 def attainment_over_scale(samples: Sequence[Sample]) -> list[tuple[float, float]]:

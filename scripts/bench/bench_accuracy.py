@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace, latency: Latency) -> float:
     server.start()
     try:
         due_s = arrivals(options.requests, options.rate)
-        measured, cpu_share = asyncio.run(measure(port, due_s, options.tokens))
+        measured, cpu_share = uvloop.run(measure(port, due_s, options.tokens))
     finally:
         server.terminate()
         server.join()
@@ -70,9 +71,7 @@ def arrivals(requests: int, rate_rps: float) -> list[float]:
 
 async def measure(port: int, due_s: list[float], tokens: int) -> tuple[dict, float]:
     server = await reach(port)
-    load = [
-        Conversation(due, (Turn(index, 64, tokens),)) for index, due in enumerate(due_s)
-    ]
+    load = [Conversation(due, (Turn(index, 64, tokens),)) for index, due in enumerate(due_s)]
     used_s, started_s = cpu_s(), asyncio.get_running_loop().time()
     samples = await open_loop(server, load, Silent())
     share = (cpu_s() - used_s) / (asyncio.get_running_loop().time() - started_s)

@@ -71,6 +71,7 @@ class SimulatedServer:
         self.behaviour = behaviour or Behaviour()
         self.bodies: list[dict[str, Any]] = []
         self._ttft_s, self._gap_s = self.behaviour.latency.draw(REQUESTS)
+        self.connections = 0
         self._server: asyncio.Server | None = None
 
     async def start(self, port: int = 0) -> str:
@@ -82,10 +83,11 @@ class SimulatedServer:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while await self._exchange(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
@@ -188,7 +190,8 @@ def _plain(writer: asyncio.StreamWriter, status: int, answer: dict[str, Any]) ->
     body = json.dumps(answer).encode()
     writer.write(
         f"HTTP/1.1 {status} -\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n".encode() + body
+        f"content-length: {len(body)}\r\n\r\n".encode()
+        + body
     )
 
 

@@ -1,0 +1,146 @@
+"""What to send and when: from a workload file, or drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.bench.load import Conversation
+from cluster.bench.prompts import Prefix
+from cluster.bench.server import Turn
+from engine.errors import BadInput
+from engine.slo import Slo
+from placement.workload import Arrivals, LengthModel, Workload, fixed_lengths, synthetic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Requests that are drawn; lengths are lognormal around their median, fixed with spread 0."""
+
+    requests: int = 200
+    rate_rps: float = 1.0
+    ramp_to_rps: float | None = None
+    burstiness: float = 1.0
+    """Coefficient of variation of the gaps; 1 is Poisson."""
+    prompt_tokens: int = 256
+    output_tokens: int = 64
+    spread: float = 0.0
+    """Standard deviation of the lengths' logarithm."""
+    longest_prompt: int = 4096
+    longest_output: int = 1024
+    prefixes: int = 0
+    prefix_tokens: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How many turns a conversation has, and how long its user thinks between them."""
+
+    turns: int = 1
+    think_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """A workload, its targets and its conversations, at any rate that is asked for."""
+
+    workload: Workload
+    slo: Slo = field(default_factory=Slo)
+    talk: Talk = field(default_factory=Talk)
+
+    @property
+    def text(self) -> bool:
+        """Whether prompts must be text, because answers become part of later ones."""
+        return self.talk.turns > 1
+
+    def at_rate(self, rate_rps: float) -> Arrangement:
+        return replace(self, workload=self.workload.at_rate(rate_rps))
+
+    def conversations(self) -> list[Conversation]:
+        load = self.workload
+        start_s = float(load.arrival_s[0])
+        return [
+            Conversation(float(load.arrival_s[row]) - start_s, self._turns(row))
+            for row in range(len(load))
+        ]
+
+    def _turns(self, row: int) -> tuple[Turn, ...]:
+        load, talk = self.workload, self.talk
+        first = Turn(
+            row * talk.turns,
+            int(load.prompt_tokens[row]),
+            int(load.output_tokens[row]),
+            self._slo(row),
+            self._prefix(row),
+            0 if load.priority is None else int(load.priority[row]),
+        )
+        later = (
+            replace(first, index=first.index + place, prefix=None, think_s=talk.think_s)
+            for place in range(1, talk.turns)
+        )
+        return (first, *later)
+
+    def _slo(self, row: int) -> Slo:
+        return Slo(
+            _cell(self.workload.slo_ttft_s, row, self.slo.ttft_s),
+            _cell(self.workload.slo_tpot_s, row, self.slo.tpot_s),
+        )
+
+    def _prefix(self, row: int) -> Prefix | None:
+        ids, tokens = self.workload.prefix_id, self.workload.prefix_tokens
+        if ids is None or tokens is None or ids[row] < 0:
+            return None
+        return Prefix(int(ids[row]), int(tokens[row]))
+
+
+def _cell(column: NDArray[np.float64] | None, row: int, default: float) -> float:
+    """An empty cell means the run's target."""
+    return default if column is None or np.isnan(column[row]) else float(column[row])
+
+
+def draw(recipe: Synthetic) -> Workload:
+    """The same recipe gives the same requests."""
+    generator = np.random.default_rng(recipe.seed)
+    arrivals = _arrivals(recipe, Arrivals(generator, recipe.burstiness))
+    if recipe.spread == 0:
+        load = fixed_lengths(recipe.prompt_tokens, recipe.output_tokens, arrivals)
+    else:
+        load = synthetic(_lengths(recipe), arrivals, generator)
+    return _with_prefixes(load, recipe, generator) if recipe.prefixes else load
+
+
+def _arrivals(recipe: Synthetic, arrivals: Arrivals) -> NDArray[np.float64]:
+    low, high = recipe.rate_rps, recipe.ramp_to_rps
+    if high is None:
+        return arrivals.times(recipe.requests, low)
+    if low < 0 or high <= 0:
+        raise BadInput("ramp-to", high, "must be positive")
+    duration_s = recipe.requests / ((low + high) / 2)
+    times = arrivals.seasonal(duration_s, lambda now_s: low + (high - low) * now_s / duration_s)
+    if not len(times):
+        raise BadInput("requests", recipe.requests, "too few for a ramp")
+    return times
+
+
+def _lengths(recipe: Synthetic) -> LengthModel:
+    variance = recipe.spread**2
+    return LengthModel(
+        (float(np.log(recipe.prompt_tokens)), float(np.log(recipe.output_tokens))),
+        ((variance, 0.0), (0.0, variance)),
+        (1, 1),
+        (recipe.longest_prompt, recipe.longest_output),
+    )
+
+
+def _with_prefixes(load: Workload, recipe: Synthetic, generator: np.random.Generator) -> Workload:
+    """Each prompt begins with one of a few texts and goes on for its own length."""
+    ids = generator.integers(recipe.prefixes, size=len(load))
+    tokens = np.full(len(load), recipe.prefix_tokens, dtype=np.int64)
+    prompts = load.prompt_tokens + tokens
+    return replace(load, prompt_tokens=prompts, prefix_id=ids, prefix_tokens=tokens)
