@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,6 +158,8 @@ class Ledger:
         self.slo_tpot_s = _targets(workload.slo_tpot_s, slo_tpot_s, count)
         nan = float("nan")
         self.moments = {name: [nan] * count for name in MOMENTS}
+        self._arrival_s: list[float] = workload.arrival_s.tolist()
+        self._later: list[int] = np.maximum(workload.output_tokens - 1, 1).tolist()
         self.gaps: list[tuple[float, int]] = []
         self.missed = 0
         self.ended = 0
@@ -165,6 +168,22 @@ class Ledger:
     @property
     def hopeless(self) -> bool:
         return self.missed > self._may_miss
+
+    def look_ahead(self, now: float, arrived: int) -> None:
+        """Count what has not ended but has run out of time for either target."""
+        firsts, ends = self.moments["first_token_s"], self.moments["finished_s"]
+        missed = 0
+        for index in range(arrived):
+            first_s = firsts[index]
+            if isnan(first_s):
+                missed += now - self._arrival_s[index] > self.slo_ttft_s[index]
+            elif first_s - self._arrival_s[index] > self.slo_ttft_s[index]:
+                missed += 1
+            else:
+                end_s = ends[index]
+                lasted_s = (now if isnan(end_s) else end_s) - first_s
+                missed += lasted_s > self.slo_tpot_s[index] * self._later[index]
+        self.missed = max(self.missed, missed)
 
     def first_token(self, index: int, now: float) -> None:
         self.moments["first_token_s"][index] = now

@@ -26,6 +26,8 @@ Action = Callable[[float], None]
 PREFIX_TOKEN = 1 << 24
 COARSE_BLOCK_TOKENS = 1 << 14
 """Prefixes need not be told apart where no request shares one."""
+LOOK_AHEAD_ARRIVALS = 25
+"""How often it is asked whether attainment is out of reach."""
 
 
 def simulate(
@@ -40,6 +42,7 @@ class Simulation:
         self, deployment: Deployment, workload: Workload, attainment: float | None = None
     ) -> None:
         may_miss = None if attainment is None else int((1 - attainment) * len(workload) + 1e-9)
+        self._may_stop = attainment is not None
         slo = deployment.slo
         self._deployment = deployment
         self._workload = workload
@@ -63,6 +66,8 @@ class Simulation:
             if due_s is not None and (not self._events or due_s <= self._events[0][0]):
                 self._arrive(following, due_s)
                 following += 1
+                if self._may_stop and following % LOOK_AHEAD_ARRIVALS == 0:
+                    self.ledger.look_ahead(due_s, following)
             elif self._events:
                 now, _, action = heappop(self._events)
                 action(now)

@@ -1,0 +1,87 @@
+"""The highest rate at which a deployment still meets its targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from placement.simulator import simulate
+
+if TYPE_CHECKING:
+    from placement.deployment import Deployment
+    from placement.outcome import Outcome
+    from placement.workload import Workload
+
+RESOLUTION = 0.02
+"""Bisection ends once the bounds are so close, relative to the rate."""
+LEAST_RATE_SHARE = 1 / 256
+"""Of the first guess; what cannot meet its targets even there is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """A rate that meets the attainment, and what was seen there; None if no rate does."""
+
+    rate_rps: float
+    outcome: Outcome | None
+    simulations: int
+    limit: str
+    """What is missed first beyond that rate."""
+
+
+def find_goodput(
+    deployment: Deployment,
+    workload: Workload,
+    attainment: float,
+    guess_rps: float,
+    *,
+    worth_rps: float = 0.0,
+    resolution: float = RESOLUTION,
+) -> Goodput:
+    """Bisection over one sequence of requests, stretched in time.
+
+    A rate of 0 means that not even `worth_rps` can be served.
+    """
+    runs = _Runs(deployment, workload, attainment)
+    low, high = 0.0, None
+    rate, best, limit = worth_rps or guess_rps, None, "nothing"
+    while high is None or high - low > resolution * high:
+        outcome = runs.at(rate)
+        if outcome.attainment >= attainment:
+            low, best = rate, outcome
+            rate = max(guess_rps, rate * 1.4) if high is None else (rate + high) / 2
+        else:
+            high, limit = rate, what_is_missed(outcome)
+            if rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE:
+                return Goodput(0.0, None, runs.count, limit)
+            rate = (low + high) / 2 if low else high / 2
+    return Goodput(low, best, runs.count, limit)
+
+
+class _Runs:
+    def __init__(self, deployment: Deployment, workload: Workload, attainment: float) -> None:
+        self._deployment, self._workload, self._attainment = deployment, workload, attainment
+        self.count = 0
+
+    def at(self, rate_rps: float) -> Outcome:
+        self.count += 1
+        return simulate(self._deployment, self._workload.at_rate(rate_rps), self._attainment)
+
+
+def what_is_missed(outcome: Outcome) -> str:
+    """The target that more requests missed, and the cause where memory shows it."""
+    late = int((outcome.ttft_s > outcome.slo_ttft_s).sum())
+    slow = int((outcome.tpot_s > outcome.slo_tpot_s).sum())
+    if outcome.preemptions > len(outcome.arrived_s) // 50:
+        return "KV memory"
+    waits = outcome.parts_s()["transfer"]
+    if slow > late and np.nanmean(waits) > np.nanmean(outcome.slo_tpot_s) * 10:
+        return "KV memory on the decode side"
+    return "TTFT" if late >= slow else "TPOT"
+
+
+def first_tokens_only(workload: Workload) -> Workload:
+    """The same prompts, each answered by a single token: the prefill phase alone."""
+    return replace(workload, output_tokens=np.ones(len(workload), dtype=np.int64))

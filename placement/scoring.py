@@ -1,0 +1,162 @@
+"""Simulates candidates: first roughly, the most promising first, then the leaders finely."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+from placement.candidate import Candidate, Scored, Trial, score
+from placement.goodput import RESOLUTION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from placement.costbook import CostBook
+    from placement.deployment import Overheads
+    from placement.plan import Target
+    from placement.search import Prospect, Search
+    from placement.workload import Workload
+
+GUESSED_SHARE = 0.7
+"""Of a candidate's bound: where its bisection starts."""
+ROUGH = 0.08
+"""Resolution at which candidates are compared before the leaders are measured finely."""
+LEADERS = 8
+ANSWERS_LONG = 4
+TYPICAL_TPOT_SHARE = 0.5
+MOST_TIMES_REQUESTS = 8
+"""Times as many requests as asked for are drawn, for candidates that serve many."""
+WORTHLESS_SHARE = 0.9
+"""A candidate whose bound is under this share of the best one found is not simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all candidates are simulated with."""
+
+    book: CostBook
+    sample: Workload
+    target: Target
+    overheads: Overheads
+    processes: int
+    requests: int
+    """Simulated at least."""
+
+    def sample_for(self, rate_rps: float) -> Workload:
+        """Long enough for batches to fill: arrivals last several times as long as an answer."""
+        tokens = float(self.sample.output_tokens.mean())
+        answer_s = tokens * self.target.tpot_s * TYPICAL_TPOT_SHARE
+        return self.sample.first(max(self.requests, int(rate_rps * ANSWERS_LONG * answer_s)))
+
+
+def score_prospects(
+    setting: Setting, search: Search, progress: Callable[[int, int], None]
+) -> list[Scored]:
+    """`progress` is told how many prospects of how many are done."""
+    prospects, best = search.prospects(), _Best()
+    total = len(prospects) + LEADERS
+    rough: list[Scored] = []
+    with _scoring(setting.processes) as score_all:
+        for done, batch in _batches(prospects, setting.processes):
+            for scored in score_all(list(_rough_trials(setting, search, batch, best))):
+                best.learn(scored)
+                rough.append(scored)
+            progress(done, total)
+        leaders = _leaders(rough)
+        fine = list(score_all([_fine_trial(setting, leader) for leader in leaders]))
+        progress(total, total)
+    return fine + [one for one in rough if one not in leaders]
+
+
+def _rough_trials(
+    setting: Setting, search: Search, batch: Sequence[Prospect], best: _Best
+) -> Iterator[Trial]:
+    for prospect in batch:
+        copies = search.copies(prospect.candidate)
+        if best.may_beat(prospect, copies):
+            yield Trial(
+                book=setting.book,
+                candidate=prospect.candidate,
+                workload=setting.sample_for(prospect.bound_rps),
+                target=setting.target,
+                overheads=setting.overheads,
+                guess_rps=prospect.bound_rps * GUESSED_SHARE,
+                worth_rps=best.worth(prospect.candidate, copies),
+                copies=copies,
+                resolution=ROUGH,
+            )
+
+
+def _fine_trial(setting: Setting, scored: Scored) -> Trial:
+    rate = scored.goodput.rate_rps
+    return Trial(
+        book=setting.book,
+        candidate=scored.candidate,
+        workload=setting.sample_for(rate),
+        target=setting.target,
+        overheads=setting.overheads,
+        guess_rps=rate * (1 + ROUGH),
+        worth_rps=rate,
+        copies=scored.copies,
+        resolution=RESOLUTION,
+    )
+
+
+class _Best:
+    """The best of each kind so far; others of that kind need not be measured exactly."""
+
+    def __init__(self) -> None:
+        self._fleet_rps: dict[str, float] = {}
+        self._share_rps: dict[str, float] = {}
+
+    def may_beat(self, prospect: Prospect, copies: int) -> bool:
+        kind = prospect.candidate.kind
+        fleet = prospect.bound_rps * copies > self._fleet_rps.get(kind, 0.0) * WORTHLESS_SHARE
+        share = prospect.per_accelerator > self._share_rps.get(kind, 0.0) * WORTHLESS_SHARE
+        return fleet or share
+
+    def worth(self, candidate: Candidate, copies: int) -> float:
+        """The rate under which the candidate is neither the best fleet nor the best share."""
+        kind = candidate.kind
+        for_fleet = self._fleet_rps.get(kind, 0.0) / copies
+        for_share = self._share_rps.get(kind, 0.0) * candidate.accelerators
+        return min(for_fleet, for_share) * WORTHLESS_SHARE
+
+    def learn(self, scored: Scored) -> None:
+        kind = scored.candidate.kind
+        self._fleet_rps[kind] = max(self._fleet_rps.get(kind, 0.0), scored.fleet_rps)
+        self._share_rps[kind] = max(self._share_rps.get(kind, 0.0), scored.per_accelerator)
+
+
+def _leaders(scored: Sequence[Scored]) -> list[Scored]:
+    """The best of each kind by accelerator and by fleet, then what came closest."""
+    serving = [one for one in scored if one.goodput.rate_rps > 0]
+    by_share = sorted(serving, key=lambda one: (-one.per_accelerator, str(one.candidate)))
+    by_fleet = sorted(serving, key=lambda one: (-one.fleet_rps, str(one.candidate)))
+    firsts: dict[tuple[str, str], Scored] = {}
+    for measure, ranked in (("share", by_share), ("fleet", by_fleet)):
+        for one in ranked:
+            firsts.setdefault((measure, one.candidate.kind), one)
+    return list(dict.fromkeys([*firsts.values(), *by_share[:2]]))[:LEADERS]
+
+
+def _batches(
+    prospects: Sequence[Prospect], processes: int
+) -> Iterator[tuple[int, Sequence[Prospect]]]:
+    """With how many are done after each."""
+    size = max(1, processes) * 2
+    for start in range(0, len(prospects), size):
+        yield min(start + size, len(prospects)), prospects[start : start + size]
+
+
+@contextmanager
+def _scoring(processes: int) -> Iterator[Callable[[list[Trial]], Iterator[Scored]]]:
+    """Scores trials in order, here or in processes of their own."""
+    if processes == 1:
+        yield lambda trials: map(score, trials)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield lambda trials: pool.map(score, trials)
