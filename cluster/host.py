@@ -156,7 +156,7 @@ class Host:
     async def _tell_load(self) -> None:
         """At every change of what policies look at, and as a heartbeat when nothing changes."""
         while True:
-            load = self.instance.load(self._clock.now())
+            load = self.instance.load()
             for listener in self._listeners:
                 self._tell(listener, load)
             self._told = _gist(load)
@@ -168,7 +168,7 @@ class Host:
                 continue
 
     async def _until_changed(self) -> None:
-        while _gist(self.instance.load(self._clock.now())) == self._told:
+        while _gist(self.instance.load()) == self._told:
             self._changed.clear()
             await self._changed.wait()
             await asyncio.sleep(self._settings.change_s)

@@ -105,8 +105,8 @@ class Leading:
             self._spec.role,
             pool,
             self._loaded.runner.layout,
-            instance_settings(self._config, self._spec),
-            self._loaded.checkpoint.eos_token_ids,
+            settings=instance_settings(self._config, self._spec),
+            eos=self._loaded.checkpoint.eos_token_ids,
         )
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
@@ -176,7 +176,7 @@ class Leading:
         return self._meetings.setdefault(instance, asyncio.Lock())
 
     def _is_empty(self) -> bool:
-        load = self._hosted.instance.load(self._clock.now())
+        load = self._hosted.instance.load()
         return not (load.queue_requests or load.running_sequences or load.pinned_blocks)
 
     @property

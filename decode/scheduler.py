@@ -66,6 +66,11 @@ class DecodeScheduler:
         holders = (self._running, self._waiting, self._swapped)
         return any(request_id in held for held in holders)
 
+    def find(self, request_id: str) -> Sequence | None:
+        if request_id in self._swapped:
+            return self._swapped[request_id][0]
+        return self._running.get(request_id) or self._waiting.get(request_id)
+
     @property
     def running(self) -> tuple[Sequence, ...]:
         return tuple(self._running.values())

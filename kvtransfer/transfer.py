@@ -93,11 +93,10 @@ class Outgoing(_Stateful):
     pulled_tokens: int = 0
     rounds: int = 0
     round_started_s: float = 0.0
+    round_from: int = 0
     round_tokens: int = 0
     tokens_per_s: float | None = None
     """How fast this target pulls, measured by the last round."""
-    claimed: bool = False
-    """All is copied; the gateway has been asked to make the target the owner."""
 
     def ready(self, tokens: int, layers: range) -> Ready:
         blocks = tuple(self.sequence.blocks)

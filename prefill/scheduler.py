@@ -51,6 +51,9 @@ class PrefillScheduler:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._sequences
 
+    def find(self, request_id: str) -> Sequence | None:
+        return self._sequences.get(request_id)
+
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         return tuple(self._sequences.values())

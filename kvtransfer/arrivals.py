@@ -1,0 +1,266 @@
+"""The target side of an instance's transfers: room, copies, and nothing used unconfirmed.
+
+Reserved blocks of an aborted transfer stay reserved until every copy into them has ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.blocks import blocks_for, prefix_hashes
+from engine.errors import LayoutMismatch
+from engine.messages import Cancelled, Confirmed, Fenced, Offer, Pulled, Ready, Renew, Reserved
+from engine.request import Sequence
+from kvtransfer.plan import check_compatible
+from kvtransfer.transfer import Incoming, PullCancel, TransferSettings, TransferState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.blocks import BlockPool
+    from engine.errors import TransferError
+    from engine.layout import KvLayout
+    from engine.messages import Message, Sealed
+    from kvtransfer.transfer import PullOrder
+
+    Send = Callable[[str, Message], None]
+    HasRoom = Callable[[int], bool]
+
+REMEMBERED = 4096
+"""Ended transfers kept in mind, so that a late offer does not start one again."""
+
+
+class Arrivals:
+    def __init__(
+        self,
+        pool: BlockPool,
+        layout: KvLayout,
+        settings: TransferSettings,
+        send: Send,
+        has_room: HasRoom,
+    ) -> None:
+        self.layout, self.settings = layout, settings
+        self._pool, self._send, self._has_room = pool, send, has_room
+        self._open: dict[str, Incoming] = {}
+        self._fencing: dict[str, Incoming] = {}
+        self._ended: dict[str, None] = {}
+        self._next_word_s: dict[str, float] = {}
+        self._pulls: list[PullOrder | PullCancel] = []
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._fencing)
+
+    @property
+    def open(self) -> tuple[Incoming, ...]:
+        return tuple(self._open.values())
+
+    def of(self, request_id: str) -> list[Incoming]:
+        return [i for i in self._open.values() if i.offer.request.id == request_id]
+
+    def take_pulls(self) -> list[PullOrder | PullCancel]:
+        pulls, self._pulls = self._pulls, []
+        return pulls
+
+    # What the source says.
+
+    def offer(self, sender: str, offer: Offer, now: float) -> None:
+        if offer.transfer in self._open:
+            self._heard(offer.transfer, sender, now)
+            return
+        if offer.transfer in self._ended:
+            return
+        refusal = self._refusal(offer)
+        if refusal is not None:
+            self._end(offer.transfer)
+            self._send(sender, Cancelled(offer.transfer, *refusal))
+            self._send(sender, Fenced(offer.transfer))
+            return
+        lease_until_s = now + self.settings.lease_s
+        self._open[offer.transfer] = Incoming(offer, sender, lease_until_s, now)
+        self._next_word_s[offer.transfer] = now + self.settings.heartbeat_s
+
+    def admit(self, now: float) -> None:
+        """Reserve for waiting offers, the most urgent first, as far as there is room."""
+        waiting = [i for i in self._open.values() if i.state is TransferState.OFFERED]
+        waiting.sort(key=lambda i: (-i.offer.request.priority, i.arrived_s, i.id))
+        for incoming in waiting:
+            if not self._reserve(incoming):
+                return
+            self._say(incoming, Reserved(incoming.id), now)
+
+    def ready(self, sender: str, ready: Ready, now: float) -> None:
+        incoming = self._heard(ready.transfer, sender, now)
+        if incoming is None or incoming.state is TransferState.OFFERED:
+            return
+        if self._make_room(incoming, ready.tokens):
+            self._pulls.extend(incoming.order(ready))
+            self._report(incoming, now)
+
+    def sealed(self, sender: str, sealed: Sealed, now: float) -> None:
+        incoming = self._heard(sealed.transfer, sender, now)
+        if incoming is None or incoming.state is TransferState.OFFERED:
+            return
+        if incoming.sealed is None and self._make_room(incoming, sealed.computed + 1):
+            incoming.sealed = sealed
+            self._pulls.extend(incoming.order_rest())
+        if not incoming.over:
+            self._report(incoming, now)
+
+    def confirmed(self, sender: str, message: Confirmed, now: float) -> tuple[str, Sequence] | None:
+        """The gateway and the sequence that may go on here, its KV complete and owned."""
+        incoming = self._heard(message.transfer, sender, now)
+        if incoming is None or incoming.sealed is None or incoming.complete_tokens is None:
+            return None
+        incoming.become(TransferState.COMMITTED)
+        self._forget(incoming)
+        self._pool.claim(incoming.reserved)
+        sequence = _sequence_of(incoming)
+        self._remember_prefix(sequence)
+        return incoming.offer.gateway, sequence
+
+    def cancelled(self, sender: str, message: Cancelled) -> None:
+        incoming = self._open.get(message.transfer)
+        if incoming is not None and incoming.source == sender:
+            self._abort(incoming)
+        elif message.transfer not in self._fencing:
+            self._send(sender, Fenced(message.transfer))
+
+    def renew(self, sender: str, message: Renew, now: float) -> None:
+        self._heard(message.transfer, sender, now)
+
+    # What happens here.
+
+    def pull_finished(
+        self, transfer: str, number: int, error: TransferError | None, now: float
+    ) -> None:
+        fencing = self._fencing.get(transfer)
+        if fencing is not None:
+            del fencing.outstanding[number]
+            self._settle(fencing)
+            return
+        incoming = self._open[transfer]
+        if error is None:
+            incoming.order_done(number)
+            self._report(incoming, now)
+        else:
+            del incoming.outstanding[number]
+            self.give_up(incoming, type(error).__name__, str(error))
+
+    def give_up(self, incoming: Incoming, error: str, reason: str) -> None:
+        self._send(incoming.source, Cancelled(incoming.id, error, reason))
+        self._abort(incoming)
+
+    def lost(self, peer: str) -> None:
+        for incoming in list(self._open.values()):
+            if incoming.source == peer:
+                self._abort(incoming)
+
+    def tick(self, now: float) -> None:
+        for incoming in list(self._open.values()):
+            if now > incoming.lease_until_s:
+                self.give_up(incoming, "LeaseExpired", f"nothing heard from {incoming.source}")
+            elif now >= self._next_word_s[incoming.id]:
+                self._say(incoming, self._last_word(incoming), now)
+
+    def _refusal(self, offer: Offer) -> tuple[str, str] | None:
+        theirs, ours = offer.layout.block_tokens, self.layout.block_tokens
+        if theirs != ours:
+            return "LayoutMismatch", f"block_tokens: {theirs} at the source, {ours} here"
+        try:
+            check_compatible(offer.layout, self.layout)
+        except LayoutMismatch as error:
+            return "LayoutMismatch", str(error)
+        needed = blocks_for(offer.tokens, self.layout.block_tokens)
+        if needed > self._pool.total_blocks:
+            return "OutOfBlocks", f"{needed} blocks wanted of {self._pool.total_blocks}"
+        waiting = sum(1 for i in self._open.values() if i.state is TransferState.OFFERED)
+        if waiting >= self.settings.max_offers:
+            return "Overloaded", f"{waiting} offers are waiting already"
+        return None
+
+    def _reserve(self, incoming: Incoming) -> bool:
+        offer = incoming.offer
+        hashes = prefix_hashes(offer.request.prompt, self.layout.block_tokens, offer.request.tenant)
+        shared = self._pool.share_prefix(hashes)
+        missing = blocks_for(offer.tokens, self.layout.block_tokens) - len(shared)
+        if not self._has_room(missing):
+            self._pool.release(shared)
+            return False
+        incoming.reserve(shared, self._pool.reserve(missing))
+        return True
+
+    def _make_room(self, incoming: Incoming, tokens: int) -> bool:
+        """A sequence that grew past its reservation while it moved gets more, or is refused."""
+        missing = blocks_for(tokens, self.layout.block_tokens) - len(incoming.blocks)
+        if missing > self._pool.available:
+            self.give_up(incoming, "OutOfBlocks", f"{missing} more blocks wanted while copying")
+            return False
+        if missing > 0:
+            incoming.reserved.extend(self._pool.reserve(missing))
+        return True
+
+    def _report(self, incoming: Incoming, now: float) -> None:
+        tokens = incoming.complete_tokens
+        if tokens is not None and tokens > incoming.reported:
+            incoming.reported = tokens
+            self._say(incoming, Pulled(incoming.id, tokens), now)
+
+    def _last_word(self, incoming: Incoming) -> Message:
+        if incoming.state is TransferState.RESERVED:
+            return Reserved(incoming.id)
+        if incoming.reported:
+            return Pulled(incoming.id, incoming.reported)
+        return Renew(incoming.id)
+
+    def _say(self, incoming: Incoming, message: Message, now: float) -> None:
+        self._next_word_s[incoming.id] = now + self.settings.heartbeat_s
+        self._send(incoming.source, message)
+
+    def _heard(self, transfer: str, sender: str, now: float) -> Incoming | None:
+        incoming = self._open.get(transfer)
+        if incoming is None or incoming.source != sender:
+            return None
+        incoming.lease_until_s = now + self.settings.lease_s
+        return incoming
+
+    def _abort(self, incoming: Incoming) -> None:
+        incoming.become(TransferState.ABORTED)
+        self._forget(incoming)
+        self._fencing[incoming.id] = incoming
+        if incoming.outstanding:
+            self._pulls.append(PullCancel(incoming.id))
+        self._settle(incoming)
+
+    def _settle(self, incoming: Incoming) -> None:
+        """Once nothing is written any more, the blocks are free and the source may know."""
+        if incoming.outstanding:
+            return
+        del self._fencing[incoming.id]
+        self._pool.release(incoming.shared)
+        self._pool.unreserve(incoming.reserved)
+        self._send(incoming.source, Fenced(incoming.id))
+
+    def _remember_prefix(self, sequence: Sequence) -> None:
+        tokens = sequence.tokens[: sequence.computed]
+        hashes = prefix_hashes(tokens, self.layout.block_tokens, sequence.request.tenant)
+        self._pool.remember(sequence.blocks, hashes)
+
+    def _forget(self, incoming: Incoming) -> None:
+        del self._open[incoming.id]
+        del self._next_word_s[incoming.id]
+        self._end(incoming.id)
+
+    def _end(self, transfer: str) -> None:
+        self._ended[transfer] = None
+        while len(self._ended) > REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
+
+def _sequence_of(incoming: Incoming) -> Sequence:
+    assert incoming.sealed is not None
+    request = incoming.offer.request
+    tokens = [*request.prompt, *incoming.sealed.output]
+    sequence = Sequence(request, incoming.offer.epoch, tokens)
+    sequence.blocks = incoming.blocks
+    sequence.computed = incoming.sealed.computed
+    return sequence
