@@ -143,6 +143,11 @@ class Answer:
         self.open_choices += 1
 
     @property
+    def done(self) -> bool:
+        """Whether every answer has ended and nothing is left to read."""
+        return self.open_choices == 0 and not self._deltas
+
+    @property
     def output_tokens(self) -> int:
         return sum(choice.output_tokens for choice in self.choices)
 
