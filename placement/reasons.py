@@ -23,7 +23,7 @@ def explain(winner: Scored, others: Sequence[Scored], objective: str) -> str:
         for kind in (AGGREGATED, DISAGGREGATED, HYBRID)
         if kind in best and kind not in _told(winner)
     ]
-    parts.append(f"Beyond its goodput this plan misses {winner.goodput.limit} first.")
+    parts.append(f"Beyond its goodput the first thing to give way is {winner.goodput.limit}.")
     if objective != "goodput":
         parts.append(f"Chosen for least {objective} at the rate asked for.")
     return " ".join(parts)

@@ -42,6 +42,10 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._offers) + self._coming
 
+    @property
+    def waits(self) -> bool:
+        return bool(self._offers)
+
     def add(self, handoff: Handoff, now: float) -> None:
         self._offers.append(handoff)
         self.take(now)
@@ -54,7 +58,7 @@ class Inbox:
             if blocks > pool.total_blocks:
                 self._refuse(self._offers.popleft(), now)
                 continue
-            if not self._target.has_room(blocks):
+            if not self._target.has_room(blocks, now):
                 return
             handoff = self._offers.popleft()
             handoff.blocks = pool.reserve(blocks)

@@ -115,8 +115,14 @@ class SimulatedInstance:
         self._list(sequence)
         self._poke(now)
 
-    def has_room(self, blocks: int) -> bool:
-        self._make_available_exact(blocks)
+    def has_room(self, blocks: int, now: float) -> bool:
+        """Asked while a run goes on, only what it surely leaves is given before it ends."""
+        run = self._run
+        if run is None:
+            return self._grown_if_tight(blocks) and self.batcher.decode.has_room(blocks)
+        if run.steady and self._is_tight(blocks, run.steps):
+            self._poke(now)
+            return False
         return self.batcher.decode.has_room(blocks)
 
     def view(self) -> InstanceView:
@@ -168,8 +174,11 @@ class SimulatedInstance:
     def _start_steady(self, now: float) -> bool:
         """Start what is known without asking for a whole step; False if too little is known."""
         scheduler, flow = self.batcher.steady_decode, self._flow
+        prompts = len(self.batcher.prefill)
+        open_blocks = self.pool.total_blocks // 2 if prompts else len(flow) + 1
+        if (prompts or scheduler.has_newcomers) and not self._grown_if_tight(open_blocks):
+            return False
         if scheduler.has_newcomers:
-            self._make_available_exact(len(flow) + 1)
             newcomers = scheduler.let_all_in()
             if newcomers is None:
                 return False
@@ -193,17 +202,18 @@ class SimulatedInstance:
         if not len(self._flow):
             return 1
         lasting = self._flow.steps_in_memory
-        if lasting < 1 and self._flow.most_ungrown_blocks <= self.pool.available:
-            self._flow.grow()
+        if lasting < 1 and self._flow.grow():
             lasting = self._flow.steps_in_memory
         return lasting
 
-    def _make_available_exact(self, blocks: int) -> None:
+    def _grown_if_tight(self, blocks: int) -> bool:
         """Give out blocks that are spoken for, where that may change what is decided."""
+        return not self._is_tight(blocks) or self._flow.grow()
+
+    def _is_tight(self, blocks: int, more_steps: int = 0) -> bool:
         reserve = int(self.pool.total_blocks * self.model.settings.decode.watermark)
-        tight = self._flow.most_ungrown_blocks + blocks + reserve > self.pool.available
-        if tight and self._run is None and len(self._flow):
-            self._flow.grow()
+        spoken_for = self._flow.most_ungrown_blocks(more_steps)
+        return spoken_for > 0 and spoken_for + blocks + reserve > self.pool.available
 
     def _launch(self, step: RoleStep, decodes: int, work: Step, now: float, steps: int) -> None:
         self.most_tokens = max(self.most_tokens, work.tokens)
@@ -288,7 +298,7 @@ class SimulatedInstance:
             self._apply_prefill(chunk, now, self._drain_s(run))
         if not run.steady:
             self._try_steady()
-        if ended:
+        if self._inbox.waits:
             self._inbox.take(now)
         if self._run is None:
             self._start(now)
@@ -380,7 +390,7 @@ class SimulatedInstance:
         self._view = None
 
     def _load(self) -> Load:
-        free_blocks = self.pool.available - self._flow.most_ungrown_blocks
+        free_blocks = self.pool.available - self._flow.most_ungrown_blocks()
         return Load(
             instance=self.name,
             role=self.model.role,

@@ -91,12 +91,11 @@ class Flow:
         lasting = self._pool.available // len(self._members) * self._pool.block_tokens
         return lasting - 1 - (self._round - self._grown_round)
 
-    @property
-    def most_ungrown_blocks(self) -> int:
-        """At most so many blocks of the pool are spoken for already."""
-        if self._round == self._grown_round:
+    def most_ungrown_blocks(self, more_steps: int = 0) -> int:
+        """At most so many blocks of the pool are spoken for, after so many steps more."""
+        rounds = self._round - self._grown_round + more_steps
+        if rounds == 0:
             return 0
-        rounds = self._round - self._grown_round
         return len(self._members) * (rounds // self._pool.block_tokens + 1)
 
     def advance(self, steps: int) -> list[Sequence]:
@@ -114,15 +113,23 @@ class Flow:
             self._grown_round = self._round
         return ended
 
-    def grow(self) -> None:
-        """Bring block tables up to date."""
+    def grow(self) -> bool:
+        """Bring block tables up to date; False, and nothing done, if memory does not suffice."""
+        if self._round == self._grown_round:
+            return True
+        missing: list[tuple[Sequence, int]] = []
         for request_id, (sequence, since) in self._members.items():
             self._catch_up(sequence, since)
             self._members[request_id] = sequence, self._round
             needed = blocks_for(len(sequence.tokens), self._pool.block_tokens)
             if needed > len(sequence.blocks):
-                sequence.blocks.extend(self._pool.allocate(needed - len(sequence.blocks)))
+                missing.append((sequence, needed - len(sequence.blocks)))
+        if sum(count for _, count in missing) > self._pool.available:
+            return False
+        for sequence, count in missing:
+            sequence.blocks.extend(self._pool.allocate(count))
         self._grown_round = self._round
+        return True
 
     def release(self) -> None:
         """Hand every member back, up to date, to be scheduled step by step."""
