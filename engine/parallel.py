@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from engine.model.config import ModelConfig
 
+MEET_S = 900.0
+"""How long ranks wait for one another to start and to load their weights."""
 WAIT_S = 60.0
 """How long a rank waits for another within a batch before its call fails."""
 IDLE = timedelta(days=3650)
@@ -31,10 +33,13 @@ class Parallel:
     stage: int = 0
     stages: int = 1
     tensor_group: ProcessGroup | None = None
+    peers: ProcessGroup | None = None
+    """All ranks, for hidden states from stage to stage."""
     control: ProcessGroup | None = None
     """All ranks, over gloo, for batches: an idle instance may wait here for ever."""
     answers: ProcessGroup | None = None
     """All ranks, over gloo, for drawn tokens: these are waited for within bounds."""
+    wait_s: float = WAIT_S
     ordered: bool = False
     """Whether sums are taken in the order of ranks, so that a row's do not depend on its place."""
 
@@ -81,11 +86,11 @@ class Parallel:
 
     def hand_on(self, hidden: torch.Tensor) -> None:
         """Gives the hidden states to the next stage."""
-        distributed.send(hidden.contiguous(), self.rank + self.tensor_size)
+        distributed.send(hidden.contiguous(), self.rank + self.tensor_size, group=self.peers)
 
     def take_over(self, into: torch.Tensor) -> torch.Tensor:
         """Waits for the hidden states of the stage before."""
-        distributed.recv(into, self.rank - self.tensor_size)
+        distributed.recv(into, self.rank - self.tensor_size, group=self.peers)
         return into
 
     def check(self, config: ModelConfig) -> None:
@@ -123,22 +128,35 @@ def join(
     if size == 1:
         return ALONE
     backend = "nccl" if device.type == "cuda" else "gloo"
-    wait = timedelta(seconds=wait_s)
+    meet, wait = timedelta(seconds=MEET_S), timedelta(seconds=wait_s)
     distributed.init_process_group(
-        backend, init_method=init_method, rank=rank, world_size=size, timeout=wait
+        backend, init_method=init_method, rank=rank, world_size=size, timeout=meet
     )
-    groups = [
+    tensor_groups = [
         distributed.new_group(
             list(range(stage * tensor_size, (stage + 1) * tensor_size)), timeout=wait
         )
         for stage in range(stages)
     ]
-    control = distributed.new_group(backend="gloo", timeout=IDLE)
-    answers = distributed.new_group(backend="gloo", timeout=wait)
     stage, tensor_rank = divmod(rank, tensor_size)
     return Parallel(
-        tensor_rank, tensor_size, stage, stages, groups[stage], control, answers, ordered
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        stage=stage,
+        stages=stages,
+        tensor_group=tensor_groups[stage],
+        peers=distributed.new_group(timeout=wait),
+        control=distributed.new_group(backend="gloo", timeout=IDLE),
+        answers=distributed.new_group(backend="gloo", timeout=wait),
+        wait_s=wait_s,
+        ordered=ordered,
     )
+
+
+def await_all(parallel: Parallel) -> None:
+    """Returns once every rank has come here: all have loaded."""
+    if parallel.size > 1:
+        distributed.barrier()
 
 
 def leave(parallel: Parallel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import distributed
 
 from engine.batch import Batch, StepResult
 from engine.errors import InstanceLost
-from engine.parallel import leave
+from engine.parallel import await_all, leave
 from engine.wire import decode_record, encode_record
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ LEADER = 0
 
 
 class ParallelRunner:
-    """The executor of an instance of several ranks, in rank 0's process."""
+    """The executor of an instance of several ranks, in rank 0's process; waits for the others."""
 
     def __init__(self, runner: Runner) -> None:
         assert runner.parallel.rank == LEADER, runner.parallel.rank
         self.runner, self._parallel = runner, runner.parallel
+        await_all(self._parallel)
 
     def execute(
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
@@ -64,6 +66,7 @@ def follow(runner: Runner, on_layer_group: Callable[[int], None] | None = None) 
     """Runs the leader's batches until it closes; returns then, and raises if a rank is lost."""
     parallel = runner.parallel
     try:
+        await_all(parallel)
         while data := _receive_broadcast(parallel):
             result = runner.execute(decode_record(Batch, data), on_layer_group)
             if parallel.rank == parallel.drawing_rank:
@@ -75,10 +78,11 @@ def follow(runner: Runner, on_layer_group: Callable[[int], None] | None = None) 
 
 
 def _broadcast(data: bytes, parallel: Parallel) -> None:
-    size = torch.tensor([len(data)])
-    distributed.broadcast(size, LEADER, group=parallel.control)
-    if data:
-        distributed.broadcast(_as_tensor(data), LEADER, group=parallel.control)
+    """The leader waits within bounds where followers, idle, wait for ever."""
+    wait = timedelta(seconds=parallel.wait_s)
+    pieces = [torch.tensor([len(data)]), _as_tensor(data)] if data else [torch.tensor([0])]
+    for piece in pieces:
+        distributed.broadcast(piece, LEADER, group=parallel.control, async_op=True).wait(wait)
 
 
 def _receive_broadcast(parallel: Parallel) -> bytes:
