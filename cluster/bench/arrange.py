@@ -59,8 +59,11 @@ class Arrangement:
         """Whether prompts must be text, because answers become part of later ones."""
         return self.talk.turns > 1
 
-    def at_rate(self, rate_rps: float) -> Arrangement:
-        return replace(self, workload=self.workload.at_rate(rate_rps))
+    def at_rate(self, rate_rps: float, least_s: float) -> Arrangement:
+        """The workload stretched to a rate, and over again until it lasts long enough."""
+        load = self.workload.at_rate(rate_rps)
+        times = -(-int(least_s * rate_rps) // len(load))
+        return replace(self, workload=_repeated(load, times, rate_rps) if times > 1 else load)
 
     def conversations(self) -> list[Conversation]:
         load = self.workload
@@ -97,6 +100,14 @@ class Arrangement:
         if ids is None or tokens is None or ids[row] < 0:
             return None
         return Prefix(int(ids[row]), int(tokens[row]))
+
+
+def _repeated(load: Workload, times: int, rate_rps: float) -> Workload:
+    """Joined by gaps of the mean length."""
+    turn_s = load.duration_s + 1 / rate_rps
+    again = load.select(np.tile(np.arange(len(load)), times))
+    shift_s = np.repeat(np.arange(times) * turn_s, len(load))
+    return replace(again, arrival_s=again.arrival_s + shift_s)
 
 
 def _cell(column: NDArray[np.float64] | None, row: int, default: float) -> float:

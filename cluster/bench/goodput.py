@@ -17,6 +17,8 @@ class Search:
     attainment: float = 0.9
     tolerance: float = 0.05
     """The bracket's relative width at which the search ends."""
+    probe_s: float = 20.0
+    """The least time a rate is held: a burst that is over before queues grow proves nothing."""
     lowest_rps: float = 0.01
     highest_rps: float = 10_000.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -21,6 +22,8 @@ from engine.errors import BadInput, TandemError, TransportError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+now = time.perf_counter
+"""An event loop's own clock may tick in whole milliseconds."""
 IDLE_CONNECTIONS = 256
 LARGEST_PLAIN_BODY_BYTES = 1 << 20
 
@@ -109,8 +112,7 @@ def _error_message(body: bytes) -> str:
 class Connection(asyncio.Protocol):
     """An HTTP/1.1 connection that serves one exchange at a time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -138,7 +140,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self._now_s, self.answered = self._loop.time(), True
+        self._now_s, self.answered = now(), True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, BadStream) as error:
@@ -253,7 +255,7 @@ class Client:
         loop, target = asyncio.get_running_loop(), self.target
         try:
             _, connection = await loop.create_connection(
-                lambda: Connection(loop), target.host, target.port, ssl=self._tls
+                Connection, target.host, target.port, ssl=self._tls
             )
         except OSError as error:
             raise TransportError(f"{target.url}: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.bench.http import now
 from cluster.bench.sample import Sample
 
 if TYPE_CHECKING:
@@ -35,12 +36,11 @@ class Shooter:
 
     def __init__(self, server: Server, progress: Progress, round_: int = 0) -> None:
         self._server, self._progress, self._round = server, progress, round_
-        loop = asyncio.get_running_loop()
-        self._now, self._start_s = loop.time, loop.time()
+        self._start_s = now()
         self.samples: list[Sample] = []
 
     def clock(self) -> float:
-        return self._now() - self._start_s
+        return now() - self._start_s
 
     def first_request(self, conversation: Conversation) -> bytes:
         """Prepared before its moment, so that preparing delays nobody."""

@@ -40,6 +40,8 @@ polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 th,td{text-align:right;padding:.3rem .7rem;border-bottom:1px solid var(--line);
 font-variant-numeric:tabular-nums;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}small{color:var(--soft)}
+@media(max-width:600px){td small{display:block}td:first-child{white-space:normal}
+th,td{padding:.3rem}}
 """ + "".join(
     f"polyline.s{n}{{stroke:var(--s{n})}}circle.s{n},rect.s{n}{{fill:var(--s{n})}}"
     f"i.s{n}{{background:var(--s{n})}}"

@@ -9,6 +9,7 @@ from cluster.bench.figures import attainment_over_scale, figures, share_interval
 from cluster.bench.goodput import Search, find_goodput
 from cluster.bench.load import Conversation, Silent, closed_loop, open_loop
 from cluster.bench.server import Server, Settings, Turn, connect
+from engine.errors import TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WARM_UP_NUMBER = 10_000_000
 """Warm-up prompts are numbered from here, so that none of them is met again."""
+WARM_UP_USERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,10 @@ class Bench:
             for place, shape in enumerate(shapes[: self._plan.warm_up])
         ]
         load = [Conversation(0.0, (turn,)) for turn in turns]
-        await closed_loop(server, load, 2, self._watch(f"warm-up {server.url}", len(load)))
+        progress = self._watch(f"warm-up {server.url}", len(load))
+        samples = await closed_loop(server, load, WARM_UP_USERS, progress)
+        if samples and not any(one.finished for one in samples):
+            raise TransportError(f"{server.url}: every warm-up request failed: {samples[0].error}")
 
     async def _take_turns(self, servers: Sequence[Server], measured: Sequence[Measured]) -> None:
         """Each round's slice goes to every server; who is first alternates."""
@@ -124,8 +129,10 @@ class Bench:
 
         async def attainment_at(rate_rps: float) -> float:
             nonlocal best_rps
-            load = self._plan.arrangement.at_rate(rate_rps).conversations()
-            samples = await self._once(server, load, f"{rate_rps:.3g}/s {server.url}")
+            load = self._plan.arrangement.at_rate(rate_rps, search.probe_s)
+            samples = await self._once(
+                server, load.conversations(), f"{rate_rps:.3g}/s {server.url}"
+            )
             share = sum(sample.met() for sample in samples) / len(samples)
             one.probes.append(_probe(rate_rps, share, samples))
             if not one.samples or (share >= search.attainment and rate_rps > best_rps):

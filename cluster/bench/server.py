@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.bench.http import Client, HttpRefused, Target
+from cluster.bench.http import Client, HttpRefused, Target, now
 from cluster.bench.prompts import Prefix, TextPrompts, TokenPrompts
 from cluster.bench.sse import Answer, BadStream
 from engine.errors import BadInput, DeadlineExceeded, TransportError
@@ -126,7 +126,7 @@ class Server:
     async def shoot(self, request: bytes, sample: Sample, clock: Callable[[], float]) -> None:
         """Sends one prepared request now and fills in what came of it."""
         answer = Answer()
-        origin_s = asyncio.get_running_loop().time() - clock()
+        origin_s = now() - clock()
         sample.sent_s = clock()
         try:
             async with asyncio.timeout(self._settings.timeout_s):

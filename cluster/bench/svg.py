@@ -126,7 +126,7 @@ def _marks(
         px, _ = at(value, 0.0)
         parts.append(
             f'<line class="mark" x1="{px}" y1="{TOP}" x2="{px}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="name" x="{px + 4}" y="{TOP + 10}">{escape(name)}</text>'
+            f'<text class="name" x="{px + 4}" y="{HEIGHT - BOTTOM - 5}">{escape(name)}</text>'
         )
     return parts
 

@@ -114,7 +114,8 @@ class SimulatedServer:
         number = _number(body, len(self.bodies))
         if not probe:
             self.bodies.append(body)
-        if self.behaviour.fails_every and number % self.behaviour.fails_every == 1:
+        every = self.behaviour.fails_every
+        if every and not probe and (number + 1) % every == 0:
             _plain(writer, 503, {"error": {"message": "on purpose"}})
             return
         await self._stream(writer, body, None if probe else number)
@@ -176,7 +177,7 @@ def _number(body: dict[str, Any], arrived: int) -> int:
     prompt = body.get("prompt")
     if not isinstance(prompt, list):
         return arrived
-    return sum((token - 100) * 900**place for place, token in enumerate(prompt[:3])) // 2
+    return sum((token - 100) * 900**place for place, token in enumerate(prompt[:3])) // 2 % REQUESTS
 
 
 def _piece(body: dict[str, Any], place: int) -> dict[str, Any]:

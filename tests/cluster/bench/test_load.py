@@ -12,7 +12,7 @@ from cluster.bench.goodput import Search, find_goodput
 from cluster.bench.http import parse_target
 from cluster.bench.run import Bench, Measured, Plan, whole_document
 from cluster.bench.server import Settings, connect
-from engine.errors import BadInput
+from engine.errors import BadInput, TransportError
 from engine.slo import Slo
 from tests.cluster.bench.simulated import Behaviour, Latency, SimulatedServer
 
@@ -159,12 +159,19 @@ async def test_goodput_of_a_server_that_never_holds_is_none() -> None:
 
 
 async def test_goodput_search_reports_the_rate_that_held() -> None:
-    search = Search(start_rps=100.0, attainment=0.9, highest_rps=200.0)
+    search = Search(start_rps=100.0, attainment=0.9, probe_s=0.3, highest_rps=200.0)
     plan = Plan(Arrangement(few()), search=search, warm_up=0)
     (found,), _ = await measure(plan, Behaviour(QUICK))
     document = found.document()
     assert document["goodput_rps"] == 200.0
     assert [probe["rate_rps"] for probe in document["probes"]] == [100.0, 200.0]
+    assert document["requests"] == 60, "0.3 s at 200/s"
+    assert document["rate_rps"] == pytest.approx(200.0, rel=0.02)
+
+
+async def test_a_server_that_fails_its_warm_up_is_not_measured() -> None:
+    with pytest.raises(TransportError, match="warm-up"):
+        await measure(Plan(Arrangement(few(2)), warm_up=2), Behaviour(QUICK, fails_every=1))
 
 
 def test_a_ramp_gets_denser() -> None:
