@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from engine.errors import BadConfig
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -51,13 +47,12 @@ def serve(
     """Starts the cluster in the foreground, until SIGINT or SIGTERM."""
     from cluster.config import load_config
     from cluster.config_docs import config_schema
+    from cluster.logs import set_up_logging
 
     if schema:
         print(json.dumps(config_schema(), indent=2))
         return
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
-    )
+    set_up_logging()
     flags = {
         "device": device,
         "gateway.host": host,
@@ -93,27 +88,15 @@ def pool_flags(
 
 def check_exposure(config: Config, *, insecure: bool) -> None:
     """Other hosts may reach an unprotected server only if somebody insists."""
+    from cluster.tls import check_tls, exposure_warning
+
     gateway = config.gateway
-    if is_loopback(gateway.host) or (gateway.tls and gateway.api_keys_file):
-        return
-    missing = " and ".join(
-        name
-        for name, value in (("TLS", gateway.tls), ("API keys", gateway.api_keys_file))
-        if value is None
-    )
-    if gateway.tls is None and gateway.api_keys_file is None and not insecure:
-        rule = "other hosts could use it without TLS or keys; configure them or give --insecure"
-        raise BadConfig("gateway.host", gateway.host, rule)
-    print(f"WARNING: listening on {gateway.host} without {missing}", file=sys.stderr)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    keys = gateway.api_keys_file is not None
+    warning = exposure_warning(gateway.host, gateway.tls, keys=keys, insecure=insecure)
+    if warning is not None:
+        print(warning, file=sys.stderr)
+    if gateway.tls is not None:
+        check_tls(gateway.tls)
 
 
 def doctor(*, as_json: Json = False) -> None:

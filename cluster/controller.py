@@ -20,6 +20,7 @@ from cluster.config import Config
 from cluster.events import Event, EventLog
 from cluster.launch import Launched, Launcher
 from cluster.liveness import Heartbeats, RestartBudget
+from cluster.logs import set_up_logging
 from cluster.pools import Ground, initial_specs, pool_spec
 from cluster.recovery import Recovered, recover
 from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, RosterBook, next_name
@@ -60,7 +61,7 @@ class Controller:
     """Methods are called over Ray; each waits until a restarted controller has recovered."""
 
     def __init__(self, config: str, network: Network, ground: Ground) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+        set_up_logging()
         self._config = Config.model_validate_json(config)
         self._ground, self._network = ground, network
         self._clock = SystemClock()
@@ -124,6 +125,9 @@ class Controller:
 
     async def events(self, after: int, wait_s: float) -> tuple[Event, ...]:
         return await self._events.wait_after(after, wait_s)
+
+    async def last_event(self) -> int:
+        return self._events.last
 
     async def scale(self, role: Role, instances: int) -> Scaled:
         """Starts or drains as many as it takes; returns at once."""
@@ -221,7 +225,7 @@ class Controller:
         name = launched.spec.name
         try:
             if launched.stage != "up":
-                await self._launcher.launch(launched)
+                await launched.unless_condemned(self._launcher.launch(launched))
                 self._note("instance", name, "up", role=launched.spec.role.value)
             await launched.ended()
             self._note("instance", name, "stopped")

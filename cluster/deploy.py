@@ -47,11 +47,20 @@ def serve(config: Config, address: str | None, say_ready: Callable[[str], None])
         network = open_network(session, undo)
         ground = Ground(choose_device(config, session), session.owned)
         controller = start_controller(config, network, ground)
-        undo.callback(ray.kill, controller)
+        undo.callback(stop_controller, controller)
         import uvloop
 
         deployment = _Deployment(config, network, controller, say_ready)
-        uvloop.run(deployment.run(reading.result()))
+        try:
+            uvloop.run(deployment.run(reading.result()))
+        except ExceptionGroup as group:
+            raise _first_cause(group) from group
+
+
+def _first_cause(group: ExceptionGroup[Exception]) -> Exception:
+    """What broke first; its companions were cancelled because of it."""
+    first = group.exceptions[0]
+    return _first_cause(first) if isinstance(first, ExceptionGroup) else first
 
 
 def open_network(session: RaySession, undo: ExitStack) -> Network:
@@ -72,6 +81,11 @@ def start_controller(config: Config, network: Network, ground: Ground) -> Any:
         num_cpus=0,
     )
     return actor.remote(config.model_dump_json(), network, ground)
+
+
+def stop_controller(controller: Any) -> None:
+    """Nothing restarts it after this."""
+    ray.kill(controller, no_restart=True)
 
 
 class _Deployment:
@@ -97,7 +111,7 @@ class _Deployment:
                     await front.open_doors()
                     self._say_ready(f"ready http={front.http_url} grpc={front.grpc_address}")
                     await self._ending.wait()
-                    await front.drain(self._config.limits.drain_s)
+                    await front.drain()
                 await answer(self._controller.shut_down.remote(), SHUT_DOWN_S)
                 for task in background:
                     task.cancel()

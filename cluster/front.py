@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.actors import ControllerSync
+from cluster.doors import HttpServer, host_in_url
 from cluster.gateway import Gateway
+from cluster.grpc_door import GrpcDoor
+from cluster.http import HttpDoor, HttpSettings
+from cluster.keys import Keyring
 from cluster.membership import Membership
+from cluster.observer import Observers
+from cluster.operate import ClusterOperator
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from cluster.settings import gateway_settings
+from cluster.slo_window import SloWindow
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
-from engine.messages import Lost
+from engine.messages import InstanceState, Lost
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GATEWAY_NAME = "gateway-0"
+LAST_ANSWERS_S = 5.0
+"""How long open calls may take over their last bytes when the doors close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +63,20 @@ def _read_model(config: Config) -> Model:
 
     checkpoint = open_checkpoint(config.model, config.engine.max_length)
     tokenizer = Tokenizer.open(checkpoint.directory, checkpoint.config.vocab)
-    return Model(config.served_name, checkpoint.max_length, tokenizer, GrammarCompiler(tokenizer))
+    grammars = GrammarCompiler(tokenizer)
+    return Model(config.served_name, checkpoint.max_length, tokenizer, grammars)
 
 
 class Front:
     """Must be made on the event loop that it runs on."""
 
     def __init__(self, config: Config, network: Network, model: Model, controller: Any) -> None:
-        self._config, self._model, self._controller = config, model, controller
+        self._config = config
+        self._clock = SystemClock()
+        self._slo = SloWindow()
         self._link = ZmqLink(
             GATEWAY_NAME, network.bind(GATEWAY_NAME), network.key, config.limits.links
         )
-        self._clock = SystemClock()
         self.gateway = Gateway(
             self._link,
             model.tokenizer,
@@ -74,9 +85,29 @@ class Front:
             context_tokens=model.context_tokens,
             settings=gateway_settings(config),
             grammars=model.grammars,
+            observers=Observers([self._slo]),
         )
         me = Member(GATEWAY_NAME, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         self.membership = Membership(me, self._link, self, ControllerSync())
+        self._open_doors(ClusterOperator(self, controller))
+
+    def _open_doors(self, operator: ClusterOperator) -> None:
+        gateway = self._config.gateway
+        path = gateway.api_keys_file
+        keys = None if path is None else Keyring(path, self._clock.now())
+        door = HttpDoor(self.gateway, HttpSettings(model_root=self._config.model), keys=keys)
+        self._http = HttpServer(door.app, gateway)
+        self._grpc = GrpcDoor(
+            self.gateway,
+            operator,
+            host=gateway.host,
+            port=gateway.grpc_port,
+            keys=keys,
+            tls=gateway.tls,
+        )
+        self.http_url = self._http.url
+        self.grpc_address = f"{host_in_url(gateway.host)}:{self._grpc.port}"
+        self.drain_s = self._config.limits.drain_s + LAST_ANSWERS_S
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -86,16 +117,37 @@ class Front:
     def ready(self) -> bool:
         """Whether every instance that was asked for takes requests."""
         wanted = {spec.name for spec in self.membership.roster.desired}
-        seen = {load.instance for load in self.gateway.loads()}
-        return bool(wanted) and wanted <= seen and self.gateway.ready
+        loads = self.gateway.loads()
+        seen = {load.instance for load in loads if load.state is InstanceState.READY}
+        return bool(wanted) and wanted <= seen
 
-    async def drain(self, within_s: float) -> None:
+    def slo_document(self) -> dict[str, float | None]:
+        slo = self._config.slo
+        return {
+            "ttft_s": slo.ttft_s,
+            "tpot_s": slo.tpot_s,
+            "attainment": self._slo.attainment(self._clock.now()),
+            "window_s": self._slo.window_s,
+        }
+
+    async def open_doors(self) -> None:
+        await self._http.open()
+        await self._grpc.start()
+        await self._grpc.set_ready(ready=True)
+
+    async def drain(self) -> None:
         """Admits nothing more and waits for what is under way, within a limit."""
+        await self._grpc.set_ready(ready=False)
         try:
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(self._config.limits.drain_s):
                 await self.gateway.drain()
         except TimeoutError:
             log.warning("drain incomplete requests=%d", len(self.gateway.requests()))
+
+    async def close(self) -> None:
+        await self._grpc.stop(LAST_ANSWERS_S)
+        await self._http.close()
+        self._link.close()
 
     # Following the roster.
 

@@ -17,6 +17,8 @@ from cluster.worker import Worker
 from engine.errors import DeadlineExceeded, InstanceLost
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from ray.util.placement_group import PlacementGroup
 
     from cluster.config import Config
@@ -49,15 +51,21 @@ class Launched:
 
     async def ended(self) -> None:
         """Returns when a worker has stopped; raises InstanceLost when one is gone."""
-        watches = [asyncio.ensure_future(_ended(worker)) for worker in self.workers]
-        watches.append(asyncio.ensure_future(asyncio.shield(self.condemned)))
+        await self.unless_condemned(*(_ended(worker) for worker in self.workers))
+
+    async def unless_condemned(self, *works: Coroutine[None, None, None]) -> None:
+        """Waits for the first of the works, or raises as soon as the instance is condemned."""
+        tasks = [asyncio.ensure_future(work) for work in works]
         try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            for watch in done:
-                watch.result()
+            done, _ = await asyncio.wait(
+                [*tasks, self.condemned], return_when=asyncio.FIRST_COMPLETED
+            )
+            for one in done:
+                one.result()
         finally:
-            for watch in watches:
-                watch.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def take_down(self) -> None:
         """Kills what is left of the instance and waits until Ray has forgotten it."""

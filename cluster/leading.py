@@ -105,7 +105,7 @@ class Leading:
             self._spec.role,
             pool,
             self._loaded.runner.layout,
-            settings=instance_settings(self._config, self._spec),
+            settings=instance_settings(self._config),
             eos=self._loaded.checkpoint.eos_token_ids,
         )
         async with asyncio.TaskGroup() as tasks:

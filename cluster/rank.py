@@ -40,7 +40,9 @@ class LoadedRank:
     device: str
 
 
-def load_rank(config: Config, spec: InstanceSpec, rank: int, meeting: str) -> LoadedRank:
+def load_rank(
+    config: Config, spec: InstanceSpec, rank: int, meeting: str, *, one_host: bool
+) -> LoadedRank:
     """Loads this rank's weights; with several ranks all must call it, to meet at `meeting`."""
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
     import torch
@@ -84,7 +86,8 @@ def load_rank(config: Config, spec: InstanceSpec, rank: int, meeting: str) -> Lo
     executor = None
     if rank == 0:
         executor = runner if parallel.size == 1 else ParallelRunner(runner)
-    transport = open_transport(rank_name(spec.name, rank), runner.kv, config.transfer)
+    me = rank_name(spec.name, rank)
+    transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
     mover = RankMover(runner.layout, rank, transport)
     return LoadedRank(runner, executor, transport, mover, checkpoint, blocks, spec.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,20 @@ def start_ray(address: str | None) -> RaySession:
     """Joins the cluster at `address` or RAY_ADDRESS; without either, starts one on this machine."""
     owned = address is None and not os.environ.get("RAY_ADDRESS")
     if owned:
+        _start_here()
+    else:
+        _join(address)
+    total = ray.cluster_resources()
+    return RaySession(owned, total.get("CPU", 0.0), total.get("GPU", 0.0))
+
+
+def _start_here() -> None:
+    """Ray's processes do not hear the SIGTERM that a supervisor sends to our whole group.
+
+    A blocked signal is inherited, so they stay up until the streams have ended and we stop them.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
         ray.init(
             address="local",
             num_cpus=os.cpu_count(),
@@ -45,10 +60,8 @@ def start_ray(address: str | None) -> RaySession:
             namespace=NAMESPACE,
             logging_level=logging.WARNING,
         )
-    else:
-        _join(address)
-    total = ray.cluster_resources()
-    return RaySession(owned, total.get("CPU", 0.0), total.get("GPU", 0.0))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _join(address: str | None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.gateway import GatewaySettings
+from cluster.instance import InstanceSettings
 from engine.slo import Slo
+from placement.role import RoleSettings
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -22,3 +25,10 @@ def gateway_settings(config: Config) -> GatewaySettings:
         queue_s=limits.queue_s,
         request_s=limits.request_s,
     )
+
+
+def instance_settings(config: Config) -> InstanceSettings:
+    engine = config.engine
+    decode = replace(engine.decode, host_slots=engine.host_slots)
+    role = RoleSettings(engine.prefill, decode, engine.tpot_share)
+    return InstanceSettings(role, config.transfer)

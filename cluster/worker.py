@@ -7,6 +7,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
@@ -14,6 +15,7 @@ import ray
 from cluster.actors import answer, find_worker
 from cluster.config import Config
 from cluster.leading import Leading
+from cluster.logs import set_up_logging
 from cluster.mover import rank_name
 from cluster.rank import free_meeting, load_rank
 from cluster.roster import Roster, Seat
@@ -48,7 +50,7 @@ class Worker:
     """The actor. Every method but `ended` returns soon or within its caller's bound."""
 
     def __init__(self, config: str, spec: InstanceSpec, rank: int, network: Network) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+        set_up_logging()
         self._config = Config.model_validate_json(config)
         self._spec, self._rank, self._network = spec, rank, network
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
@@ -65,9 +67,9 @@ class Worker:
 
     async def load(self, meeting: str) -> Seat:
         loop = asyncio.get_running_loop()
-        self._loaded = await loop.run_in_executor(
-            self._thread, load_rank, self._config, self._spec, self._rank, meeting
-        )
+        one_host = self._network.directory is not None
+        load = partial(load_rank, self._config, self._spec, self._rank, meeting, one_host=one_host)
+        self._loaded = await loop.run_in_executor(self._thread, load)
         node = ray.get_runtime_context().get_node_id()
         return Seat(self._rank, os.getpid(), node, self._loaded.device)
 
