@@ -30,7 +30,11 @@ class ParallelRunner:
     def __init__(self, runner: Runner) -> None:
         assert runner.parallel.rank == LEADER, runner.parallel.rank
         self.runner, self._parallel = runner, runner.parallel
-        await_all(self._parallel)
+        try:
+            await_all(self._parallel)
+        except RuntimeError as error:
+            leave(self._parallel)
+            raise InstanceLost(f"a rank of the model did not start: {error}") from error
 
     def execute(
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None

@@ -124,6 +124,10 @@ class Runner:
         drawn = () if logits is None else self._draw(batch, logits)
         return StepResult(drawn, self._clock.now() - start_s)
 
+    def close(self) -> None:
+        """Gives up the file that other processes map the pool through."""
+        self.kv.close()
+
     @torch.inference_mode()
     def logits(
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None

@@ -30,6 +30,7 @@ def runner(directory: Path, parallel: Parallel) -> Runner:
 
 
 def follow_one(directory: Path, rank: int, cut: dict[str, Any]) -> None:
+    """What a follower's process runs."""
     follow(runner(directory, join(rank, device=CPU, **cut)))
 
 
@@ -43,6 +44,7 @@ def leading(
         "stages": stages,
         "init_method": f"file://{meeting}",
         "wait_s": wait_s,
+        "ordered": tensor_size > 2,
     }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.ranks"])
