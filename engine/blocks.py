@@ -50,8 +50,11 @@ def prefix_hashes(
     """
     hashes = list(known)
     previous = hashes[-1] if hashes else salt.encode()
-    for start in range(len(hashes) * block_tokens, len(tokens) - block_tokens + 1, block_tokens):
-        block = array("I", tokens[start : start + block_tokens]).tobytes()
+    unhashed = array("I", tokens[len(hashes) * block_tokens :])
+    block_bytes = block_tokens * unhashed.itemsize
+    data = unhashed.tobytes()
+    for start in range(0, len(data) - block_bytes + 1, block_bytes):
+        block = data[start : start + block_bytes]
         previous = blake2b(previous + block, digest_size=16).digest()
         hashes.append(previous)
     return hashes

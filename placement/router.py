@@ -12,7 +12,6 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from engine.blocks import blocks_for, prefix_hashes
-from engine.messages import Role
 from placement.line import Line
 from placement.prefixes import PrefixIndex
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from engine.messages import Load
     from engine.request import Request
+    from engine.slo import Slo
     from placement.view import View
 
 
@@ -37,7 +37,7 @@ class Policy(str, Enum):
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     policy: Policy = Policy.DEFAULT
-    prefix_block_tokens: int = 16
+    prefix_block_tokens: int = 32
     """Granularity of remembered prefixes; instances may use another."""
     prefill_tokens_s: float = 2000.0
     """Prefill speed assumed until the first answers tell it."""
@@ -72,72 +72,107 @@ class Route:
         return self.decode or self.prefill
 
 
-@dataclass(slots=True, eq=False)
 class _Instance:
-    """An instance as the router counts it: its load, and what is on its way there."""
+    """An instance as the router counts it: its load, and what is on its way there.
 
-    load: Load
-    speed: Line
-    ledger: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Per unconfirmed request: prompt tokens to compute, and blocks."""
-    ledger_tokens: int = 0
-    ledger_blocks: int = 0
+    The figures that every decision compares are kept ready, since there are many instances.
+    """
 
-    def expect(self, request_id: str, tokens: int, blocks: int) -> None:
-        self.confirm(request_id)
-        self.ledger[request_id] = (tokens, blocks)
-        self.ledger_tokens += tokens
-        self.ledger_blocks += blocks
+    __slots__ = (
+        "ahead_tokens",
+        "block_tokens",
+        "decodes",
+        "ledger",
+        "left_blocks",
+        "line",
+        "load",
+        "name",
+        "prefills",
+        "speed",
+        "total_blocks",
+        "tpot_s",
+    )
 
-    def confirm(self, request_id: str) -> None:
-        tokens, blocks = self.ledger.pop(request_id, (0, 0))
-        self.ledger_tokens -= tokens
-        self.ledger_blocks -= blocks
+    def __init__(self, load: Load, typical: Line) -> None:
+        self.name = load.instance
+        self.speed = Line(0.0)
+        self.line = typical
+        """What predicts its TTFT: its own speed once that has been measured."""
+        self.ledger: dict[str, tuple[int, int]] = {}
+        """Per unconfirmed request: prompt tokens to compute, and blocks."""
+        self.refresh(load)
 
     def refresh(self, load: Load) -> None:
         self.load = load
+        self.prefills, self.decodes = load.role.prefills, load.role.decodes
+        self.block_tokens, self.total_blocks = load.block_tokens, max(load.total_blocks, 1)
         if self.ledger:
             for running in load.sequences:
-                self.confirm(running.request_id)
+                self.ledger.pop(running.request_id, None)
+        coming = self.ledger.values()
+        self.ahead_tokens = load.queued_tokens + sum(tokens for tokens, _ in coming)
+        self.left_blocks = load.free_blocks - sum(blocks for _, blocks in coming)
+        self._pace()
 
-    @property
-    def name(self) -> str:
-        return self.load.instance
+    def expect(self, request_id: str, tokens: int, blocks: int) -> None:
+        self.ledger[request_id] = (tokens, blocks)
+        self.ahead_tokens += tokens
+        self.left_blocks -= blocks
+        self._pace()
+
+    def confirm(self, request_id: str) -> None:
+        tokens, blocks = self.ledger.pop(request_id, (0, 0))
+        self.ahead_tokens -= tokens
+        self.left_blocks += blocks
+        self._pace()
+
+    def observe(self, work_tokens: int, ttft_s: float) -> None:
+        self.speed.observe(work_tokens, ttft_s)
+        self.line = self.speed
 
     @property
     def requests(self) -> int:
         return self.load.queue_requests + self.load.running_sequences + len(self.ledger)
 
-    def tpot_s(self) -> float:
-        """A step with the sequences that are on their way and this one."""
-        return self.load.step_s * (
-            1.0 + (len(self.ledger) + 1) / (self.load.running_sequences + SEQUENCES_OF_FIXED_COST)
-        )
-
-    def crowding(self, tokens: int) -> float:
-        """How full the pool would be; far above 1 where the request would not fit."""
-        load = self.load
-        left = load.free_blocks - self.ledger_blocks - blocks_for(tokens, load.block_tokens)
-        used = 1.0 - left / max(load.total_blocks, 1)
-        return used if left >= 0 else 10.0 + used
+    def _pace(self) -> None:
+        """A step with the sequences that are on their way and one more."""
+        sequences = self.load.running_sequences + SEQUENCES_OF_FIXED_COST
+        self.tpot_s = self.load.step_s * (1.0 + (len(self.ledger) + 1) / sequences)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
     """One request as the costs see it."""
 
-    request: Request
+    slo: Slo
+    prompt_tokens: int
     chain: tuple[bytes, ...]
     cached: dict[str, int]
     """Prompt tokens that each instance probably need not compute."""
     room_tokens: int
 
     def own_tokens(self, instance: _Instance) -> int:
-        return len(self.request.prompt) - self.cached.get(instance.name, 0)
+        return self.prompt_tokens - self.cached.get(instance.name, 0)
 
-    def work_tokens(self, instance: _Instance) -> int:
-        ahead = instance.load.queued_tokens + instance.ledger_tokens
-        return ahead + self.own_tokens(instance)
+    def ttft_s(self, instance: _Instance) -> float:
+        line, cached = instance.line, self.cached.get(instance.name, 0)
+        work = instance.ahead_tokens + self.prompt_tokens - cached
+        return line.base + line.slope * work
+
+    def ttft_between_decodes_s(self, instance: _Instance) -> float:
+        """Prompt chunks ride in what the decode steps leave of the TPOT target."""
+        return self.ttft_s(instance) / max(self.slack(instance), 0.01)
+
+    def slack(self, instance: _Instance) -> float:
+        return 1.0 - instance.tpot_s / self.slo.tpot_s
+
+    def decode_cost(self, instance: _Instance) -> float:
+        """Pace against its target, dearer beyond it, and how full the pool would be."""
+        pace = instance.tpot_s / self.slo.tpot_s
+        left = instance.left_blocks + -self.room_tokens // instance.block_tokens
+        used = 1.0 - left / instance.total_blocks
+        cost = pace + used if pace <= 1.0 else 5.0 * pace - 4.0 + used
+        return cost if left >= 0 else cost + 10.0
 
 
 _Choice = tuple[float, _Instance, _Instance | None]
@@ -153,6 +188,7 @@ class Router:
         self._typical = Line(1.0 / self.settings.prefill_tokens_s)
         self._under_way: dict[str, tuple[Route, float]] = {}
         self._view: View | None = None
+        self._usable: list[_Instance] = []
         self._turn = 0
 
     def choose(self, request: Request, view: View, avoid: Sequence[str] = ()) -> Route | None:
@@ -161,9 +197,7 @@ class Router:
         Instances to avoid are taken only where there are no others.
         """
         self._read(view)
-        usable = [
-            self._instances[one.load.instance] for one in view.instances if one.takes_requests
-        ]
+        usable = self._usable
         ask = self._ask(request)
         if avoid:
             route = self._pick(ask, [one for one in usable if one.name not in avoid])
@@ -190,7 +224,7 @@ class Router:
         route, dispatched_s = self._under_way[request_id]
         instance = self._instances.get(route.prefill)
         if instance is not None:
-            instance.speed.observe(route.work_tokens, now - dispatched_s)
+            instance.observe(route.work_tokens, now - dispatched_s)
             self._typical.observe(route.work_tokens, now - dispatched_s)
             instance.confirm(request_id)
 
@@ -198,7 +232,7 @@ class Router:
         """The request is over; its whole text may be the beginning of a later one."""
         route = self._release(request_id)
         decoder = None if route is None else self._instances.get(route.decoder)
-        if route is not None and decoder is not None and decoder.load.role.prefills:
+        if route is not None and decoder is not None and decoder.prefills:
             self._remember(decoder.name, self._chain(tokens, tenant, route.chain))
 
     @property
@@ -208,16 +242,11 @@ class Router:
 
     def alone_s(self, route: Route, prompt_tokens: int) -> float:
         """The TTFT of this route if nothing were ahead of the request."""
-        instance = self._instances[route.prefill]
-        return self._seconds(instance, prompt_tokens - route.cached_tokens)
+        return self._instances[route.prefill].line.at(prompt_tokens - route.cached_tokens)
 
     def queue_s(self, tokens: int) -> float:
         """How long the instances that prefill need for this many tokens more."""
-        slopes = [
-            (one.speed if one.speed.observations else self._typical).slope
-            for one in self._instances.values()
-            if one.load.role.prefills
-        ]
+        slopes = [one.line.slope for one in self._instances.values() if one.prefills]
         speed = sum(1.0 / slope for slope in slopes if slope > 0.0)
         return tokens / speed if speed else 0.0
 
@@ -231,13 +260,14 @@ class Router:
             load = seen.load
             instance = self._instances.get(load.instance)
             if instance is None:
-                self._instances[load.instance] = _Instance(load, Line(0.0))
+                self._instances[load.instance] = _Instance(load, self._typical)
             elif instance.load is not load:
                 instance.refresh(load)
         if len(self._instances) > len(view.instances):
             for gone in self._instances.keys() - {seen.load.instance for seen in view.instances}:
                 del self._instances[gone]
                 self._prefixes.forget(gone)
+        self._usable = [self._instances[one.id] for one in view.instances if one.takes_requests]
 
     def _ask(self, request: Request) -> _Ask:
         chain = self._chain(request.prompt, request.tenant)
@@ -246,7 +276,8 @@ class Router:
         most = len(request.prompt) - 1
         hits = self._prefixes.hits(chain)
         cached = {name: min(depth * size, most) for name, depth in hits.items()}
-        return _Ask(request, chain, cached, self._room_tokens(request))
+        room_tokens = self._room_tokens(request)
+        return _Ask(request.slo, len(request.prompt), chain, cached, room_tokens)
 
     def _chain(
         self, tokens: Sequence[int], tenant: str, known: Sequence[bytes] = ()
@@ -289,26 +320,24 @@ class Router:
         self, ask: _Ask, prefills: list[_Instance], decodes: list[_Instance]
     ) -> Route | None:
         """The first instance that prefills, with the first that decodes if it needs one."""
-        prefill = next((one for one in prefills if one.load.role.prefills), None)
-        decode = next((one for one in decodes if one.load.role.decodes), None)
+        prefill = next((one for one in prefills if one.prefills), None)
+        decode = next((one for one in decodes if one.decodes), None)
         if prefill is None:
             return None if decode is None else self._route(ask, decode, None)
-        return self._route(ask, prefill, None if prefill.load.role.decodes else decode)
+        return self._route(ask, prefill, None if prefill.decodes else decode)
 
     def _cheapest(self, ask: _Ask, usable: list[_Instance]) -> Route | None:
         """The lowest cost of mixed instances, a hand-off, and decode instances with slack."""
-        target_s = ask.request.slo.ttft_s
-        costs = [(self._decode_cost(ask, one), one) for one in usable if one.load.role.decodes]
+        target_s = ask.slo.ttft_s
+        costs = [(ask.decode_cost(one), one) for one in usable if one.decodes]
         choices: list[_Choice] = [
-            (cost + self._ttft_s(ask, one) / target_s, one, None)
-            for cost, one in costs
-            if one.load.role.prefills
+            (cost + ask.ttft_s(one) / target_s, one, None) for cost, one in costs if one.prefills
         ]
-        prefills = [(self._ttft_s(ask, one), one) for one in usable if not one.load.role.decodes]
+        prefills = [(ask.ttft_s(one), one) for one in usable if not one.decodes]
         if costs and prefills:
             cost, decode = min(costs, key=_cost)
             ttft_s, prefill = min(prefills, key=_cost)
-            cost += self.settings.handoff_s / ask.request.slo.tpot_s
+            cost += self.settings.handoff_s / ask.slo.tpot_s
             choices.append((cost + ttft_s / target_s, prefill, decode))
             choices += self._local(ask, costs, ttft_s * self.settings.local_ttft_share)
         choices = choices or self._alone(ask, usable)
@@ -321,50 +350,31 @@ class Router:
         self, ask: _Ask, costs: list[tuple[float, _Instance]], below_s: float
     ) -> list[_Choice]:
         """Decode instances that would give a short prompt's first token sooner."""
-        target_s = ask.request.slo.ttft_s
-        local: list[_Choice] = []
-        for cost, one in costs:
-            if one.load.role is Role.DECODE and self._may_prefill_locally(ask, one):
-                ttft_s = self._ttft_s(ask, one)
-                if ttft_s < below_s:
-                    local.append((cost + ttft_s / target_s, one, None))
-        return local
+        longest, slack = self.settings.local_prompt_tokens, self.settings.local_slack
+        if ask.prompt_tokens > longest and not ask.cached:
+            return []
+        return [
+            (cost + ask.ttft_between_decodes_s(one) / ask.slo.ttft_s, one, None)
+            for cost, one in costs
+            if not one.prefills
+            and ask.ttft_s(one) < below_s
+            and ask.own_tokens(one) <= longest
+            and ask.slack(one) >= slack
+            and ask.ttft_between_decodes_s(one) < below_s
+        ]
 
     def _alone(self, ask: _Ask, usable: list[_Instance]) -> list[_Choice]:
         """While a whole role is missing, the other serves requests by itself."""
-        return [(self._decode_cost(ask, one) + self._ttft_s(ask, one), one, None) for one in usable]
-
-    def _decode_cost(self, ask: _Ask, instance: _Instance) -> float:
-        pace = instance.tpot_s() / ask.request.slo.tpot_s
-        missed = max(pace - 1.0, 0.0)
-        return pace + 4.0 * missed + instance.crowding(ask.room_tokens)
-
-    def _may_prefill_locally(self, ask: _Ask, instance: _Instance) -> bool:
-        if ask.own_tokens(instance) > self.settings.local_prompt_tokens:
-            return False
-        return self._slack(ask, instance) >= self.settings.local_slack
-
-    def _slack(self, ask: _Ask, instance: _Instance) -> float:
-        return 1.0 - instance.tpot_s() / ask.request.slo.tpot_s
-
-    def _ttft_s(self, ask: _Ask, instance: _Instance) -> float:
-        seconds = self._seconds(instance, ask.work_tokens(instance))
-        if instance.load.role is Role.DECODE:
-            # Its prompt chunks ride in what the decode steps leave of the TPOT target.
-            return seconds / max(self._slack(ask, instance), 0.01)
-        return seconds
-
-    def _seconds(self, instance: _Instance, tokens: int) -> float:
-        speed = instance.speed if instance.speed.observations else self._typical
-        return speed.at(tokens)
+        return [(ask.decode_cost(one) + ask.ttft_s(one), one, None) for one in usable]
 
     def _route(self, ask: _Ask, prefill: _Instance, decode: _Instance | None) -> Route:
+        between_decodes = decode is None and not prefill.prefills
         return Route(
             prefill.name,
             None if decode is None else decode.name,
             ask.cached.get(prefill.name, 0),
-            self._ttft_s(ask, prefill),
-            ask.work_tokens(prefill),
+            ask.ttft_between_decodes_s(prefill) if between_decodes else ask.ttft_s(prefill),
+            prefill.ahead_tokens + ask.own_tokens(prefill),
             ask.chain,
         )
 

@@ -58,7 +58,7 @@ def test_a_cached_prefix_outweighs_a_short_queue():
     router.dispatched(first, replace(route, prefill="prefill-1"), 0.0)
     router.ended("a")
     again = router.choose(request("b"), seen)
-    assert (again.prefill, again.cached_tokens) == ("prefill-1", 592)
+    assert (again.prefill, again.cached_tokens) == ("prefill-1", 576)
 
 
 def test_tenants_do_not_share_prefixes():
@@ -101,7 +101,7 @@ def test_a_first_token_or_an_end_empties_the_ledger():
     router.prefilled("a", 0.3)
     router.ended("a")
     for instance in router._instances.values():
-        assert (instance.ledger, instance.ledger_tokens, instance.ledger_blocks) == ({}, 0, 0)
+        assert (instance.ledger, instance.ahead_tokens, instance.left_blocks) == ({}, 0, 1000)
     assert router._under_way == {}
 
 
