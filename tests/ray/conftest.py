@@ -1,0 +1,20 @@
+import pytest
+
+from tests.ray.serving import serve
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/ray" in str(item.path):
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """One prefill and two decode instances of the built-in model, shared by the tests."""
+    serving = serve(
+        tmp_path_factory.mktemp("cluster") / "serve.log", "--prefill", "1", "--decode", "2"
+    )
+    yield serving
+    status = serving.end()
+    assert status == 0, serving.log.read_text()[-4000:]

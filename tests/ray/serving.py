@@ -1,0 +1,113 @@
+"""`tandem serve` as its user meets it: a process, its ready line and its signals."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.access import Access
+from cluster.client import AsyncClient, Client
+
+READY_S = 120.0
+END_S = 60.0
+
+
+@dataclass
+class Serving:
+    process: subprocess.Popen[str]
+    log: Path
+    http: str
+    grpc: str
+
+    def client(self) -> Client:
+        return Client(Access(self.grpc))
+
+    def async_client(self) -> AsyncClient:
+        return AsyncClient(Access(self.grpc))
+
+    def pids(self, instance: str) -> list[int]:
+        with self.client() as client:
+            found = next(i for i in client.status().instances if i.id == instance)
+        return [worker.pid for worker in found.workers]
+
+    def controller_pid(self) -> int:
+        """Of the controller's present incarnation."""
+        (pid,) = (pid for pid in descendants(self.process.pid) if is_controller(pid))
+        return pid
+
+    def kill_worker(self, instance: str, rank: int = 0) -> None:
+        os.kill(self.pids(instance)[rank], signal.SIGKILL)
+
+    def end(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(END_S)
+
+
+def serve(log: Path, *arguments: str, **environment: str) -> Serving:
+    """Starts it and waits for the ready line."""
+    command = [sys.executable, "-m", "cluster", "serve", "--device", "cpu"]
+    command += ["--http-port", "0", "--grpc-port", "0", *arguments]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+        )
+    line = read_line(process, READY_S, log)
+    fields = dict(part.split("=", 1) for part in line.split()[1:])
+    return Serving(process, log, fields["http"], fields["grpc"])
+
+
+def read_line(process: subprocess.Popen[str], within_s: float, log: Path) -> str:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(within_s):
+            process.kill()
+            raise TimeoutError(f"not ready within {within_s:g} s:\n{log.read_text()[-4000:]}")
+    line = process.stdout.readline()
+    assert line.startswith("ready "), log.read_text()[-4000:]
+    return line
+
+
+def descendants(ancestor: int) -> set[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+    found, fresh = set(), {ancestor}
+    while fresh:
+        fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return found
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        return b""
+
+
+def is_controller(pid: int) -> bool:
+    return command_of(pid).startswith(b"ray::Controller")
+
+
+def until_gone(pids: set[int], within_s: float) -> set[int]:
+    """Those of the processes that are still there after the wait."""
+    deadline = time.monotonic() + within_s
+    while (left := {pid for pid in pids if command_of(pid)}) and time.monotonic() < deadline:
+        os.sched_yield()
+    return left
