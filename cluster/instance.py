@@ -21,6 +21,7 @@ from engine.messages import (
     Dropped,
     Fenced,
     InstanceState,
+    Kept,
     Load,
     Lost,
     Message,
@@ -192,6 +193,8 @@ class Instance:
     def tick(self, now: float) -> None:
         for out in self._departures.tick(now):
             self._departure_failed(out, "LeaseExpired", "the target fell silent", now)
+        for out in self._handoffs.unwanted(now):
+            self._keep(out, now)
         self._arrivals.tick(now)
         for request_id in self._migrations.tick(now):
             self._end(request_id, now)
@@ -206,6 +209,10 @@ class Instance:
     def set_role(self, role: Role) -> None:
         """What is here goes on as it began; only new work follows the role."""
         self.role = role
+
+    @property
+    def preemptions(self) -> int:
+        return self._decode.preemptions
 
     def load(self) -> Load:
         counts = self.pool.counts()
@@ -382,6 +389,14 @@ class Instance:
         self._send(out.gateway, Dropped(sequence.id, sequence.epoch, error, reason))
         self._end(sequence.id, now)
 
+    def _keep(self, out: Outgoing, now: float) -> None:
+        """The target has had no room for long: decode here, where the KV is."""
+        sequence = out.sequence
+        self._departures.abort(out, "Overloaded", "waited too long for room", now)
+        self._handoffs.forget(sequence.id)
+        self._decode.add(sequence)
+        self._send(out.gateway, Kept(sequence.id, sequence.epoch))
+
     def _stop_moving(self, request_id: str, error: str, reason: str, now: float) -> None:
         out = self._departures.of(request_id)
         if out is None:
@@ -420,7 +435,7 @@ class Instance:
             return
         self._prefill.remove(sequence.id)
         if sequence.id in self._handoffs:
-            self._handoffs.drawn(sequence, now)
+            self._pulled(self._handoffs.drawn(sequence, now), now)
         else:
             self._decode.add(sequence)
 

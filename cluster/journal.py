@@ -19,6 +19,7 @@ from engine.messages import (
     Accepted,
     Claim,
     Dropped,
+    Kept,
     Load,
     Lost,
     Message,
@@ -201,6 +202,8 @@ class Journal:
                 return self.claim(sender, message)
             case Dropped():
                 return self.dropped(sender, message, now)
+            case Kept():
+                return self.kept(sender, message)
             case Load():
                 return self.load(message, now)
             case Lost(name):
@@ -252,6 +255,16 @@ class Journal:
         if dropped.epoch == entry.epoch:
             return self._without_owner(entry, (sender,), why, now)
         return self._without_grant(entry, (sender,), why, now)
+
+    def kept(self, sender: str, kept: Kept) -> list[Action]:
+        """The owner goes on by itself: the grant of its route is void."""
+        entry = self._entries.get(kept.request_id)
+        if entry is None or entry.owner != sender or entry.epoch != kept.epoch:
+            return []
+        if entry.grant is None or entry.grant.claimed:
+            return []
+        grant, entry.grant = entry.grant, None
+        return self._send_alive((grant.instance,), Abort(entry.id, grant.epoch))
 
     def load(self, load: Load, now: float) -> list[Action]:
         """Compare what an instance holds with what it should: the cure for lost messages."""

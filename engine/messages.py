@@ -110,6 +110,14 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The owner `epoch` found no room at its target and goes on decoding by itself."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Migrated:
     """How a migration ended, for status, metrics and the person watching."""
 
@@ -266,9 +274,12 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Confirmed:
-    """The source held its blocks for the whole copy: the target may use it."""
+    """The source held its blocks for the whole copy: the target may use `computed` tokens of
+    it and go on after this output."""
 
     transfer: str
+    output: tuple[int, ...]
+    computed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +315,7 @@ Message = (
     | Tokens
     | Claim
     | Dropped
+    | Kept
     | Migrated
     | Migrate
     | Lost

@@ -109,12 +109,12 @@ class Arrivals:
     def confirmed(self, sender: str, message: Confirmed, now: float) -> tuple[str, Sequence] | None:
         """The gateway and the sequence that may go on here, its KV complete and owned."""
         incoming = self._heard(message.transfer, sender, now)
-        if incoming is None or incoming.sealed is None or incoming.complete_tokens is None:
+        if incoming is None or not incoming.has(message.computed):
             return None
-        incoming.become(TransferState.COMMITTED)
+        incoming.commit()
         self._forget(incoming)
         self._pool.claim(incoming.reserved)
-        sequence = _sequence_of(incoming)
+        sequence = _sequence_of(incoming, message)
         self._remember_prefix(sequence)
         return incoming.offer.gateway, sequence
 
@@ -256,11 +256,9 @@ class Arrivals:
             del self._ended[next(iter(self._ended))]
 
 
-def _sequence_of(incoming: Incoming) -> Sequence:
-    assert incoming.sealed is not None
+def _sequence_of(incoming: Incoming, confirmed: Confirmed) -> Sequence:
     request = incoming.offer.request
-    tokens = [*request.prompt, *incoming.sealed.output]
-    sequence = Sequence(request, incoming.offer.epoch, tokens)
+    sequence = Sequence(request, incoming.offer.epoch, [*request.prompt, *confirmed.output])
     sequence.blocks = incoming.blocks
-    sequence.computed = incoming.sealed.computed
+    sequence.computed = confirmed.computed
     return sequence

@@ -54,7 +54,7 @@ class Departures:
         self._offered = 0
         self._open: dict[str, Outgoing] = {}
         self._fencing: dict[str, _Fencing] = {}
-        self._committed: dict[str, str] = {}
+        self._committed: dict[str, tuple[str, Confirmed]] = {}
         self._next_word_s: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -108,11 +108,13 @@ class Departures:
 
     def commit(self, out: Outgoing, now: float) -> None:
         """The blocks were held for the whole copy: the target may use it."""
+        assert out.sealed is not None
         out.become(TransferState.COMMITTED)
-        self._say(out, Confirmed(out.id), now)
+        confirmed = Confirmed(out.id, out.sealed.output, out.sealed.computed)
+        self._say(out, confirmed, now)
         self._pool.unpin(out.pinned)
         self._forget(out)
-        self._committed[out.id] = out.target
+        self._committed[out.id] = out.target, confirmed
         while len(self._committed) > REMEMBERED:
             del self._committed[next(iter(self._committed))]
 
@@ -134,9 +136,9 @@ class Departures:
     def pulled(self, sender: str, message: Pulled, now: float) -> Outgoing | None:
         """The transfer, if the target got further; a question about an unknown one fails it."""
         out = self._heard(message.transfer, sender, now)
-        if out is None or message.tokens <= out.pulled_tokens:
+        if out is None or (out.sealed is None and message.tokens <= out.pulled_tokens):
             return None
-        out.pulled_tokens = message.tokens
+        out.pulled_tokens = max(message.tokens, out.pulled_tokens)
         return out
 
     def cancelled(self, sender: str, message: Cancelled, now: float) -> Outgoing | None:
@@ -198,11 +200,13 @@ class Departures:
         out = self.find(transfer, sender)
         if out is not None:
             out.lease_until_s = now + self.settings.lease_s
-        elif self._committed.get(transfer) == sender:
-            self._send(sender, Confirmed(transfer))
+            return out
+        target, confirmed = self._committed.get(transfer, (None, None))
+        if target == sender and confirmed is not None:
+            self._send(sender, confirmed)
         else:
             self._send(sender, Cancelled(transfer, "LeaseExpired", "the source has let go"))
-        return out
+        return None
 
     def _pin(self, out: Outgoing, tokens: int) -> None:
         needed = blocks_for(tokens, self.layout.block_tokens)

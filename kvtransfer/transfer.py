@@ -49,6 +49,9 @@ class TransferSettings:
     """How often each side repeats its last word, which also mends lost messages."""
     max_offers: int = 256
     """Offers that may wait for room on a target; more are refused."""
+    offer_wait_s: float = 2.0
+    """How long finished KV waits for room at its target; then its instance decodes it. Without
+    this bound two instances that prefill for each other could wait for one another for ever."""
     layer_groups: int = 4
     """Pieces in which a prefill lets its KV be pulled while it still computes."""
     pause_budget_s: float = 0.05
@@ -219,6 +222,17 @@ class Incoming(_Stateful):
         first, last, tokens = self.outstanding.pop(number)
         for layer in range(first, last):
             self.arrived[layer] = max(self.arrived[layer], tokens)
+
+    def has(self, computed: int) -> bool:
+        """Whether all that a confirmation speaks of is here."""
+        if self.state is TransferState.OFFERED or self.complete_tokens is None:
+            return False
+        return self.complete_tokens >= computed
+
+    def commit(self) -> None:
+        if self.state is TransferState.RESERVED:
+            self.become(TransferState.COPYING)  # all of it was a prefix known here
+        self.become(TransferState.COMMITTED)
 
     @property
     def complete_tokens(self) -> int | None:

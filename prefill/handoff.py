@@ -32,6 +32,7 @@ class Handoffs:
         self._departures = departures
         self._destinations: dict[str, Destination] = {}
         self._held: dict[str, Sequence] = {}
+        self._held_since_s: dict[str, float] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._destinations
@@ -66,13 +67,16 @@ class Handoffs:
         if out is not None and out.state in (TransferState.RESERVED, TransferState.COPYING):
             self._departures.ready(out, tokens, layers, now)
 
-    def drawn(self, sequence: Sequence, now: float) -> None:
-        """The first token is out: what remains is to move."""
+    def drawn(self, sequence: Sequence, now: float) -> Outgoing | None:
+        """The first token is out: what remains is to move; returns the transfer once sealed."""
         sequence.state = SequenceState.HELD
         self._held[sequence.id] = sequence
+        self._held_since_s[sequence.id] = now
         out = self._departures.of(sequence.id)
-        if out is not None and out.state is not TransferState.OFFERED:
-            self._departures.seal(out, now)
+        if out is None or out.state is TransferState.OFFERED:
+            return None
+        self._departures.seal(out, now)
+        return out
 
     def reserved(self, out: Outgoing, now: float) -> None:
         if out.sequence.id in self._held:
@@ -88,7 +92,18 @@ class Handoffs:
         self._departures.commit(out, now)
         return self.forget(out.sequence.id)
 
+    def unwanted(self, now: float) -> list[Outgoing]:
+        """Offers of finished KV that have waited for room too long."""
+        since_s = now - self._departures.settings.offer_wait_s
+        return [
+            out
+            for out in self._departures.open
+            if out.state is TransferState.OFFERED
+            and self._held_since_s.get(out.sequence.id, now) <= since_s
+        ]
+
     def forget(self, request_id: str) -> Sequence | None:
         """Returns the sequence if it was held here."""
         self._destinations.pop(request_id, None)
+        self._held_since_s.pop(request_id, None)
         return self._held.pop(request_id, None)

@@ -117,9 +117,10 @@ class PrefillScheduler:
         return ahead, late
 
     def _pack(self, order: list[Sequence], budget: int, chunks: list[Chunk]) -> int:
-        """Append chunks in this order; returns the tokens used. A prompt without room blocks
-        those behind it, or else small prompts would starve it."""
+        """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps
+        those behind it out, or else small prompts would starve it; admitted ones go on."""
         used = 0
+        full = False
         packed = {chunk.request_id for chunk in chunks}
         computing = self._blocks_under_way(packed)
         for sequence in order:
@@ -127,8 +128,9 @@ class PrefillScheduler:
                 break
             if sequence.id in packed or self._sibling_computes(sequence, computing):
                 continue
-            if not sequence.blocks and not self._admit(sequence):
-                break
+            full = full or not (sequence.blocks or self._admit(sequence))
+            if not sequence.blocks:
+                continue
             chunk = chunk_of(sequence, min(sequence.uncomputed, budget - used))
             chunks.append(chunk)
             used += len(chunk.tokens)

@@ -1,0 +1,403 @@
+"""The real instances and journals in a seeded world: one generator, one heap of events.
+
+Everything that can happen is an event at a virtual time. After each one the pool it touched
+must balance; every delivered token is compared with what the model must say; and once the
+faults have healed, every request must have ended and every pool be back at its baseline.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from random import Random
+from typing import TYPE_CHECKING
+
+from cluster.instance import Instance, InstanceSettings
+from decode.scheduler import DecodeSettings
+from engine import wire
+from engine.blocks import BlockPool
+from engine.errors import PeerLost, TransferError, TransportError
+from engine.messages import Confirmed, Lost, Message, Migrate, Migrated, Role
+from engine.request import Request, Sampling
+from engine.slo import Slo
+from kvtransfer.transfer import PullCancel, PullOrder, TransferSettings
+from placement.role import RoleSettings
+from prefill.scheduler import PrefillSettings
+from tests.simulation import faults as fault
+from tests.simulation.gateway import SimulatedGateway
+from tests.simulation.model import EOS, FakeModel, layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.batch import Batch
+
+LOAD_S, TICK_S = 0.25, 0.1
+FAULTS_END_S = 12.0
+EVERYTHING_ENDS_S = 120.0
+GROUPS = 2
+
+
+@dataclass(eq=False)
+class Node:
+    """One life of an instance: its decider, its memory, and the copies on their way to it."""
+
+    instance: Instance
+    model: FakeModel
+    running: bool = False
+    preemptions: int = 0
+    pulls: dict[tuple[str, int], PullOrder] = field(default_factory=dict)
+
+
+class World:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.now = 0.0
+        self.faults = fault.drawn(self.rng)
+        self.block_tokens = self.rng.choice((2, 4))
+        self._step_s = self.rng.choice((0.005, 0.02, 0.05))
+        self.nodes: dict[str, Node] = {}
+        self.gateways: dict[str, SimulatedGateway] = {}
+        self.trace = blake2b(digest_size=16)
+        self.events = 0
+        self.met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0}
+        self._heap: list[tuple[float, int, str, Callable[[], None]]] = []
+        self._serial = 0
+        self._roles = self._drawn_roles()
+        for name in self._roles:
+            self._boot(name)
+        for number in range(self.rng.choice((1, 1, 2))):
+            self._boot_gateway(f"gateway-{number}")
+        self._schedule_faults()
+
+    # Time.
+
+    def after(self, delay_s: float, label: str, action: Callable[[], None]) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (self.now + delay_s, self._serial, label, action))
+
+    def run(self) -> None:
+        """Raises AssertionError when an invariant breaks."""
+        self._submit_requests()
+        while self.now < FAULTS_END_S or self._busy():
+            assert self.now < EVERYTHING_ENDS_S, self._unfinished()
+            self._next_event()
+        for node in self.nodes.values():
+            counts = node.instance.pool.counts()
+            assert counts.available == node.instance.pool.total_blocks, (
+                f"{node.instance.name} keeps {counts}"
+            )
+
+    def _next_event(self) -> None:
+        self.now, serial, label, action = heapq.heappop(self._heap)
+        self.trace.update(f"{self.now:.9f} {serial} {label}\n".encode())
+        self.events += 1
+        if self.now >= FAULTS_END_S:
+            self.faults = fault.NONE
+        action()
+
+    def _busy(self) -> bool:
+        waiting = any(len(gateway) for gateway in self.gateways.values())
+        return waiting or any(self._holds_something(node) for node in self.nodes.values())
+
+    def _holds_something(self, node: Node) -> bool:
+        counts = node.instance.pool.counts()
+        return counts.available != node.instance.pool.total_blocks or bool(
+            node.instance.load().sequences
+        )
+
+    def _unfinished(self) -> str:
+        stuck = [g.describe() for g in self.gateways.values()]
+        held = {n: (v.instance.pool.counts(), v.instance.load()) for n, v in self.nodes.items()}
+        return f"seed {self.seed}: not all ended: {stuck} {held}"
+
+    # Messages.
+
+    def send(self, sender: str, to: str, message: Message) -> None:
+        if self.rng.random() < self.faults.lose:
+            return
+        copies = 2 if self.rng.random() < self.faults.repeat else 1
+        data = wire.encode(message)
+        for _ in range(copies):
+            slow = self.rng.random() < self.faults.slow_link
+            delay_s = self.rng.uniform(0.0, 1.0) if slow else self.rng.uniform(0.0001, 0.002)
+            label = f"{sender}>{to} {type(message).__name__}"
+            self.after(delay_s, label, lambda: self._deliver(sender, to, data))
+
+    def _deliver(self, sender: str, to: str, data: bytes) -> None:
+        message = wire.decode(data)
+        self.met["commits"] += isinstance(message, Confirmed)
+        if isinstance(message, Migrated):
+            self.met["migrations"] += message.outcome == "committed"
+        if to in self.gateways:
+            self.gateways[to].receive(sender, message)
+        elif to in self.nodes:
+            node = self.nodes[to]
+            node.instance.receive(sender, message, self.now)
+            self._pump(node)
+
+    # Instances.
+
+    def _drawn_roles(self) -> dict[str, Role]:
+        if self.rng.random() < 0.25:
+            return {f"mixed-{n}": Role.MIXED for n in range(self.rng.choice((1, 2, 3)))}
+        prefills = {f"prefill-{n}": Role.PREFILL for n in range(self.rng.choice((1, 2)))}
+        decodes = {f"decode-{n}": Role.DECODE for n in range(self.rng.choice((1, 2, 3)))}
+        return prefills | decodes
+
+    def _boot(self, name: str) -> None:
+        rng = self.rng
+        settings = InstanceSettings(
+            role=RoleSettings(
+                prefill=PrefillSettings(
+                    token_budget=rng.choice((4, 16, 64)), policy=rng.choice(("deadline", "fcfs"))
+                ),
+                decode=DecodeSettings(
+                    max_sequences=rng.choice((2, 4, 16)),
+                    host_slots=rng.choice((0, 8, 32)),
+                    recompute_budget=rng.choice((1, 8, 64)),
+                ),
+                min_chunk=rng.choice((1, 8)),
+            ),
+            transfer=TransferSettings(
+                layer_groups=GROUPS,
+                max_rounds=rng.choice((1, 3, 8)),
+                max_offers=rng.choice((2, 64)),
+            ),
+        )
+        pool = BlockPool(rng.choice((16, 20, 64)), self.block_tokens)
+        instance = Instance(
+            name,
+            self._roles[name],
+            pool,
+            layout(self.block_tokens),
+            settings=settings,
+            eos=frozenset((EOS,)),
+        )
+        node = Node(instance, FakeModel(self.block_tokens))
+        self.nodes[name] = node
+        self.after(rng.uniform(0, TICK_S), f"tick {name}", lambda: self._tick(node))
+        self.after(0.0, f"load {name}", lambda: self._tell_load(node))
+
+    def alive(self, node: Node) -> bool:
+        return self.nodes.get(node.instance.name) is node
+
+    def _tick(self, node: Node) -> None:
+        if self.alive(node):
+            node.instance.tick(self.now)
+            self._pump(node)
+            self.after(TICK_S, f"tick {node.instance.name}", lambda: self._tick(node))
+
+    def _tell_load(self, node: Node) -> None:
+        if self.alive(node):
+            for gateway in self.gateways:
+                self.send(node.instance.name, gateway, node.instance.load())
+            self.after(LOAD_S, f"load {node.instance.name}", lambda: self._tell_load(node))
+
+    def _pump(self, node: Node) -> None:
+        """What the host does after every event: copies, messages, and the next step."""
+        for order in node.instance.take_pulls():
+            if isinstance(order, PullCancel):
+                self._cancel_pulls(node, order.transfer)
+            else:
+                self._start_pull(node, order)
+        if not node.running:
+            batch = node.instance.next_batch(self.now)
+            if batch is not None:
+                self._start_step(node, batch)
+        for envelope in node.instance.take_outbox():
+            self.send(node.instance.name, envelope.to, envelope.message)
+        node.instance.pool.check()
+
+    def _start_step(self, node: Node, batch: Batch) -> None:
+        node.running = True
+        node.model.swap(batch.swaps)
+        duration_s = self._step_s + 0.0005 * batch.tokens * self.rng.uniform(0.8, 1.2)
+        groups = layout(self.block_tokens).layer_groups(0, GROUPS)
+        for number, layers in enumerate(groups):
+            at = duration_s * (number + 1) / (GROUPS + 1)
+            self.after(
+                at,
+                f"group {node.instance.name}",
+                lambda n=number, ls=layers: self._group(node, batch, n, ls),
+            )
+        label = f"step {node.instance.name}"
+        self.after(duration_s, label, lambda: self._finish_step(node, batch, duration_s))
+
+    def _group(self, node: Node, batch: Batch, number: int, layers: range) -> None:
+        if self.alive(node):
+            node.model.compute(batch, layers)
+            node.instance.layer_group_done(number, self.now)
+            self._pump(node)
+
+    def _finish_step(self, node: Node, batch: Batch, duration_s: float) -> None:
+        if self.alive(node):
+            self.met["preemptions"] += node.instance.preemptions - node.preemptions
+            node.preemptions = node.instance.preemptions
+            node.running = False
+            result = node.model.draw(batch, duration_s)
+            node.instance.finish(batch, result, self.now)
+            self._pump(node)
+
+    # Copies.
+
+    def _start_pull(self, node: Node, order: PullOrder) -> None:
+        source = self.nodes.get(order.source)
+        key = (order.transfer, order.number)
+        node.pulls[key] = order
+        took_s = 0.001 + 0.001 * len(order.source_blocks) * self.rng.uniform(0.2, 3.0)
+        label = f"pull {order.source}>{node.instance.name}"
+        self.after(took_s, label, lambda: self._finish_pull(node, source, key))
+
+    def _finish_pull(self, node: Node, source: Node | None, key: tuple[str, int]) -> None:
+        """Blocks are read at the latest moment, so that freeing them early would show."""
+        if not self.alive(node) or key not in node.pulls:
+            return
+        order = node.pulls[key]
+        error: TransferError | None = None
+        if source is None or not self.alive(source):
+            error = PeerLost(f"{order.source} is gone")
+        elif self.rng.random() < self.faults.pull_error:
+            error = TransportError("the link broke")
+        else:
+            self._copy(node, source, order)
+        self._end_pull(node, key, error)
+
+    def _copy(self, node: Node, source: Node, order: PullOrder) -> None:
+        blocks = list(zip(order.source_blocks, order.target_blocks, strict=True))
+        layers = range(order.first_layer, order.last_layer)
+        node.model.copy_from(source.model, blocks, layers)
+
+    def _cancel_pulls(self, node: Node, transfer: str) -> None:
+        """A cancelled copy may still write until its end is reported."""
+        for key, order in list(node.pulls.items()):
+            if order.transfer == transfer:
+                source = self.nodes.get(order.source)
+                delay_s = self.rng.uniform(0.0, 0.05)
+                label = f"fence {node.instance.name}"
+                self.after(delay_s, label, lambda k=key, s=source: self._fence(node, s, k))
+
+    def _fence(self, node: Node, source: Node | None, key: tuple[str, int]) -> None:
+        if not self.alive(node) or key not in node.pulls:
+            return
+        if source is not None and self.rng.random() < 0.5:
+            self._copy(node, source, node.pulls[key])
+        self._end_pull(node, key, TransportError("cancelled"))
+
+    def _end_pull(self, node: Node, key: tuple[str, int], error: TransferError | None) -> None:
+        order = node.pulls.pop(key)
+        node.instance.pull_finished(order.transfer, order.number, error, self.now)
+        self._pump(node)
+
+    # Faults.
+
+    def _schedule_faults(self) -> None:
+        self._repeatedly(self.faults.kill_instance_per_s, "kill", self._kill_instance)
+        self._repeatedly(self.faults.kill_gateway_per_s, "kill gateway", self._kill_gateway)
+        self._repeatedly(self.faults.migrate_per_s, "migrate", self._migrate)
+        self._repeatedly(self.faults.drain_per_s, "drain", self._drain)
+        self._repeatedly(self.faults.switch_role_per_s, "switch role", self._switch_role)
+
+    def _repeatedly(self, rate_per_s: float, label: str, action: Callable[[], None]) -> None:
+        def happen() -> None:
+            if self.now < FAULTS_END_S:
+                action()
+                self.after(self.rng.expovariate(rate_per_s), label, happen)
+
+        if rate_per_s:
+            self.after(self.rng.expovariate(rate_per_s), label, happen)
+
+    def _kill_instance(self) -> None:
+        if not self.nodes:
+            return
+        name = self.rng.choice(list(self.nodes))
+        del self.nodes[name]
+        self.met["deaths"] += 1
+        late = self.rng.random() < self.faults.slow_detection
+        detected_s = self.rng.uniform(1.0, 4.0) if late else self.rng.uniform(0.05, 1.5)
+        self.after(detected_s, f"lost {name}", lambda: self._announce(name))
+        self.after(
+            detected_s + self.rng.uniform(0.1, 1.0), f"boot {name}", lambda: self._boot(name)
+        )
+
+    def _announce(self, name: str) -> None:
+        """The roster reaches everyone for sure, though not at once."""
+        data = wire.encode(Lost(name))
+        for listener in [*self.gateways, *self.nodes]:
+            deliver = partial(self._deliver, "controller", listener, data)
+            self.after(self.rng.uniform(0.0, 0.05), f"lost {name}>{listener}", deliver)
+
+    def _kill_gateway(self) -> None:
+        if not self.gateways:
+            return
+        name = self.rng.choice(list(self.gateways))
+        del self.gateways[name]
+        self.after(self.rng.uniform(0.05, 1.5), f"lost {name}", lambda: self._announce(name))
+        self.after(2.0, f"boot {name}", lambda: self._boot_gateway(name))
+
+    def _migrate(self) -> None:
+        name = self.rng.choice(list(self.nodes)) if self.nodes else None
+        targets = [n for n in self.nodes if n != name]
+        if name is None or not targets:
+            return
+        held = [running.request_id for running in self.nodes[name].instance.load().sequences]
+        if held:
+            message = Migrate(self.rng.choice(held), self.rng.choice(targets), "balance")
+            self.send("controller", name, message)
+
+    def _drain(self) -> None:
+        if len(self.nodes) > 1:
+            self.nodes[self.rng.choice(list(self.nodes))].instance.drain()
+
+    def _switch_role(self) -> None:
+        if self.nodes:
+            self.nodes[self.rng.choice(list(self.nodes))].instance.set_role(
+                self.rng.choice(list(Role))
+            )
+
+    # Gateways and their clients.
+
+    def _boot_gateway(self, name: str) -> None:
+        self.gateways[name] = SimulatedGateway(name, self)
+
+    def _submit_requests(self) -> None:
+        bursts = [self.rng.uniform(0.0, FAULTS_END_S * 0.8) for _ in range(2)]
+        prefixes = [self._tokens(self.rng.randint(1, 12)) for _ in range(3)]
+        for number in range(self.rng.randint(4, 24)):
+            at = self.rng.choice((self.rng.uniform(0.0, FAULTS_END_S * 0.8), *bursts))
+            request = self._request(number, at, prefixes)
+            self.after(at, f"request {number}", lambda r=request: self._submit(r))
+            if self.rng.random() < self.faults.cancel:
+                leaves = at + self.rng.uniform(0.0, 2.0)
+                self.after(leaves, f"cancel {number}", lambda r=request: self._cancel(r))
+
+    def _request(self, number: int, at: float, prefixes: list[tuple[int, ...]]) -> Request:
+        shared = self.rng.choice(prefixes) if self.rng.random() < 0.5 else ()
+        sampling = Sampling(
+            max_tokens=self.rng.randint(1, self.rng.choice((2, 12, 50))),
+            seed=self.rng.choice((0, number)),
+            ignore_eos=self.rng.random() < 0.7,
+        )
+        return Request(
+            f"r{number}",
+            shared + self._tokens(self.rng.randint(1, 14)),
+            sampling,
+            Slo(self.rng.choice((0.1, 2.0)), self.rng.choice((0.02, 0.2))),
+            priority=self.rng.choice((0, 0, 0, 1)),
+            arrival_s=at,
+            tenant=self.rng.choice(("", "", "other")),
+        )
+
+    def _tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self.rng.randrange(1, 64) for _ in range(count))
+
+    def _submit(self, request: Request) -> None:
+        if self.gateways:
+            self.gateways[self.rng.choice(list(self.gateways))].submit(request)
+
+    def _cancel(self, request: Request) -> None:
+        for gateway in self.gateways.values():
+            gateway.cancel(request.id)
