@@ -23,6 +23,8 @@ class NativeLibrary:
         self._library.tandem_set_name.restype = ctypes.c_char_p
         for name in ("set_name", "set_usable", "use_set", "set_threads"):
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_int64]
+        for name in ("read_memory", "use_huge_pages"):
+            getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self.pack = self._kernel("pack")
         self.linear = self._kernel("linear")
         self.norm = self._kernel("norm")
@@ -49,6 +51,14 @@ class NativeLibrary:
     def instruction_sets(self) -> tuple[str, ...]:
         """Best first."""
         return tuple(self._index_of)
+
+    def read_memory(self, pointer: int, size_bytes: int) -> None:
+        """Reads memory once on all threads, as fast as this machine can."""
+        self._library.tandem_read_memory(pointer, size_bytes)
+
+    def use_huge_pages(self, pointer: int, size_bytes: int) -> None:
+        """Asks for large pages under memory that was not yet written."""
+        self._library.tandem_use_huge_pages(pointer, size_bytes)
 
     def use(self, instruction_set: str, threads: int) -> None:
         self._library.tandem_use_set(self._index_of[instruction_set])

@@ -25,6 +25,9 @@ int64_t tandem_set_usable(int64_t index) { return instruction_sets[index].usable
 void tandem_use_set(int64_t index) { in_use = instruction_sets[index].kernels; }
 void tandem_set_threads(int64_t threads) { set_threads(threads); }
 
+uint64_t tandem_read_memory(const void *data, int64_t bytes) { return read_memory(data, bytes); }
+void tandem_use_huge_pages(void *data, int64_t bytes) { use_huge_pages(data, bytes); }
+
 void tandem_pack(const void *record) { pack(unpack<PackArgs>(record)); }
 void tandem_linear(const void *record) { in_use->linear(unpack<LinearArgs>(record)); }
 void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }

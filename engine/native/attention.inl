@@ -18,13 +18,13 @@ struct Task {
     T *queries;               // [rows, depth], zero padded
     float *outputs;           // [rows, depth]
     float *maxima, *sums;     // [rows]
+    int64_t *positions;       // [rows]
 
     int64_t group() const { return args.heads / args.kv.kv_heads; }
     int64_t chunk_tokens() const { return args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]; }
     int64_t context() const { return args.context_lens[sequence]; }
-    int64_t position(int64_t row) const { return context() - chunk_tokens() + (first_row + row) / group(); }
     int64_t first_seen(int64_t row) const {
-        int64_t begin = args.window == 0 ? 0 : position(row) - args.window + 1;
+        int64_t begin = args.window == 0 ? 0 : positions[row] - args.window + 1;
         return begin < 0 ? 0 : begin;
     }
     // Offset of a row's head in a [tokens, heads, head_dim] tensor.
@@ -36,8 +36,10 @@ struct Task {
 
 template <class T>
 void start(const Task<T> &task) {
-    int64_t dim = task.args.kv.head_dim;
+    int64_t dim = task.args.kv.head_dim, group = task.group();
+    int64_t before = task.context() - task.chunk_tokens();
     for (int64_t row = 0; row < task.rows; row++) {
+        task.positions[row] = before + (task.first_row + row) / group;
         const T *from = static_cast<const T *>(task.args.query) + task.offset(row, task.args.query_stride);
         std::memcpy(task.queries + row * task.depth, from, dim * sizeof(T));
         std::memset(task.queries + row * task.depth + dim, 0, (task.depth - dim) * sizeof(T));
@@ -60,19 +62,37 @@ void finish(const Task<T> &task) {
 
 // --- one tile of keys and values -------------------------------------------------------------
 
+// Where a tile's keys and values lie.
 template <class T>
-void find_rows(const Task<T> &task, const char *pool, int64_t tile, const T *(&rows)[kTileTokens]) {
+struct TileRows {
+    const T *keys[kTileTokens], *values[kTileTokens];
+};
+
+template <class T>
+void find_rows(const Task<T> &task, int64_t tile, TileRows<T> &rows) {
     const KvView &kv = task.args.kv;
     const int32_t *table = task.args.block_tables + task.sequence * task.args.table_stride;
+    auto keys = reinterpret_cast<const T *>(kv.key) + task.kv_head * kv.head_stride;
+    auto values = reinterpret_cast<const T *>(kv.value) + task.kv_head * kv.head_stride;
+    int64_t block = tile / kv.block_tokens, place = tile % kv.block_tokens;
     for (int64_t i = 0; i < kTileTokens; i++) {
-        int64_t position = tile + i;
-        if (position >= task.context()) {
-            rows[i] = reinterpret_cast<const T *>(zero_row);
-            continue;
-        }
-        int64_t place = table[position / kv.block_tokens] * kv.block_stride + position % kv.block_tokens * kv.token_stride;
-        rows[i] = reinterpret_cast<const T *>(pool) + place + task.kv_head * kv.head_stride;
+        bool cached = tile + i < task.context();
+        int64_t offset = cached ? table[block] * kv.block_stride + place * kv.token_stride : 0;
+        rows.keys[i] = cached ? keys + offset : reinterpret_cast<const T *>(zero_row);
+        rows.values[i] = cached ? values + offset : reinterpret_cast<const T *>(zero_row);
+        if (++place == kv.block_tokens) block++, place = 0;
     }
+}
+
+// Blocks lie apart: without this each of them is waited for.
+template <class T>
+void fetch_rows(const TileRows<T> &rows, int64_t dim) {
+    constexpr int into_l2 = 2;
+    for (int64_t i = 0; i < kTileTokens; i++)
+        for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
+            __builtin_prefetch(rows.keys[i] + d, 0, into_l2);
+            __builtin_prefetch(rows.values[i] + d, 0, into_l2);
+        }
 }
 
 // A head row cut to whole steps, through a zero-padded copy where head_dim is not one.
@@ -121,9 +141,7 @@ inline void pack_values(const bf16 *const *rows, int64_t dim, int64_t depth, bf1
         for (int64_t t = 0; t < kTileTokens; t += 2) {
             const bf16 *even = padded(rows[t], 0, d, dim), *odd = padded(rows[t + 1], 1, d, dim);
             bf16 *pair = out + d * kTileTokens + t / kStep * 2 * kTile + t % kStep * 16;
-            for (int64_t i = 0; i < 16; i++) pair[2 * i] = even[i], pair[2 * i + 1] = odd[i];
-            for (int64_t i = 0; i < 16; i++)
-                pair[kTile + 2 * i] = even[16 + i], pair[kTile + 2 * i + 1] = odd[16 + i];
+            interleave(even, odd, pair, pair + kTile);
         }
 }
 
@@ -190,7 +208,7 @@ void attend_strip(const Task<T> &task, const Softmax &softmax, int64_t row, int6
     float *outputs = task.outputs + row * task.depth;
     Engine::multiply(task.queries + row * task.depth, task.depth, rows, keys, task.depth, kTileTokens, scores, kTileTokens, false);
     for (int64_t i = 0; i < rows; i++) {
-        int64_t begin = task.first_seen(row + i) - tile, end = task.position(row + i) + 1 - tile;
+        int64_t begin = task.first_seen(row + i) - tile, end = task.positions[row + i] + 1 - tile;
         float shrink = weigh(softmax, scores + i * kTileTokens, weights + i * kTileTokens, begin < 0 ? 0 : begin,
                              end > kTileTokens ? kTileTokens : end, task.maxima[row + i], task.sums[row + i]);
         if (shrink == 1) continue;
@@ -209,17 +227,22 @@ void attend(const Task<T> &task) {
     T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
     float *scores = static_cast<float *>(scratch(kScores, kStripRows * kTileTokens * sizeof(float)));
     T *weights = static_cast<T *>(scratch(kWeights, kStripRows * kTileTokens * sizeof(T)));
-    const T *key_rows[kTileTokens], *value_rows[kTileTokens];
     start(task);
-    int64_t end = task.position(task.rows - 1) + 1;
-    for (int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens; tile < end; tile += kTileTokens) {
-        find_rows(task, kv.key, tile, key_rows);
-        find_rows(task, kv.value, tile, value_rows);
-        pack_keys(key_rows, kv.head_dim, task.depth, keys);
-        pack_values(value_rows, kv.head_dim, task.depth, values);
+    int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens, end = task.positions[task.rows - 1] + 1;
+    TileRows<T> here, next;
+    find_rows(task, tile, next);
+    fetch_rows(next, kv.head_dim);
+    for (; tile < end; tile += kTileTokens) {
+        here = next;
+        if (tile + kTileTokens < end) {
+            find_rows(task, tile + kTileTokens, next);
+            fetch_rows(next, kv.head_dim);
+        }
+        pack_keys(here.keys, kv.head_dim, task.depth, keys);
+        pack_values(here.values, kv.head_dim, task.depth, values);
         for (int64_t row = 0; row < task.rows; row += kStripRows) {
             int64_t rows = task.rows - row < kStripRows ? task.rows - row : kStripRows;
-            if (task.position(row + rows - 1) < tile) continue;
+            if (task.positions[row + rows - 1] < tile) continue;
             attend_strip<Engine>(task, softmax, row, rows, tile, keys, values, scores, weights);
         }
     }
@@ -243,9 +266,10 @@ void attention_of(const AttentionArgs &args) {
         int64_t first = piece * kTaskRows, rows = all - first < kTaskRows ? all - first : kTaskRows;
         // An AMX tile reads whole sixteens of rows; what it makes of the surplus is not used.
         int64_t room = round_up(rows, 16);
-        float *outputs = static_cast<float *>(scratch(kOutput, (room * depth + 2 * kTaskRows) * sizeof(float)));
-        T *queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
-        float *maxima = outputs + room * depth;
-        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, first, rows, depth, queries, outputs, maxima, maxima + kTaskRows});
+        float maxima[kTaskRows], sums[kTaskRows];
+        int64_t positions[kTaskRows];
+        auto outputs = static_cast<float *>(scratch(kOutput, room * depth * sizeof(float)));
+        auto queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
+        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, first, rows, depth, queries, outputs, maxima, sums, positions});
     });
 }

@@ -1,6 +1,6 @@
 // Elementary functions on sixteen lanes, the same polynomial on every instruction set.
 
-// 2^x to about 1e-7; exactly 0 below -127.
+// 2^x to about 1e-7; exactly 0 where it is too small.
 inline Vec power_of_two(Vec x) {
     x = smaller(larger(x, splat(-127.f)), splat(127.f));
     Vec whole = nearest(x), f = x - whole;

@@ -11,18 +11,6 @@
 namespace tandem {
 namespace {
 
-// Streaming through 4 KB pages costs a tenth of the bandwidth; must run before the first write.
-void use_huge_pages(void *data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 4096;
-    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-    if (end > begin + (4 << 20)) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
 // One tile: 16 columns of weight rows, 16 pairs of each.
 void pack_tile(const bf16 *weight, int64_t row_stride, int64_t columns, int64_t pairs, bf16 *out) {
     for (int64_t n = 0; n < columns; n++)
@@ -55,6 +43,17 @@ void pack_panel_fp32(const PackArgs &args, int64_t panel) {
 }
 
 }  // namespace
+
+void use_huge_pages(void *data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 4096, worthwhile = 4 << 20;
+    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
+    if (end > begin + worthwhile) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 void pack(const PackArgs &args) {
     int64_t panels = ceil_div(args.out_features, kPanel);

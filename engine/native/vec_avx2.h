@@ -61,7 +61,7 @@ inline __m256 power8(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 
-// a * 2^n for whole n in -126 .. 127; 0 for n = -127.
+// a * 2^n for whole n in -126 .. 127, and 0 for n = -127.
 inline Vec scale_by_power(Vec a, Vec n) { return a * Vec{power8(n.low), power8(n.high)}; }
 
 // Lanes begin .. end - 1 keep their value, the others become `fill`.
@@ -113,6 +113,12 @@ inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.
 inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t stride) {
     for (int column = 0; column < 16; column++)
         for (int row = 0; row < 16; row++) out[column * stride + row] = rows[row][column];
+}
+
+// Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
+inline void interleave(const bf16 *even, const bf16 *odd, bf16 *__restrict low, bf16 *__restrict high) {
+    for (int i = 0; i < 16; i++) low[2 * i] = even[i], low[2 * i + 1] = odd[i];
+    for (int i = 0; i < 16; i++) high[2 * i] = even[16 + i], high[2 * i + 1] = odd[16 + i];
 }
 
 constexpr int kMaxRows = 2;  // rows of a product whose sums fit the registers

@@ -9,6 +9,9 @@ inline __m512 widen16(__m256i narrow) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 }
 
+#if defined(TANDEM_HAVE_DPBF16)
+inline __m256i narrow16(__m512 value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
+#else
 // Round to nearest even; a NaN keeps its upper bits and turns quiet.
 inline __m256i narrow16(__m512 value) {
     __m512i bits = _mm512_castps_si512(value);
@@ -18,6 +21,7 @@ inline __m256i narrow16(__m512 value) {
     rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+#endif
 
 inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const bf16 *p) { return {widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))}; }
@@ -37,7 +41,8 @@ inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// a * 2^n for whole n in -126 .. 127; 0 for n = -127.
+// a * 2^n for whole n in -126 .. 127, and 0 for n = -127: a result below the normal numbers
+// would cost hundreds of cycles.
 inline Vec scale_by_power(Vec a, Vec n) {
     __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-127.f), _CMP_GT_OQ);
     return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
@@ -103,6 +108,15 @@ inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t s
         _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(low, high, 0x88));
         _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(low, high, 0xdd));
     }
+}
+
+// Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
+inline void interleave(const bf16 *even, const bf16 *odd, bf16 *low, bf16 *high) {
+    const __m512i e = _mm512_loadu_si512(even), o = _mm512_loadu_si512(odd);
+    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(e)), second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(e, 1));
+    const __m512i upper = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(o)), later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(o, 1));
+    _mm512_storeu_si512(low, _mm512_or_si512(first, _mm512_slli_epi32(upper, 16)));
+    _mm512_storeu_si512(high, _mm512_or_si512(second, _mm512_slli_epi32(later, 16)));
 }
 
 constexpr int kMaxRows = 12;  // rows of a product whose sums fit the registers

@@ -48,7 +48,7 @@ inline Vec larger(Vec a, Vec b) { return lanewise([&](int i) { return a.lane[i] 
 inline Vec smaller(Vec a, Vec b) { return lanewise([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec nearest(Vec a) { return lanewise([&](int i) { return std::nearbyint(a.lane[i]); }); }
 
-// a * 2^n for whole n in -126 .. 127; 0 for n = -127.
+// a * 2^n for whole n in -126 .. 127, and 0 for n = -127.
 inline Vec scale_by_power(Vec a, Vec n) {
     return lanewise([&](int i) {
         uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
@@ -90,6 +90,12 @@ inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.
 inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t stride) {
     for (int column = 0; column < 16; column++)
         for (int row = 0; row < 16; row++) out[column * stride + row] = rows[row][column];
+}
+
+// Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
+inline void interleave(const bf16 *even, const bf16 *odd, bf16 *__restrict low, bf16 *__restrict high) {
+    for (int i = 0; i < 16; i++) low[2 * i] = even[i], low[2 * i + 1] = odd[i];
+    for (int i = 0; i < 16; i++) high[2 * i] = even[16 + i], high[2 * i + 1] = odd[16 + i];
 }
 
 constexpr int kMaxRows = 2;  // rows of a product whose sums fit the registers

