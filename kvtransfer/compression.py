@@ -151,27 +151,31 @@ class Staging:
     def encode(
         self, memory: torch.Tensor, blocks: list[int], tokens: int, staging: torch.Tensor
     ) -> None:
-        """Codes the first `tokens` tokens of the blocks; what lies behind them counts as zero."""
-        kv = self._select(memory)[torch.as_tensor(blocks)]
+        """Codes the first `tokens` tokens of the blocks; what lies behind them counts as zero.
+
+        One block at a time, so that what comes up in between stays in the cache.
+        """
         behind = len(blocks) * self.layout.block_tokens - tokens
-        assert 0 <= behind < self.layout.block_tokens, (tokens, len(blocks))
+        assert blocks and 0 <= behind < self.layout.block_tokens, (tokens, len(blocks))
+        pool = self._select(memory)
+        rows = staging[: len(blocks) * self.block_bytes].view(len(blocks), -1)
+        for row, block in zip(rows[:-1], blocks[:-1], strict=True):
+            row.copy_(self.codec.encode(pool[block : block + 1]).flatten())
+        last = pool[blocks[-1] :][:1].clone()
         if behind:
-            kv[-1, ..., -behind:, :] = 0
-        staging[: len(blocks) * self.block_bytes] = self.codec.encode(kv).flatten()
+            last[..., -behind:, :] = 0
+        rows[-1].copy_(self.codec.encode(last).flatten())
 
     def decode(self, staging: torch.Tensor, blocks: list[int], memory: torch.Tensor) -> None:
         """Writes coded blocks into a pool of this rank."""
         wanted = len(blocks) * self.block_bytes
         if staging.numel() < wanted:
             raise BadMessage(f"{self.codec.name}: {staging.numel()} bytes of {wanted}")
-        cells = staging[:wanted].view(len(blocks), len(self.layers), len(self.heads), -1)
-        kv = self.codec.decode(
-            cells,
-            self.layout.block_tokens,
-            self.layout.head_dim,
-            TORCH_DTYPES[self.layout.dtype],
-        )
-        self._select(memory)[torch.as_tensor(blocks)] = kv
+        pool, layout = self._select(memory), self.layout
+        shape, dtype = (layout.block_tokens, layout.head_dim), TORCH_DTYPES[layout.dtype]
+        for row, block in zip(staging[:wanted].view(len(blocks), -1), blocks, strict=True):
+            cells = row.view(1, len(self.layers), len(self.heads), -1)
+            pool[block : block + 1] = self.codec.decode(cells, *shape, dtype)
 
     def _select(self, memory: torch.Tensor) -> torch.Tensor:
         """The pool as [blocks, layers, 2, heads, tokens, dim], cut to our layers and heads."""
