@@ -114,6 +114,7 @@ class DecodeScheduler:
                 self._grow(sequence, held, step)
         self._swap_in(step)
         self._let_in()
+        self._unblock(step)
         recompute = self.settings.recompute_budget
         for sequence in self._running.values():
             if sequence.id in held:
@@ -159,7 +160,7 @@ class DecodeScheduler:
 
     def _displace(self, victim: Sequence, step: DecodeStep) -> None:
         self.preemptions += 1
-        del self._running[victim.id]
+        self.remove(victim.id)
         step.preempted.append(victim.id)
         blocks = tuple(victim.blocks)
         if self._swap_pays(victim):
@@ -205,6 +206,20 @@ class DecodeScheduler:
                 self._share_prefix(sequence)
             sequence.blocks.extend(self.pool.allocate(self._missing_blocks(sequence)))
             self._run(sequence)
+
+    def _unblock(self, step: DecodeStep) -> None:
+        """Nothing runs, since those that wait hold all blocks and each lacks one: the least
+        urgent give theirs up until somebody fits."""
+        waiting = self._by_urgency(self._waiting)
+        for sequence in waiting:
+            if blocks_for(len(sequence.tokens), self.pool.block_tokens) > self.pool.total_blocks:
+                step.outgrown.append(self._waiting.pop(sequence.id))
+        for victim in reversed(waiting[1:]):
+            if self._running:
+                return
+            if victim.blocks and victim.id in self._waiting:
+                self._displace(victim, step)
+                self._let_in()
 
     def _place_for(self, sequence: Sequence) -> bool:
         if len(self._running) >= self.settings.max_sequences:
