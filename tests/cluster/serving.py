@@ -58,7 +58,15 @@ def says(text: str):
 class FakeCluster:
     """Drives its instances as fast as the loop turns; `paused` ones draw nothing."""
 
-    def __init__(self, names, draw=hash_token, settings=None, observers=(), grammars=None) -> None:
+    def __init__(
+        self,
+        names,
+        draw=hash_token,
+        settings=None,
+        observers=(),
+        grammars=None,
+        context_tokens=2048,
+    ) -> None:
         self.network = LocalNetwork()
         self.instances = {
             name: EchoInstance(name, Role(name.split("-")[0]), draw, eos=256) for name in names
@@ -69,7 +77,7 @@ class FakeCluster:
             TOKENIZER,
             SystemClock(),
             model="fake",
-            context_tokens=2048,
+            context_tokens=context_tokens,
             settings=settings or GatewaySettings(sweep_s=0.01),
             observers=Observers(observers),
             grammars=grammars,
