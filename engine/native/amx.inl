@@ -59,19 +59,28 @@ inline void store_sums(const TileBlock &block) {
     settle_memory();
 }
 
-// A panel used once passes by L1, and so do the rows of A where the panel is to stay there.
-enum Reuse { kReuseRows, kReusePanel };
+// What is used once passes by L1, so that what is used again stays there.
+enum Reuse { kReuseRows, kReusePanel, kReuseBoth };
 
 template <Reuse reuse>
-inline void load_step(const bf16 *a, int64_t a_bytes, const bf16 *panel) {
+inline void load_panel(const bf16 *panel) {
     if (reuse == kReuseRows) {
-        _tile_loadd(4, a, a_bytes);
         _tile_stream_loadd(6, panel, 64);
         _tile_stream_loadd(7, panel + kTile, 64);
     } else {
-        _tile_stream_loadd(4, a, a_bytes);
         _tile_loadd(6, panel, 64);
         _tile_loadd(7, panel + kTile, 64);
+    }
+}
+
+template <bool two_tiles, Reuse reuse>
+inline void load_rows(const bf16 *a, int64_t a_bytes, int64_t tile_stride) {
+    if (reuse == kReusePanel) {
+        _tile_stream_loadd(4, a, a_bytes);
+        if (two_tiles) _tile_stream_loadd(5, a + tile_stride, a_bytes);
+    } else {
+        _tile_loadd(4, a, a_bytes);
+        if (two_tiles) _tile_loadd(5, a + tile_stride, a_bytes);
     }
 }
 
@@ -83,14 +92,11 @@ inline void multiply_block(const TileBlock &block) {
     int64_t a_bytes = block.row_stride * sizeof(bf16);
     for (int64_t step = 0; step < block.steps; step++, a += block.step_stride, panel += 2 * kTile) {
         for (int64_t line = 0; line < block.next_lines; line++, next += kLine) __builtin_prefetch(next, 0, kIntoL2);
-        load_step<reuse>(a, a_bytes, panel);
+        load_panel<reuse>(panel);
+        load_rows<two_tiles, reuse>(a, a_bytes, block.tile_stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (!two_tiles) continue;
-        if (reuse == kReuseRows)
-            _tile_loadd(5, a + block.tile_stride, a_bytes);
-        else
-            _tile_stream_loadd(5, a + block.tile_stride, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -114,7 +120,7 @@ struct Tiles {
             for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
                 TileBlock block{a + row * lda, lda, kStep, kTileRows * lda, packed, depth / kStep,
                                 c + row * ldc + n, ldc, accumulate, nullptr, 0};
-                multiply_rows<kReusePanel>(block, ceil_div(rows - row, kTileRows));
+                multiply_rows<kReuseBoth>(block, ceil_div(rows - row, kTileRows));
             }
     }
 };

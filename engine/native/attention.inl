@@ -4,7 +4,6 @@
 
 constexpr int64_t kTileTokens = 64;
 constexpr int64_t kTaskRows = 128;  // rows that share one packing of keys and values
-constexpr int64_t kStripRows = 32;
 constexpr float kNothingSeen = -1e30f;
 
 alignas(64) const char zero_row[kMaxHeadDim * sizeof(float)] = {};
@@ -202,20 +201,33 @@ float weigh(const Softmax &softmax, const float *scores, T *weights, int64_t beg
     return shrink;
 }
 
-template <class Engine, class T>
-void attend_strip(const Task<T> &task, const Softmax &softmax, int64_t row, int64_t rows, int64_t tile, const T *keys,
-                  const T *values, float *scores, T *weights) {
-    float *outputs = task.outputs + row * task.depth;
-    Engine::multiply(task.queries + row * task.depth, task.depth, rows, keys, task.depth, kTileTokens, scores, kTileTokens, false);
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t begin = task.first_seen(row + i) - tile, end = task.positions[row + i] + 1 - tile;
-        float shrink = weigh(softmax, scores + i * kTileTokens, weights + i * kTileTokens, begin < 0 ? 0 : begin,
-                             end > kTileTokens ? kTileTokens : end, task.maxima[row + i], task.sums[row + i]);
+template <class T>
+void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64_t first, const float *scores, T *weights) {
+    for (int64_t row = first; row < task.rows; row++) {
+        int64_t begin = task.first_seen(row) - tile, end = task.positions[row] + 1 - tile;
+        begin = begin < 0 ? 0 : begin, end = end < 0 ? 0 : end > kTileTokens ? kTileTokens : end;
+        float shrink = weigh(softmax, scores + row * kTileTokens, weights + row * kTileTokens, begin, end,
+                             task.maxima[row], task.sums[row]);
         if (shrink == 1) continue;
-        float *line = outputs + i * task.depth;
+        float *line = task.outputs + row * task.depth;
         row_map(line, task.depth, [=](auto at) { return at(const_cast<const float *>(line)) * splat(shrink); });
     }
-    Engine::multiply(weights, kTileTokens, rows, values, kTileTokens, task.depth, outputs, task.depth, true);
+}
+
+// Whole passes over all rows: what one pass stores has left the core before the next loads it.
+template <class Engine, class T>
+void attend_tile(const Task<T> &task, const Softmax &softmax, int64_t tile, const T *keys, const T *values) {
+    auto scores = static_cast<float *>(scratch(kScores, kTaskRows * kTileTokens * sizeof(float)));
+    auto weights = static_cast<T *>(scratch(kWeights, kTaskRows * kTileTokens * sizeof(T)));
+    int64_t first = 0;  // rows before it see nothing of this tile
+    while (task.positions[first] < tile) first++;
+    first = first / 16 * 16;
+    int64_t rows = task.rows - first;
+    Engine::multiply(task.queries + first * task.depth, task.depth, rows, keys, task.depth, kTileTokens,
+                     scores + first * kTileTokens, kTileTokens, false);
+    weigh_rows(task, softmax, tile, first, scores, weights);
+    Engine::multiply(weights + first * kTileTokens, kTileTokens, rows, values, kTileTokens, task.depth,
+                     task.outputs + first * task.depth, task.depth, true);
 }
 
 template <class Engine, class T>
@@ -225,8 +237,6 @@ void attend(const Task<T> &task) {
     Softmax softmax = softmax_of(task.args);
     T *keys = static_cast<T *>(scratch(kKeys, kTileTokens * task.depth * sizeof(T)));
     T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
-    float *scores = static_cast<float *>(scratch(kScores, kStripRows * kTileTokens * sizeof(float)));
-    T *weights = static_cast<T *>(scratch(kWeights, kStripRows * kTileTokens * sizeof(T)));
     start(task);
     int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens, end = task.positions[task.rows - 1] + 1;
     TileRows<T> here, next;
@@ -240,11 +250,7 @@ void attend(const Task<T> &task) {
         }
         pack_keys(here.keys, kv.head_dim, task.depth, keys);
         pack_values(here.values, kv.head_dim, task.depth, values);
-        for (int64_t row = 0; row < task.rows; row += kStripRows) {
-            int64_t rows = task.rows - row < kStripRows ? task.rows - row : kStripRows;
-            if (task.positions[row + rows - 1] < tile) continue;
-            attend_strip<Engine>(task, softmax, row, rows, tile, keys, values, scores, weights);
-        }
+        attend_tile<Engine>(task, softmax, tile, keys, values);
     }
     finish(task);
 }
