@@ -332,7 +332,10 @@ class Gateway:
             asyncio.get_running_loop().call_soon(self._lost, to, now)
 
     def _deliver(self, token: Token, now: float, gaps_s: list[float]) -> None:
-        choice = self._choices[token.request_id]
+        choice = self._choices.get(token.request_id)
+        if choice is None:
+            # A stop string in the token before, which the same message carried, ended it.
+            return
         first = choice.output_tokens == 0
         if not first:
             gaps_s.append(now - choice.last_s)

@@ -25,7 +25,10 @@ class AdmissionSettings:
     live_requests: int = 4096
     """Requests waiting and under way."""
     ahead_requests: int = 16
-    """Requests sent to a prefilling instance, for each such, before their first tokens."""
+    """Requests that are sent in any case, for each instance that prefills, before the first
+    tokens of those sent earlier."""
+    ahead_tokens: int = 8192
+    """Prompt tokens that are: many short prompts make one batch."""
     patience: float = 10.0
     """How many times the default TTFT target a request that states none may have to wait."""
     output_weight: float = 2.0
@@ -56,7 +59,9 @@ class Admission:
         self._tenants: dict[str, _Tenant] = {}
         self._waiting: dict[str, Request] = {}
         self._under_way: dict[str, Request] = {}
-        self._ahead: dict[str, None] = {}
+        self._ahead: dict[str, int] = {}
+        """Prompt tokens of requests sent and without a first token."""
+        self._ahead_tokens = 0
         self._submitted = 0
         self.waiting_tokens = 0
         """Prompt tokens of the requests that wait here."""
@@ -84,7 +89,7 @@ class Admission:
 
     def next(self, prefilling_instances: int) -> Request | None:
         """Take the request that goes next, or None while enough are ahead of their first token."""
-        if len(self._ahead) >= self.settings.ahead_requests * prefilling_instances:
+        if not self._may_go(prefilling_instances):
             return None
         candidates = [
             (tenant.waiting[0][0], tenant.served_tokens, tenant.waiting[0][1:], tenant)
@@ -97,12 +102,13 @@ class Admission:
         request = self._waiting.pop(heappop(tenant.waiting)[3])
         self.waiting_tokens -= len(request.prompt)
         self._under_way[request.id] = request
-        self._ahead[request.id] = None
+        self._ahead[request.id] = len(request.prompt)
+        self._ahead_tokens += len(request.prompt)
         tenant.served_tokens += len(request.prompt)
         return request
 
     def prefilled(self, request_id: str) -> None:
-        self._ahead.pop(request_id, None)
+        self._ahead_tokens -= self._ahead.pop(request_id, 0)
 
     def charge(self, tenant: str, output_tokens: int) -> None:
         if tenant in self._tenants:
@@ -110,7 +116,7 @@ class Admission:
 
     def ended(self, request_id: str) -> None:
         """Finished, failed or withdrawn, from wherever it was."""
-        self._ahead.pop(request_id, None)
+        self.prefilled(request_id)
         request = self._under_way.pop(request_id, None)
         if request is None:
             request = self._withdraw(request_id)
@@ -119,6 +125,13 @@ class Admission:
 
     def served_tokens(self) -> dict[str, float]:
         return {name: tenant.served_tokens for name, tenant in self._tenants.items()}
+
+    def _may_go(self, prefilling_instances: int) -> bool:
+        settings = self.settings
+        return (
+            len(self._ahead) < settings.ahead_requests * prefilling_instances
+            or self._ahead_tokens < settings.ahead_tokens * prefilling_instances
+        )
 
     def _withdraw(self, request_id: str) -> Request | None:
         request = self._waiting.pop(request_id, None)

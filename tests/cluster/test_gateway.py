@@ -5,7 +5,7 @@ import pytest
 from cluster.call import Call, Targets
 from cluster.gateway import GatewaySettings
 from engine.errors import BadRequest, InstanceLost, NotFound, Overloaded
-from engine.messages import Migrate
+from engine.messages import Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
 from placement.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
@@ -43,6 +43,18 @@ async def test_a_stop_string_over_token_borders_ends_the_answer_and_the_owner():
         assert deltas[-1].finish is FinishReason.STOP
         await until(lambda: not cluster.instances["mixed-0"].sequences)
         cluster.assert_empty()
+
+
+async def test_tokens_after_a_stop_string_in_the_same_message_are_dropped():
+    async with running("mixed-0", draw=says("abcdef")) as cluster:
+        cluster.paused.add("mixed-0")
+        answer = await cluster.gateway.open(call(stop=("bc",), max_tokens=100))
+        await until(lambda: cluster.instances["mixed-0"].sequences)
+        tokens = [cluster.instances["mixed-0"].step()[0] for _ in range(6)]
+        cluster.gateway.receive("mixed-0", Tokens((*tokens[1:], tokens[0])))
+        assert text(await read(answer)) == "a"
+        cluster.gateway.close(answer)
+        assert cluster.gateway.requests() == []
 
 
 async def test_the_end_token_is_counted_but_not_shown():
@@ -152,7 +164,7 @@ async def test_without_any_instance_left_the_call_fails_with_a_typed_error():
 
 
 async def test_requests_wait_in_fair_order_until_instances_have_room():
-    admission = AdmissionSettings(ahead_requests=1)
+    admission = AdmissionSettings(ahead_requests=1, ahead_tokens=0)
     settings = GatewaySettings(sweep_s=0.01, admission=admission)
     async with running("mixed-0", settings=settings) as cluster:
         cluster.paused.add("mixed-0")
@@ -173,7 +185,9 @@ async def test_requests_wait_in_fair_order_until_instances_have_room():
 
 
 async def test_a_full_queue_refuses_with_a_time_to_come_back():
-    settings = GatewaySettings(admission=AdmissionSettings(ahead_requests=1, queue_requests=1))
+    settings = GatewaySettings(
+        admission=AdmissionSettings(ahead_requests=1, ahead_tokens=0, queue_requests=1)
+    )
     async with running("mixed-0", settings=settings) as cluster:
         cluster.paused.add("mixed-0")
         first = await cluster.gateway.open(call())

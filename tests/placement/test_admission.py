@@ -56,13 +56,22 @@ def test_the_most_urgent_goes_first_whatever_its_share():
 
 
 def test_only_so_many_go_ahead_of_their_first_token():
-    admission = Admission(AdmissionSettings(ahead_requests=2))
+    admission = Admission(AdmissionSettings(ahead_requests=2, ahead_tokens=0))
     submit_all(admission, *(request(f"r{n}") for n in range(6)))
     assert [admission.next(2).id for _ in range(4)] == ["r0", "r1", "r2", "r3"]
     assert admission.next(2) is None
     admission.prefilled("r1")
     assert admission.next(2).id == "r4"
     assert admission.next(0) is None
+
+
+def test_short_prompts_go_ahead_up_to_a_batch_of_tokens():
+    admission = Admission(AdmissionSettings(ahead_requests=1, ahead_tokens=25))
+    submit_all(admission, *(request(f"r{n}", tokens=10) for n in range(5)))
+    assert [admission.next(1).id for _ in range(3)] == ["r0", "r1", "r2"]
+    assert admission.next(1) is None
+    admission.ended("r1")
+    assert admission.next(1).id == "r3"
 
 
 def test_queues_are_bounded_as_a_whole_and_for_each_tenant():
