@@ -3,7 +3,9 @@
 
 const PARTS = ["queue", "prefill", "transfer", "decode_queue", "first_step", "decode"];
 const ROLES = ["prefill", "decode", "mixed"];
+const NAMES = { handoff: "hand-off", migration: "migration", failover: "failover" };
 const MOST_DOTS = 12;
+const RATE_STEPS = 5;
 const RETRY_MS = 2000;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -56,6 +58,7 @@ function keyed(parent, items, key, create, update) {
 
 function seconds(value) {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
   if (value < 0.1) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 1) return `${(value * 1e3).toFixed(0)} ms`;
@@ -73,15 +76,16 @@ const percent = (value) =>
 // Now.
 
 function tiles(state) {
-  const last = state.history.at(-1) ?? { rate_rps: 0, tokens_s: 0 };
+  const last = state.history.slice(-RATE_STEPS);
+  const recent = (read) => last.reduce((sum, point) => sum + read(point), 0) / Math.max(last.length, 1);
   const attainment = state.observed.attainment;
   const missed = attainment !== null && attainment < state.slo.attainment;
   const facts = [
     ["running", String(state.totals.running)],
     ["waiting", String(state.totals.waiting)],
     ["ended", state.totals.requests.toLocaleString("en")],
-    ["requests/s", number(last.rate_rps)],
-    ["tokens/s", number(last.tokens_s)],
+    ["requests/s", number(recent((point) => point.rate_rps))],
+    ["tokens/s", number(recent((point) => point.tokens_s), 0)],
     ["within targets", percent(attainment), missed],
     ["failed", String(state.totals.failed), state.totals.failed > 0],
     ["migrations", String(state.totals.migrations)],
@@ -173,7 +177,7 @@ function moveList(moves) {
     (move) => make("li", {}, make("i", { class: `dot ${move.kind}` }), make("span"), make("span", { class: "soft" })),
     (row, move) => {
       const outcome = move.outcome === "committed" ? "" : `, ${move.outcome}`;
-      setText(row.children[1], `${move.kind} of ${move.request}: ${move.source} → ${move.target}${outcome}`);
+      setText(row.children[1], `${NAMES[move.kind]} of ${move.request}: ${move.source} → ${move.target}${outcome}`);
       setText(row.children[2], move.pause_s === undefined ? "" : `paused ${seconds(move.pause_s)}`);
     });
 }
@@ -204,7 +208,7 @@ function drawChart(figure, chart, state) {
   }));
   const goal = chart.goal?.(state);
   const highest = Math.max(...lines.flatMap((line) => line.points.map(([, value]) => value)), 0);
-  const top = chart.top ?? ceiling(Math.max(highest, goal !== undefined && highest > goal / 3 ? goal * 1.1 : 0));
+  const top = chart.top ?? ceiling(Math.max(highest, goal !== undefined && (highest === 0 || highest > goal / 3) ? goal * 1.1 : 0));
   const x = (at) => (LEFT + (W - LEFT - RIGHT) * (1 + Math.max(at, -SPAN_S) / SPAN_S)).toFixed(1);
   const y = (value) => (H - BOTTOM - (H - TOP - BOTTOM) * Math.min(value / top, 1)).toFixed(1);
   const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": summary(chart, lines) });
@@ -219,7 +223,7 @@ function drawChart(figure, chart, state) {
   lines.forEach((line, place) => svg.append(...strokes(line.points, place, x, y)));
   figure.lastElementChild.replaceChildren(svg);
   const latest = lines.map((line, place) => make("span", { class: lines.length > 1 ? `key${place}` : null }, `${line.name} ${chart.unit(line.points.at(-1)?.[1] ?? null)}`));
-  figure.firstElementChild.replaceChildren(chart.title, make("span", {}, ...latest.flatMap((one) => [one, "  "])));
+  figure.firstElementChild.replaceChildren(chart.title, make("span", {}, ...latest));
 }
 
 // A gap in the data is a gap in the line; a lone point is a dot.
@@ -236,7 +240,7 @@ function strokes(points, place, x, y) {
 }
 
 function ceiling(value) {
-  if (value <= 0) return 1;
+  if (value <= 0) return 10;
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 4, 5, 8, 10].map((m) => m * power).find((step) => step >= value * 0.999);
 }
@@ -258,6 +262,7 @@ const COMPARED = [
 
 function plan(state) {
   byId("no-plan").hidden = state.predicted !== null;
+  byId("plan").classList.toggle("alone", state.predicted === null);
   keyed(byId("plan").tBodies[0], COMPARED, (row) => row[0],
     (row) => make("tr", {}, make("th", { scope: "row" }, row[0]), make("td"), make("td")),
     (row, [, read, unit, worse]) => {
@@ -288,23 +293,25 @@ function parts(state) {
 // Requests and the timeline of one.
 
 function requests(state) {
-  const rows = [...state.requests.map((one) => ({ ...one, under_way: true })), ...state.ended];
-  byId("no-requests").hidden = rows.length > 0;
-  keyed(byId("requests").tBodies[0], rows, (one) => one.id, requestRow, fillRequest);
+  table("running", state.requests, (one) => [one.at, `${one.prompt_tokens} + ${one.output_tokens}`, seconds(one.age_s)]);
+  table("ended", state.ended, (one) => [one.at ?? "–", `${one.prompt_tokens} + ${one.output_tokens}`,
+    seconds(one.ttft_s), seconds(one.tpot_s), one.error ?? one.outcome]);
+  for (const [place, one] of state.ended.entries()) {
+    byId("ended").tBodies[0].rows[place].lastElementChild.className = one.met ? "good" : one.outcome === "abort" ? "soft" : "bad";
+  }
 }
 
-function requestRow(one) {
-  const button = make("button", { type: "button" }, one.id);
-  button.title = one.id;
-  button.addEventListener("click", () => openDetail(one.id));
-  return make("tr", {}, make("td", {}, button), ...Array.from({ length: 5 }, () => make("td")));
+function table(id, rows, texts) {
+  byId(`no-${id}`).hidden = rows.length > 0;
+  keyed(byId(id).tBodies[0], rows, (one) => one.id,
+    (one) => make("tr", {}, make("td", {}, opener(one.id)), ...texts(one).map(() => make("td"))),
+    (row, one) => texts(one).forEach((text, place) => setText(row.children[place + 1], text)));
 }
 
-function fillRequest(row, one) {
-  const texts = [one.at ?? "–", `${one.prompt_tokens} + ${one.output_tokens}`, seconds(one.ttft_s ?? null),
-    seconds(one.tpot_s ?? null), one.under_way ? `running ${seconds(one.age_s)}` : one.error ?? one.outcome];
-  texts.forEach((text, place) => setText(row.children[place + 1], text));
-  row.lastElementChild.className = one.under_way ? "" : one.met ? "good" : one.outcome === "abort" ? "soft" : "bad";
+function opener(id) {
+  const button = make("button", { type: "button", title: id }, id);
+  button.addEventListener("click", () => openDetail(id));
+  return button;
 }
 
 function openDetail(id) {
@@ -339,7 +346,7 @@ function gantt(phases) {
 
 function moveLines(one) {
   return make("ul", {}, ...one.moves.map((move) =>
-    make("li", {}, `${move.kind} ${move.source} → ${move.target}: ${move.outcome}`
+    make("li", {}, `${NAMES[move.kind]} ${move.source} → ${move.target}: ${move.outcome}`
       + (move.why ? ` (${move.why})` : "") + (move.pause_s === undefined ? "" : `, paused ${seconds(move.pause_s)}`))));
 }
 

@@ -201,7 +201,7 @@ async def test_counts_move_when_requests_come() -> None:
         assert await page.text('[data-fact="ended"]') == "0"
         await asyncio.gather(*(scene.ask() for _ in range(3)))
         await page.until('[data-fact="ended"]', lambda text: text == "3")
-        assert await page.run("return document.querySelectorAll('#requests tbody tr').length") == 3
+        assert await page.run("return document.querySelectorAll('#ended tbody tr').length") == 3
         assert await page.run("return document.querySelectorAll('.instance').length") == 3
         assert "100%" in await page.until('[data-fact="within targets"]', lambda text: "%" in text)
 
@@ -236,14 +236,14 @@ async def test_a_migration_is_seen_to_move() -> None:
 async def test_a_timeline_opens_and_closes_from_the_keyboard() -> None:
     async with seen() as (scene, page):
         await scene.ask()
-        await page.until("#requests tbody", lambda text: "length" in text)
-        await page.run("document.querySelector('#requests button').focus()")
+        await page.until("#ended tbody", lambda text: "length" in text)
+        await page.run("document.querySelector('#ended button').focus()")
         await page.press("enter")
         assert "first token after" in await page.until("#detail-body", lambda text: text != "")
         assert await page.run("return document.getElementById('detail').open")
         await page.press("escape")
         assert not await page.run("return document.getElementById('detail').open")
-        focused = "return document.activeElement.closest('#requests') !== null"
+        focused = "return document.activeElement.closest('#ended') !== null"
         assert await page.run(focused), "focus is back where it was"
 
 
