@@ -194,6 +194,8 @@ class Config(Section):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+    predicted: dict[str, Any] | None = None
+    """What the plan behind it expects; the live page shows it beside what is observed."""
 
     @model_validator(mode="after")
     def _bounds_are_bounds(self) -> Self:
@@ -248,7 +250,7 @@ PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "
 
 
 def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan's deployment as config values; its predictions are for people."""
+    """A plan's deployment as config values; the live page shows what it predicted."""
     pools: dict[str, Any] = {role.value: {"instances": 0} for role in Role}
     devices: set[str] = set()
     for number, pool in enumerate(plan["pools"]):
@@ -260,6 +262,7 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
         devices.add("cpu" if str(pool.get("device", "")).lower().startswith("cpu") else "cuda")
     values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
     values |= {"model": plan.get("model", "demo"), "pools": pools}
+    values["predicted"] = plan.get("predicted")
     if plan.get("slo"):
         values["slo"] = plan["slo"]
     if len(devices) == 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer
@@ -40,9 +40,13 @@ class _Trail:
 class Tracing:
     """An observer that makes spans."""
 
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
+    def __init__(self, tracer: Tracer, close: Callable[[], object] = lambda: None) -> None:
+        self._tracer, self._close = tracer, close
         self._trails: dict[str, _Trail] = {}
+
+    def close(self) -> None:
+        """Sends what has not been sent."""
+        self._close()
 
     def opened(self, event: Opened) -> None:
         if len(self._trails) < OPEN_REQUESTS:
@@ -178,4 +182,4 @@ def open_tracing(environment: Mapping[str, str] | None = None) -> Tracing | None
     resource = Resource.create({"service.name": asked.get("OTEL_SERVICE_NAME", "tandem")})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(provider.get_tracer("tandem"))
+    return Tracing(provider.get_tracer("tandem"), provider.shutdown)
