@@ -14,7 +14,7 @@ from placement.role import RoleSettings
 if TYPE_CHECKING:
     from placement.costbook import CostBook
     from placement.goodput import Goodput
-    from placement.plan import PoolPlan, Target
+    from placement.plan import Plan, PoolPlan, Target
     from placement.workload import Workload
 
 AGGREGATED, DISAGGREGATED, HYBRID = "aggregated", "disaggregated", "hybrid"
@@ -35,6 +35,11 @@ class Candidate:
         if roles == {Role.MIXED}:
             return AGGREGATED
         return HYBRID if Role.MIXED in roles else DISAGGREGATED
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """Candidates that are compared by what they serve: of one kind, on the same devices."""
+        return (self.kind, *sorted(self.by_device))
 
     @property
     def accelerators(self) -> int:
@@ -122,6 +127,13 @@ def deployment_of(
         Slo(target.ttft_s, target.tpot_s),
         overheads=overheads,
     )
+
+
+def deployment_for(plan: Plan, book: CostBook, overheads: Overheads | None = None) -> Deployment:
+    """What a plan deploys, to be simulated."""
+    budget = plan.token_budget or RoleSettings().prefill.token_budget
+    candidate = Candidate(plan.pools, budget)
+    return deployment_of(book, candidate, plan.target, overheads or Overheads())
 
 
 def role_settings(token_budget: int) -> RoleSettings:

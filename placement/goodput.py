@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RESOLUTION = 0.02
 """Bisection ends once the bounds are so close, relative to the rate."""
+STEP_DOWN = 0.65
+"""Until a rate is found that meets the targets."""
 LEAST_RATE_SHARE = 1 / 256
 """Of the first guess; what cannot meet its targets even there is given up."""
 
@@ -56,7 +58,7 @@ def find_goodput(
             high, limit = rate, what_is_missed(outcome)
             if rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE:
                 return Goodput(0.0, None, runs.count, limit)
-            rate = (low + high) / 2 if low else high / 2
+            rate = (low + high) / 2 if low else high * STEP_DOWN
     return Goodput(low, best, runs.count, limit)
 
 

@@ -29,7 +29,7 @@ ANSWERS_LONG = 4
 TYPICAL_TPOT_SHARE = 0.5
 MOST_TIMES_REQUESTS = 8
 """Times as many requests as asked for are drawn, for candidates that serve many."""
-WORTHLESS_SHARE = 0.9
+WORTHLESS_SHARE = 0.8
 """A candidate whose bound is under this share of the best one found is not simulated."""
 
 
@@ -91,6 +91,7 @@ def _rough_trials(
 
 
 def _fine_trial(setting: Setting, scored: Scored) -> Trial:
+    """From the rough rate; it may lie a little lower over more requests."""
     rate = scored.goodput.rate_rps
     return Trial(
         book=setting.book,
@@ -98,37 +99,37 @@ def _fine_trial(setting: Setting, scored: Scored) -> Trial:
         workload=setting.sample_for(rate),
         target=setting.target,
         overheads=setting.overheads,
-        guess_rps=rate * (1 + ROUGH),
-        worth_rps=rate,
+        guess_rps=rate,
+        worth_rps=0.0,
         copies=scored.copies,
         resolution=RESOLUTION,
     )
 
 
 class _Best:
-    """The best of each kind so far; others of that kind need not be measured exactly."""
+    """The best of each family so far; the rest of it need not be measured exactly."""
 
     def __init__(self) -> None:
-        self._fleet_rps: dict[str, float] = {}
-        self._share_rps: dict[str, float] = {}
+        self._fleet_rps: dict[tuple[str, ...], float] = {}
+        self._share_rps: dict[tuple[str, ...], float] = {}
 
     def may_beat(self, prospect: Prospect, copies: int) -> bool:
-        kind = prospect.candidate.kind
-        fleet = prospect.bound_rps * copies > self._fleet_rps.get(kind, 0.0) * WORTHLESS_SHARE
-        share = prospect.per_accelerator > self._share_rps.get(kind, 0.0) * WORTHLESS_SHARE
+        family = prospect.candidate.family
+        fleet = prospect.bound_rps * copies > self._fleet_rps.get(family, 0.0) * WORTHLESS_SHARE
+        share = prospect.per_accelerator > self._share_rps.get(family, 0.0) * WORTHLESS_SHARE
         return fleet or share
 
     def worth(self, candidate: Candidate, copies: int) -> float:
         """The rate under which the candidate is neither the best fleet nor the best share."""
-        kind = candidate.kind
-        for_fleet = self._fleet_rps.get(kind, 0.0) / copies
-        for_share = self._share_rps.get(kind, 0.0) * candidate.accelerators
+        family = candidate.family
+        for_fleet = self._fleet_rps.get(family, 0.0) / copies
+        for_share = self._share_rps.get(family, 0.0) * candidate.accelerators
         return min(for_fleet, for_share) * WORTHLESS_SHARE
 
     def learn(self, scored: Scored) -> None:
-        kind = scored.candidate.kind
-        self._fleet_rps[kind] = max(self._fleet_rps.get(kind, 0.0), scored.fleet_rps)
-        self._share_rps[kind] = max(self._share_rps.get(kind, 0.0), scored.per_accelerator)
+        family = scored.candidate.family
+        self._fleet_rps[family] = max(self._fleet_rps.get(family, 0.0), scored.fleet_rps)
+        self._share_rps[family] = max(self._share_rps.get(family, 0.0), scored.per_accelerator)
 
 
 def _leaders(scored: Sequence[Scored]) -> list[Scored]:
@@ -136,10 +137,10 @@ def _leaders(scored: Sequence[Scored]) -> list[Scored]:
     serving = [one for one in scored if one.goodput.rate_rps > 0]
     by_share = sorted(serving, key=lambda one: (-one.per_accelerator, str(one.candidate)))
     by_fleet = sorted(serving, key=lambda one: (-one.fleet_rps, str(one.candidate)))
-    firsts: dict[tuple[str, str], Scored] = {}
+    firsts: dict[tuple[str, ...], Scored] = {}
     for measure, ranked in (("share", by_share), ("fleet", by_fleet)):
         for one in ranked:
-            firsts.setdefault((measure, one.candidate.kind), one)
+            firsts.setdefault((measure, *one.candidate.family), one)
     return list(dict.fromkeys([*firsts.values(), *by_share[:2]]))[:LEADERS]
 
 

@@ -25,8 +25,8 @@ MOST_INSTANCES = 8
 KEPT_CUTS = 3
 """Of each phase, by what they serve per accelerator."""
 KEPT_RATIOS = 2
-MIXED_EFFICIENCY = 0.85
-"""Of the harmonic bound: batches of both phases are never perfectly full."""
+MIXING_GAIN = 1.3
+"""A batch of both phases reads the weights once: its time is less than the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Search:
             most = min(LARGEST_UNIT, self._devices(phase.cut.device)) // phase.cut.accelerators
             for count in sorted({1, min(4, most)} - {0}):
                 pools = (PoolPlan(Role.MIXED, count, phase.cut),)
-                yield Prospect(Candidate(pools, budget), count * mixed_rps(phase))
+                yield self._prospect(Candidate(pools, budget))
 
     def _high_affinity(self) -> Iterable[Prospect]:
         """Each phase's best cuts, independently, in the ratios that balance them."""
@@ -105,20 +105,24 @@ class Search:
                 yield from self._balanced(prefill, decode, one_node=True)
 
     def _balanced(self, prefill: Phase, decode: Phase, *, one_node: bool) -> Iterable[Prospect]:
+        most = range(1, MOST_INSTANCES + 1)
         ratios = [
-            self._pair(prefill, n, decode, m, one_node=one_node)
-            for n, m in product(range(1, MOST_INSTANCES + 1), repeat=2)
+            (n, m)
+            for n, m in product(most, repeat=2)
             if n * prefill.cut.accelerators + m * decode.cut.accelerators <= LARGEST_UNIT
         ]
-        fitting = [prospect for prospect in ratios if self.copies(prospect.candidate) > 0]
-        by_fleet = sorted(fitting, key=lambda p: -p.bound_rps * self.copies(p.candidate))
-        by_share = sorted(fitting, key=lambda p: -p.per_accelerator)
+        rates: dict[Prospect, float] = {}
+        for n, m in ratios:
+            prospect = self._pair(prefill, n, decode, m, one_node=one_node)
+            if self.copies(prospect.candidate) > 0:
+                rates[prospect] = min(n * prefill.prefill_rps, m * decode.decode_rps)
+        by_fleet = sorted(rates, key=lambda p: -rates[p] * self.copies(p.candidate))
+        by_share = sorted(rates, key=lambda p: -rates[p] / p.candidate.accelerators)
         yield from dict.fromkeys([*by_share[:KEPT_RATIOS], *by_fleet[:1]])
 
     def _pair(self, prefill: Phase, n: int, decode: Phase, m: int, *, one_node: bool) -> Prospect:
         pools = (PoolPlan(Role.PREFILL, n, prefill.cut), PoolPlan(Role.DECODE, m, decode.cut))
-        bound = min(n * prefill.prefill_rps, m * decode.decode_rps)
-        return Prospect(Candidate(pools, max(self._budgets), one_node), bound)
+        return self._prospect(Candidate(pools, max(self._budgets), one_node))
 
     def _hybrids(self, pairs: list[Prospect]) -> Iterable[Prospect]:
         """The best split pools with one instance turned mixed, or one mixed instance more."""
@@ -145,28 +149,22 @@ class Search:
                 (*pools, PoolPlan(Role.MIXED, 1, cut)), min(self._budgets), candidate.one_node
             )
             if mixed.accelerators <= LARGEST_UNIT:
-                yield Prospect(mixed, self._shared_bound(mixed))
+                yield self._prospect(mixed)
 
-    def _shared_bound(self, candidate: Candidate) -> float:
-        """Mixed instances may spend their time on whichever phase is short."""
+    def _prospect(self, candidate: Candidate) -> Prospect:
+        """Instances that decode may spend time on prompts too, when those are what is short."""
         by_cut = {phase.cut: phase for phase in self._phases}
         bound = 0.0
-        for step in range(11):
-            prefill_share, prefill_rps, decode_rps = step / 10, 0.0, 0.0
+        for step in range(21):
+            prefill_rps = decode_rps = 0.0
             for pool in candidate.pools:
                 phase = by_cut[pool.cut]
-                mixed = pool.role is Role.MIXED
-                prefill_time = prefill_share if mixed else float(pool.role.prefills)
-                decode_time = 1 - prefill_share if mixed else float(pool.role.decodes)
-                prefill_rps += pool.instances * prefill_time * phase.prefill_rps
-                decode_rps += pool.instances * decode_time * phase.decode_rps
+                share = step / 20 if pool.role.decodes else 1.0
+                gain = MIXING_GAIN if pool.role.decodes else 1.0
+                prefill_rps += pool.instances * share * phase.prefill_rps * gain
+                decode_rps += pool.instances * (1 - share) * phase.decode_rps * gain
             bound = max(bound, min(prefill_rps, decode_rps))
-        return bound
-
-
-def mixed_rps(phase: Phase) -> float:
-    """One accelerator's time shared by both phases."""
-    return MIXED_EFFICIENCY / (1 / phase.prefill_rps + 1 / phase.decode_rps)
+        return Prospect(candidate, bound)
 
 
 def _best(phases: list[Phase], rate: Callable[[Phase], float]) -> list[Phase]:

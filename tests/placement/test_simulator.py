@@ -1,0 +1,215 @@
+"""The simulator: exact where it skips steps, empty at the end, and faithful to memory and links."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.messages import Role
+from engine.slo import Slo
+from placement.catalog import Link, find_device, find_link, find_model
+from placement.deployment import Deployment, InstanceModel, Overheads
+from placement.latency import LatencyModel, Roofline, decode_step, prefill_step
+from placement.outcome import Outcome, weighted_spread
+from placement.router import RouterSettings
+from placement.simulated_instance import SimulatedInstance
+from placement.simulator import Simulation, simulate
+from placement.workload import Workload
+
+SLOW_LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)
+KV_BYTES = 1000
+
+
+class Flat(LatencyModel):
+    """10 ms a pass, 10 us a token, 1 us per KV token read."""
+
+    pair_s = 0.0
+    read_s = 1e-6
+
+    def fixed_s(self, tokens: int, draws: int) -> float:
+        return 0.01 + 1e-5 * tokens
+
+
+def instance(role: Role, kv_tokens: int = 100_000, **fields: object) -> InstanceModel:
+    base = InstanceModel(role, Flat(), kv_tokens, SLOW_LINK)
+    return replace(base, **fields)  # type: ignore[arg-type]
+
+
+def deployment(*roles: Role, kv_tokens: int = 100_000, **fields: object) -> Deployment:
+    models = tuple(instance(role, kv_tokens) for role in roles)
+    base = Deployment(models, KV_BYTES, SLOW_LINK, Slo(1.0, 0.1), block_tokens=16)
+    return replace(base, **fields)  # type: ignore[arg-type]
+
+
+def workload(count: int = 60, rate: float = 10.0, seed: int = 0, longest: int = 400) -> Workload:
+    generator = np.random.default_rng(seed)
+    return Workload(
+        np.cumsum(generator.exponential(1 / rate, count)),
+        generator.integers(1, longest, count),
+        generator.integers(1, longest // 4, count),
+    )
+
+
+def lone(prompt: int, output: int) -> Workload:
+    return Workload(np.array([0.0]), np.array([prompt]), np.array([output]))
+
+
+def walked(target: Deployment, load: Workload, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Asking the batcher for every single step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedInstance, "_start_steady", lambda self, now: False)
+        patch.setattr(SimulatedInstance, "_try_steady", lambda self: None)
+        return simulate(target, load)
+
+
+@pytest.mark.parametrize("rate", [2.0, 20.0, 200.0])
+@pytest.mark.parametrize("roles", [(Role.MIXED,), (Role.PREFILL, Role.DECODE)])
+def test_skipping_steps_changes_nothing(
+    roles: tuple[Role, ...], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, load = deployment(*roles), workload(rate=rate)
+    skipped, every = simulate(target, load), walked(target, load, monkeypatch)
+    np.testing.assert_allclose(skipped.first_token_s, every.first_token_s, atol=1e-4)
+    np.testing.assert_allclose(skipped.finished_s, every.finished_s, atol=1e-4)
+
+
+def test_a_lone_request_takes_its_passes() -> None:
+    outcome = simulate(deployment(Role.MIXED), lone(100, 5))
+    flat = Flat()
+    prefill_s = flat.step_s(prefill_step([(100, 0)]))
+    decode_s = sum(flat.step_s(decode_step([100 + i])) for i in range(4))
+    assert outcome.ttft_s[0] == pytest.approx(prefill_s)
+    assert outcome.e2e_s[0] == pytest.approx(prefill_s + decode_s)
+    assert outcome.tpot_s[0] == pytest.approx(decode_s / 4)
+
+
+def test_a_handoff_waits_for_what_of_the_copy_could_not_overlap() -> None:
+    whole = deployment(Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=1))
+    halves = deployment(Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=2))
+    copy_s = 200 * KV_BYTES / 1e9
+    for target, visible_s in ((whole, copy_s), (halves, copy_s / 2)):
+        outcome = simulate(target, lone(200, 3))
+        transfer_s = outcome.transferred_s[0] - outcome.first_token_s[0]
+        assert transfer_s == pytest.approx(visible_s)
+
+
+def test_handoffs_share_a_link_one_after_another() -> None:
+    target = deployment(Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=1))
+    remote = replace(target, router=RouterSettings(local_prompt_tokens=0))
+    three = Workload(np.zeros(3), np.full(3, 300), np.full(3, 5))
+    waits = np.sort(simulate(remote, three).parts_s()["transfer"])
+    np.testing.assert_allclose(waits, np.array([1, 1, 2]) * 300 * KV_BYTES / 1e9)
+
+
+def test_a_full_decode_pool_holds_handoffs_back_until_there_is_room() -> None:
+    small = replace(
+        deployment(Role.PREFILL),
+        instances=(instance(Role.PREFILL), instance(Role.DECODE, kv_tokens=400)),
+        router=RouterSettings(local_prompt_tokens=0),
+    )
+    load = Workload(np.zeros(4), np.full(4, 300), np.full(4, 50))
+    outcome = simulate(small, load)
+    assert outcome.finished.all()
+    starts = np.sort(outcome.decode_started_s)
+    ends = np.sort(outcome.finished_s)
+    assert (starts[1:] >= ends[:-1]).all()
+
+
+def test_a_request_that_no_pool_can_hold_fails_and_the_others_do_not() -> None:
+    load = Workload(np.array([0.0, 0.1]), np.array([5000, 50]), np.array([5, 5]))
+    outcome = simulate(deployment(Role.MIXED, kv_tokens=1000), load)
+    assert outcome.finished.tolist() == [False, True]
+    assert outcome.figures()["failed"] == 1
+
+
+def test_shortage_preempts_and_everyone_still_finishes() -> None:
+    load = Workload(np.linspace(0, 0.1, 12), np.full(12, 60), np.full(12, 120))
+    simulation = Simulation(deployment(Role.MIXED, kv_tokens=1024), load)
+    outcome = simulation.run()
+    assert outcome.preemptions > 0
+    assert outcome.finished.all()
+    assert all(one.is_empty for one in simulation.instances.values())
+
+
+def test_shared_prefixes_are_computed_once() -> None:
+    count = 20
+    alone = Workload(np.arange(count) * 1.0, np.full(count, 1000), np.full(count, 5))
+    shared = replace(alone, prefix_id=np.zeros(count, dtype=int), prefix_tokens=np.full(count, 960))
+    target = deployment(Role.MIXED)
+    first, later = simulate(target, shared).ttft_s[[0, -1]]
+    assert later < 0.6 * first
+    assert simulate(target, alone).ttft_s[-1] == pytest.approx(first)
+
+
+def test_the_same_input_gives_the_same_outcome() -> None:
+    target = deployment(Role.PREFILL, Role.DECODE, Role.MIXED)
+    first, second = (simulate(target, workload(rate=50)) for _ in range(2))
+    assert first.finished_s.tolist() == second.finished_s.tolist()
+
+
+def test_stages_that_work_at_once_serve_more_prompts() -> None:
+    shape, device = find_model("opt-66b"), find_device("a100-80gb")
+    latency = Roofline(shape, device, find_link("nvlink3"), 2, 2)
+    spans = []
+    for pipelined in (False, True):
+        model = instance(
+            Role.MIXED,
+            latency=latency,
+            tensor_parallel=2,
+            pipeline_parallel=2,
+            pipelined=pipelined,
+        )
+        load = Workload(np.zeros(20), np.full(20, 1000), np.ones(20, dtype=int))
+        spans.append(simulate(replace(deployment(Role.MIXED), instances=(model,)), load).duration_s)
+    assert spans[1] < 0.65 * spans[0]
+
+
+def test_hopeless_attainment_is_given_up_early() -> None:
+    load = workload(count=300, rate=2000)
+    outcome = simulate(replace(deployment(Role.MIXED), slo=Slo(0.02, 0.1)), load, 0.9)
+    assert outcome.stopped
+    assert outcome.attainment == 0.0
+    assert not outcome.finished.all()
+
+
+def test_figures_have_the_fields_of_the_contract() -> None:
+    figures = simulate(deployment(Role.PREFILL, Role.DECODE), workload()).figures()
+    assert {"requests", "finished", "failed", "duration_s", "rate_rps", "throughput_tokens_s",
+            "attainment", "goodput_rps", "ttft_s", "tpot_s", "itl_s", "e2e_s",
+            "ttft_parts_s"} == set(figures)  # fmt: skip
+    parts = figures["ttft_parts_s"]
+    assert set(parts) == {"queue", "prefill", "transfer", "decode_queue", "first_step"}
+    assert all(value is not None and value >= 0 for value in parts.values())
+
+
+def test_weighted_percentiles_count_each_value_as_often_as_it_stands_for() -> None:
+    values, counts = np.array([3.0, 1.0, 2.0]), np.array([1.0, 97.0, 2.0])
+    assert weighted_spread(values, counts) == {"mean": 1.04, "p50": 1.0, "p90": 1.0, "p99": 2.0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    roles=st.sampled_from(
+        [(Role.MIXED,), (Role.PREFILL, Role.DECODE), (Role.PREFILL, Role.DECODE, Role.MIXED)]
+    ),
+    kv_tokens=st.sampled_from([700, 1500, 20_000]),
+    rate=st.sampled_from([1.0, 30.0, 1000.0]),
+)
+def test_every_request_ends_and_every_pool_is_empty_afterwards(
+    seed: int, roles: tuple[Role, ...], kv_tokens: int, rate: float
+) -> None:
+    load = workload(count=40, rate=rate, seed=seed)
+    simulation = Simulation(deployment(*roles, kv_tokens=kv_tokens), load)
+    outcome = simulation.run()
+    assert simulation.ledger.ended == len(load)
+    assert outcome.finished.all()
+    assert (outcome.ttft_s > 0).all()
+    assert (outcome.e2e_s >= outcome.ttft_s).all()
+    for one in simulation.instances.values():
+        assert one.is_empty
+        one.pool.check()
