@@ -114,7 +114,7 @@ def openapi_document(*, with_keys: bool, metrics: bool = False) -> dict[str, Any
 def _path(one: _Operation, *, with_keys: bool) -> dict[str, Any]:
     content = {one.reply_type: {"schema": _ref(one.reply)}}
     if one.stream is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _event(one.stream)}
     responses: dict[str, Any] = {"200": {"description": one.summary, "content": content}}
     for status in _statuses(one, with_keys=with_keys):
         responses[str(status)] = _error(status)
@@ -132,6 +132,17 @@ def _path(one: _Operation, *, with_keys: bool) -> dict[str, Any]:
     body = {"application/json": {"schema": _ref(one.body)}}
     operation["requestBody"] = {"required": True, "content": body}
     return {"post": operation}
+
+
+def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+    """A server-sent event: a chunk, an error that ends the stream, or [DONE]."""
+    json_text = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref(openai_replies.ErrorReply)]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, json_text]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _statuses(one: _Operation, *, with_keys: bool) -> list[int]:
