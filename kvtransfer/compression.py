@@ -156,7 +156,8 @@ class Staging:
         One block at a time, so that what comes up in between stays in the cache.
         """
         behind = len(blocks) * self.layout.block_tokens - tokens
-        assert blocks and 0 <= behind < self.layout.block_tokens, (tokens, len(blocks))
+        assert blocks
+        assert 0 <= behind < self.layout.block_tokens, (tokens, len(blocks))
         pool = self._select(memory)
         rows = staging[: len(blocks) * self.block_bytes].view(len(blocks), -1)
         for row, block in zip(rows[:-1], blocks[:-1], strict=True):
