@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.native_library import native_library
+from engine.native_library import load_library
 from engine.ops import Activation, Ops, TorchOps
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PackedWeight(torch.Tensor):
 
 def cpu_ops(threads: int) -> Ops:
     """The fastest operations this process can run, on `threads` cores of its own."""
-    library = native_library()
+    library = load_library()
     if library is None:
         torch.set_num_threads(threads)
         return TorchOps()

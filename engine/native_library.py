@@ -11,6 +11,8 @@ from typing import cast
 
 log = logging.getLogger(__name__)
 
+DIRECTORY = Path(__file__).parent
+
 Kernel = Callable[[bytes], None]
 """Takes a record of engine/native/kernels.h."""
 
@@ -66,16 +68,14 @@ class NativeLibrary:
 
 
 @cache
-def native_library() -> NativeLibrary | None:
+def load_library() -> NativeLibrary | None:
     """The kernels, or None where they were not built."""
-    paths = sorted(Path(__file__).parent.glob("_native*.so"))
+    paths = sorted(DIRECTORY.glob("_native*.so"))
     if not paths:
-        log.warning(
-            "native kernels missing reason=%s", "not built: no C++ compiler at install time"
-        )
+        log.warning("serving without native kernels reason=not built, for want of a C++ compiler")
         return None
     try:
         return NativeLibrary(paths[0])
     except OSError as error:
-        log.warning("native kernels missing reason=%s", error)
+        log.warning("serving without native kernels reason=%s", error)
         return None

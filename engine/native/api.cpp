@@ -29,7 +29,10 @@ uint64_t tandem_read_memory(const void *data, int64_t bytes) { return read_memor
 void tandem_use_huge_pages(void *data, int64_t bytes) { use_huge_pages(data, bytes); }
 
 void tandem_pack(const void *record) { pack(unpack<PackArgs>(record)); }
-void tandem_linear(const void *record) { in_use->linear(unpack<LinearArgs>(record)); }
+void tandem_linear(const void *record) {
+    const LinearArgs &args = unpack<LinearArgs>(record);
+    if (args.rows > 0) in_use->linear(args);
+}
 void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }
 void tandem_activation(const void *record) { in_use->activation(unpack<ActivationArgs>(record)); }
 void tandem_place(const void *record) { in_use->place(unpack<PlaceArgs>(record)); }

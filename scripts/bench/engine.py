@@ -19,9 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -29,12 +30,15 @@ import torch
 
 from engine.batch import Batch, Chunk, Draw
 from engine.checkpoint import open_checkpoint
-from engine.native_library import native_library
+from engine.native_library import load_library
 from engine.request import Sampling
 from engine.runner import Runner
 from engine.sampler import Sampler
 from scripts.bench.peers import PeerRates, run_peer
 from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 BLOCK_TOKENS = 64
 READ_BYTES = 1 << 29
@@ -101,7 +105,7 @@ def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespa
     machine.measure(threads)
     measured = list(measure(shape, directory, threads, options))
     machine.measure(threads)
-    rates = [rate(shape, machine, threads, *figures, options) for figures in measured]
+    rates = [rate(shape, machine, threads, figures, options) for figures in measured]
     peers = dict(run_peers(directory, threads, options))
     if options.json:
         print_json(machine, rates, peers)
@@ -124,7 +128,7 @@ def run_peers(
 
 def read_bandwidth(threads: int) -> float:
     """Bytes a second, the best of several passes over memory far larger than any cache share."""
-    library = native_library()
+    library = load_library()
     data = torch.empty(READ_BYTES // 8, dtype=torch.int64)
     if library is None:
         torch.set_num_threads(threads)
@@ -142,7 +146,7 @@ def gemm_peak(threads: int) -> float:
     for rows, inner, columns in ((2048, 2048, 2048), (512, 1024, 3072), (512, 768, 2048)):
         left = torch.randn(rows, inner).bfloat16()
         right = torch.randn(inner, columns).bfloat16()
-        spent = least_time(lambda left=left, right=right: torch.matmul(left, right))
+        spent = least_time(partial(torch.matmul, left, right))
         rates.append(2 * rows * inner * columns / spent)
     torch.set_num_threads(1)
     return max(rates)
@@ -164,13 +168,18 @@ def times(work: Callable[[], object], repeats: int) -> list[float]:
 
 # --- the engine --------------------------------------------------------------------------------
 
-Figures = tuple[str, int, list[float]]
+
+@dataclass(frozen=True)
+class Figures:
+    phase: str
+    batch: int
+    spent_s: list[float]
 
 
 def measure(
     shape: Shape, directory: Path, threads: int, options: argparse.Namespace
 ) -> Iterator[Figures]:
-    """(phase, batch, times of a step) of a prefill, then of decoding at each batch size."""
+    """Times of a prefill, then of decode steps at each batch size."""
     tokens = max(options.prompt, max(options.batches) * (options.context + options.steps + 1))
     runner = Runner(
         open_checkpoint(str(directory)),
@@ -181,9 +190,10 @@ def measure(
         threads=threads,
     )
     prompt = Batch((chunk(0, 0, options.prompt, options.prompt),))
-    yield "prefill", 1, times(lambda: runner.execute(prompt), max(4, options.steps // 4))
+    repeats = max(4, options.steps // 4)
+    yield Figures("prefill", 1, times(lambda: runner.execute(prompt), repeats))
     for batch in options.batches:
-        yield "decode", batch, decode(runner, batch, options.context, options.steps)
+        yield Figures("decode", batch, decode(runner, batch, options.context, options.steps))
     runner.kv.close()
 
 
@@ -204,15 +214,9 @@ def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
 
 
 def rate(
-    shape: Shape,
-    machine: Machine,
-    threads: int,
-    phase: str,
-    batch: int,
-    spent: list[float],
-    options: argparse.Namespace,
+    shape: Shape, machine: Machine, threads: int, figures: Figures, options: argparse.Namespace
 ) -> Rate:
-    prefill = phase == "prefill"
+    prefill, batch, spent = figures.phase == "prefill", figures.batch, figures.spent_s
     tokens = options.prompt if prefill else batch
     context = options.prompt / 2 if prefill else options.context + options.steps / 2
     flops = shape.flops(tokens, context, batch)
@@ -223,7 +227,7 @@ def rate(
     return Rate(
         shape.name,
         threads,
-        phase,
+        figures.phase,
         batch,
         time_s,
         min(spent),

@@ -44,6 +44,6 @@ def run_peer(
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509  (one thread here)
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
     return PeerRates(**json.loads(told.stdout.splitlines()[-1]))
