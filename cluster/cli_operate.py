@@ -142,10 +142,31 @@ def events(
                 print(stamp, event.kind, event.subject, event.text, more, flush=True)
 
 
-def report(*, as_json: Json = False, server: Server = None, api_key: ApiKey = None) -> None:
-    """How the targets are met and where requests are."""
+def report(
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write an archive for a bug report, without prompts."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="The config or plan file to put into the archive.")
+    ] = None,
+    as_json: Json = False,
+    server: Server = None,
+    api_key: ApiKey = None,
+) -> None:
+    """How the targets are met and where requests are, or all that a bug report needs."""
     from cluster.cli_status import as_document, summarize
 
+    if output is not None:
+        from cluster.bundle import collect, write_bundle
+
+        files = collect(lambda: open_client(server, api_key), api_key, config)
+        write_bundle(output, files)
+        _tell({"written": str(output), "files": sorted(files)}, as_json=as_json)
+        return
+    if config is not None:
+        raise BadRequest("config", config, "is for --output")
     with open_client(server, api_key) as client:
         document = summarize(as_document(client.status()))
     _tell(document, as_json=as_json)
