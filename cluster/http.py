@@ -17,7 +17,7 @@ from cluster.http_answer import AnswerResponse
 from cluster.http_errors import Refused, UnknownModel, error_response, http_exception
 from cluster.keys import EVERYONE
 from cluster.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
-from cluster.openai_replies import ChatFormat, CompletionFormat
+from cluster.openai_replies import ChatFormat, CompletionFormat, UsageOn
 from cluster.openapi import openapi_document
 from engine.errors import BadRequest, TandemError
 
@@ -136,7 +136,7 @@ class HttpDoor:
         tokenizer = self.gateway.tokenizer
 
         def make(answer: Answer) -> Format:
-            return kind(answer, model, tokenizer, with_usage=body.with_usage)
+            return kind(answer, model, tokenizer, body.usage)
 
         return AnswerResponse(
             self.gateway,
@@ -144,7 +144,7 @@ class HttpDoor:
             caller,
             make,
             stream=bool(body.stream),
-            with_usage=body.with_usage,
+            with_usage=body.usage is not UsageOn.NO_CHUNK,
             write_s=self.settings.limits.write_s,
         )
 

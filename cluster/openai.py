@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.call import Call, Targets
+from cluster.openai_replies import UsageOn
 from engine.errors import BadRequest
 from engine.request import Grammar, Sampling
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TOKEN_MAX = 2**31 - 1
+DEFAULT_COMPLETION_TOKENS = 16
 NOT_SUPPORTED = "is not supported by this server"
 
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_MAX)]
@@ -33,8 +35,9 @@ class Shape(BaseModel):
 
 class StreamOptions(Shape):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """With include_usage: the usage so far on every chunk, as in vLLM."""
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
 
 
 class JsonSchema(Shape):
@@ -87,6 +90,8 @@ class SamplingBody(Shape):
         ]
         | None
     ) = Field(default=None, max_length=1024)
+    max_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=TOKEN_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -146,8 +151,19 @@ class SamplingBody(Shape):
         )
 
     @property
-    def with_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage(self) -> UsageOn:
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return UsageOn.NO_CHUNK
+        return UsageOn.EVERY_CHUNK if options.continuous_usage_stats else UsageOn.LAST_CHUNK
+
+    def answer_tokens(self) -> int | None:
+        """The limit on the answer, by its newer or its older name."""
+        if self.max_completion_tokens is None or self.max_tokens is None:
+            return self.max_tokens or self.max_completion_tokens
+        if self.max_tokens != self.max_completion_tokens:
+            raise BadRequest("max_tokens", self.max_tokens, "contradicts max_completion_tokens")
+        return self.max_tokens
 
 
 class CompletionBody(SamplingBody):
@@ -159,7 +175,6 @@ class CompletionBody(SamplingBody):
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)
         ]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     best_of: Literal[1] | None = None
@@ -169,7 +184,7 @@ class CompletionBody(SamplingBody):
         return self.call(
             prompts=tuple(_prompts(self.prompt)),
             sampling=self.sampling(self.logprobs),
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_tokens=self.answer_tokens() or DEFAULT_COMPLETION_TOKENS,
             echo=self.echo,
             id_prefix="cmpl-",
         )
@@ -202,8 +217,6 @@ class ChatMessage(Shape):
 
 class ChatBody(SamplingBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     audio: None = None
@@ -226,13 +239,10 @@ class ChatBody(SamplingBody):
     def to_call(self) -> Call:
         if self.top_logprobs is not None and not self.logprobs:
             raise BadRequest("top_logprobs", self.top_logprobs, "needs logprobs to be true")
-        limits = (self.max_completion_tokens, self.max_tokens)
-        if None not in limits and limits[0] != limits[1]:
-            raise BadRequest("max_tokens", self.max_tokens, "contradicts max_completion_tokens")
         return self.call(
             chat=tuple(message.to_template() for message in self.messages),
             sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
-            max_tokens=limits[1] if limits[0] is None else limits[0],
+            max_tokens=self.answer_tokens(),
             id_prefix="chatcmpl-",
         )
 
@@ -252,7 +262,7 @@ class DetokenizeBody(Shape):
 
 Body = TypeVar("Body", bound=BaseModel)
 UNSUPPORTED = frozenset({
-    "annotations", "audio", "best_of", "continuous_usage_stats", "function_call", "functions",
+    "annotations", "audio", "best_of", "function_call", "functions",
     "include_obfuscation", "modalities", "prediction", "prompt_cache_key", "reasoning_effort",
     "service_tier", "store", "suffix", "tool_calls", "tool_choice", "tools", "verbosity",
     "web_search_options",

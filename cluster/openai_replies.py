@@ -7,6 +7,7 @@ written for every token.
 from __future__ import annotations
 
 import json
+from enum import Enum
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -151,9 +152,20 @@ class Health(BaseModel):
 
 
 def usage_of(answer: Answer) -> dict[str, int]:
-    prompt, output = answer.prompt_tokens, answer.output_tokens
+    return _usage(answer.prompt_tokens, answer.output_tokens)
+
+
+def _usage(prompt: int, output: int) -> dict[str, int]:
     total = prompt + output
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": total}
+
+
+class UsageOn(Enum):
+    """Which chunks of a stream say how many tokens there have been."""
+
+    NO_CHUNK = 0
+    LAST_CHUNK = 1
+    EVERY_CHUNK = 2
 
 
 class Format(Protocol):
@@ -169,12 +181,21 @@ class Format(Protocol):
 class _Pieces:
     """The parts of every chunk of one stream."""
 
-    def __init__(self, answer: Answer, model: str, kind: str, *, with_usage: bool) -> None:
+    def __init__(self, answer: Answer, model: str, kind: str, usage: UsageOn) -> None:
         self.answer, self.model = answer, model
         self.created = int(answer.created_s)
         head = {"id": answer.id, "object": kind, "created": self.created, "model": model}
         self.head = "data: " + _json(head)[:-1]
-        self.tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
+        self._every = usage is UsageOn.EVERY_CHUNK
+        self._tail = "}\n\n" if usage is UsageOn.NO_CHUNK else ',"usage":null}\n\n'
+        self._written_tokens = 0
+
+    def tail(self, delta: Delta) -> str:
+        if not self._every:
+            return self._tail
+        self._written_tokens += delta.token is not None
+        usage = _usage(self.answer.prompt_tokens, self._written_tokens)
+        return f',"usage":{_json(usage)}}}\n\n'
 
     def usage_chunk(self) -> bytes:
         usage = _json(usage_of(self.answer))
@@ -182,10 +203,8 @@ class _Pieces:
 
 
 class CompletionFormat:
-    def __init__(
-        self, answer: Answer, model: str, tokenizer: Tokenizer, *, with_usage: bool
-    ) -> None:
-        self._pieces = _Pieces(answer, model, "text_completion", with_usage=with_usage)
+    def __init__(self, answer: Answer, model: str, tokenizer: Tokenizer, usage: UsageOn) -> None:
+        self._pieces = _Pieces(answer, model, "text_completion", usage)
         self._tokenizer = tokenizer
         self._shown: dict[int, int] = {}
         """Characters of each choice so far."""
@@ -195,7 +214,7 @@ class CompletionFormat:
         return "".join([
             f'{head},"choices":[{{"index":{delta.choice},"text":{encode_basestring(delta.text)}'
             f',"logprobs":{self._logprobs_json(delta)}'
-            f',"finish_reason":{_finish(delta)}}}]{tail}'
+            f',"finish_reason":{_finish(delta)}}}]{tail(delta)}'
             for delta in deltas
         ]).encode()  # fmt: skip
 
@@ -244,10 +263,8 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    def __init__(
-        self, answer: Answer, model: str, tokenizer: Tokenizer, *, with_usage: bool
-    ) -> None:
-        self._pieces = _Pieces(answer, model, "chat.completion.chunk", with_usage=with_usage)
+    def __init__(self, answer: Answer, model: str, tokenizer: Tokenizer, usage: UsageOn) -> None:
+        self._pieces = _Pieces(answer, model, "chat.completion.chunk", usage)
         self._tokenizer = tokenizer
         self._begun: set[int] = set()
 
@@ -257,7 +274,7 @@ class ChatFormat:
             f'{head},"choices":[{{"index":{delta.choice},"delta":{{{self._role(delta.choice)}'
             f'"content":{encode_basestring(delta.text)}}}'
             f',"logprobs":{"null" if delta.logprobs is None else _json(self._logprobs([delta]))}'
-            f',"finish_reason":{_finish(delta)}}}]{tail}'
+            f',"finish_reason":{_finish(delta)}}}]{tail(delta)}'
             for delta in deltas
         ]).encode()  # fmt: skip
 

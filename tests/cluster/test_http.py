@@ -65,6 +65,27 @@ async def test_a_stream_has_one_chunk_a_token_and_ends_with_usage():
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 7 + ["length"]
 
 
+async def test_usage_can_be_had_on_every_chunk():
+    async with serving() as client:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = COMPLETION | {"stream": True, "stream_options": options, "max_tokens": 3}
+        *chunks, _ = events(await client.post("/v1/completions", json=body))
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == [1, 2, 3, 3]
+
+
+async def test_the_answers_limit_has_two_names():
+    async with serving() as client:
+        for name in ("max_tokens", "max_completion_tokens"):
+            body = {"prompt": "hello", "ignore_eos": True, name: 3}
+            reply = (await client.post("/v1/completions", json=body)).json()
+            assert reply["usage"]["completion_tokens"] == 3
+        reply = (
+            await client.post("/v1/completions", json={"prompt": "x", "ignore_eos": True})
+        ).json()
+        assert reply["usage"]["completion_tokens"] == 16
+
+
 async def test_chat_streams_its_role_once_and_then_content():
     async with serving(draw=says("hey")) as client:
         response = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
