@@ -21,7 +21,7 @@ EXAMPLES = [
             messages.Token("r1", 1, 1, 43, FinishReason.STOP, None, (("finished_s", 2.0),)),
         )
     ),
-    messages.Offer("t", messages.TransferKind.HANDOFF, REQUEST, 2, "g", LAYOUT, (1, 2), 9),
+    messages.Offer("t", messages.TransferKind.HANDOFF, REQUEST, 2, "g", LAYOUT, 9),
     messages.Migrated("r1", "a", "b", "drain", "committed", 0.01, 0.2, 1024),
 ]
 
