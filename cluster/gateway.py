@@ -202,12 +202,17 @@ class Gateway:
         now = self.clock.now()
         self._act(self._journal.tick(now), now)
         for choice in list(self._choices.values()):
-            self._check_time(choice, now)
-            new = choice.output_tokens - choice.charged_tokens
-            if new:
-                self._admission.charge(choice.request.tenant, new)
-                choice.charged_tokens = choice.output_tokens
+            self._charge(choice)
+            if choice.request.id in self._choices:
+                self._check_time(choice, now)
         self._dispatch()
+
+    def _charge(self, choice: Choice) -> None:
+        """Let the tenant's share pay for the tokens since the last time."""
+        new = choice.output_tokens - choice.charged_tokens
+        if new:
+            self._admission.charge(choice.request.tenant, new)
+            choice.charged_tokens = choice.output_tokens
 
     # Admission and routing.
 
@@ -315,11 +320,13 @@ class Gateway:
                     self._send(to, message, now)
                 case Deliver(token):
                     self._deliver(token, now, [])
-                case Reroute(request_id, avoid, why):
+                case Reroute(request_id, avoid, why) if request_id in self._choices:
                     self._pending[request_id] = _Pending(avoid, why)
                     self._restart(request_id, now)
-                case Fail(request_id, error):
+                case Fail(request_id, error) if request_id in self._choices:
                     self._fail(self._choices[request_id], error, now)
+                case Reroute() | Fail():
+                    pass  # Its call has just ended with another of its answers.
 
     def _send(self, to: str, message: Message, now: float) -> None:
         if isinstance(message, Resume):
@@ -357,7 +364,7 @@ class Gateway:
         request = choice.request
         del self._choices[request.id]
         self._pending.pop(request.id, None)
-        self._admission.charge(request.tenant, choice.output_tokens - choice.charged_tokens)
+        self._charge(choice)
         self._admission.ended(request.id)
         self._router.ended(request.id)
         choice.timeline.finished_s = now

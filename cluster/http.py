@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from cluster.call import check_tokens
 from cluster.http_answer import AnswerResponse
-from cluster.http_errors import Refused, UnknownModel, error_response, http_exception
+from cluster.http_errors import Refused, UnknownModel, error_response, http_exception, our_own_fault
 from cluster.keys import EVERYONE
 from cluster.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from cluster.openai_replies import ChatFormat, CompletionFormat, UsageOn
@@ -71,7 +71,10 @@ class HttpDoor:
         self._started_s = int(gateway.clock.now())
         self.app = Starlette(
             routes=[*self._routes(), *extra],
-            exception_handlers={HTTPException: http_exception},  # type: ignore[dict-item]
+            exception_handlers={
+                HTTPException: http_exception,  # type: ignore[dict-item]
+                Exception: our_own_fault,
+            },
         )
         self.app.router.redirect_slashes = False
 

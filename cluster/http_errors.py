@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 
+LOG = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 
 
@@ -77,6 +79,13 @@ KINDS: tuple[tuple[type[TandemError], int, str, str | None], ...] = (
     (InstanceLost, 503, "server_error", "instance_lost"),
     (DeadlineExceeded, 504, "server_error", "deadline_exceeded"),
 )
+
+
+async def our_own_fault(request: Request, error: Exception) -> Response:
+    """The last boundary: Starlette raises the error again after this, so that it is logged."""
+    LOG.error("request failed path=%s error=%s", request.url.path, type(error).__name__)
+    body = error_body("The server failed; its log says why.", "server_error", None, "internal")
+    return Response(body, 500, media_type="application/json")
 
 
 def _classify(error: TandemError) -> tuple[int, str, str | None, str | None]:

@@ -4,8 +4,9 @@ import pytest
 
 from cluster.call import Call, Targets
 from cluster.gateway import GatewaySettings
-from engine.errors import BadRequest, InstanceLost, NotFound, Overloaded
-from engine.messages import Migrate, Tokens
+from cluster.journal import JournalSettings
+from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
+from engine.messages import Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
 from placement.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
@@ -161,6 +162,33 @@ async def test_without_any_instance_left_the_call_fails_with_a_typed_error():
             await read(answer)
         cluster.gateway.close(answer)
         assert cluster.gateway.requests() == []
+
+
+@pytest.mark.parametrize("replays", [0, 5])
+async def test_an_answer_that_fails_takes_its_siblings_with_it(replays):
+    settings = GatewaySettings(journal=JournalSettings(replays=replays))
+    async with running("mixed-0", settings=settings) as cluster:
+        cluster.paused.add("mixed-0")
+        answer = await cluster.gateway.open(call(n=3))
+        cluster.kill("mixed-0")
+        if replays:
+            cluster.gateway.receive("x", Dropped(f"{answer.id}#1", 2, "BadRequest", "no"))
+        with pytest.raises((InstanceLost, BadRequest)):
+            await read(answer)
+        cluster.gateway.close(answer)
+        assert cluster.gateway.requests() == []
+
+
+async def test_a_call_past_its_time_ends_with_all_its_answers():
+    async with running("mixed-0", settings=GatewaySettings(request_s=0.0)) as cluster:
+        cluster.paused.add("mixed-0")
+        answer = await cluster.gateway.open(call(n=3))
+        cluster.gateway.sweep()
+        with pytest.raises(DeadlineExceeded):
+            await read(answer)
+        cluster.gateway.close(answer)
+        await until(lambda: not cluster.instances["mixed-0"].sequences)
+        cluster.assert_empty()
 
 
 async def test_requests_wait_in_fair_order_until_instances_have_room():

@@ -255,6 +255,16 @@ async def test_overload_is_429_with_retry_after():
         client.cluster.assert_empty()
 
 
+async def test_a_fault_of_our_own_has_openais_shape_and_tells_nothing():
+    async with serving() as client:
+        client.door._started_s = object()
+        transport = httpx.ASGITransport(client.door.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as outside:
+            response = await outside.get("/v1/models")
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal"
+
+
 def scope() -> dict:
     return {
         "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
