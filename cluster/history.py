@@ -97,13 +97,14 @@ def met_targets(event: Ended) -> bool:
 def _add_latencies(step: Step, event: Ended) -> None:
     timeline = event.timeline
     tpot_s = timeline.tpot_s(event.output_tokens)
-    if timeline.ttft_s is not None:
-        step.ttft_s.append(timeline.ttft_s)
     if tpot_s is not None:
         step.tpot_s.append(tpot_s)
+    if timeline.ttft_s is None:
+        return
+    step.ttft_s.append(timeline.ttft_s)
+    # A part that a request skipped took it no time: only so do the means add up.
     for part, took_s in timeline.parts_s().items():
-        if took_s is not None:
-            step.parts_s.setdefault(part, []).append(took_s)
+        step.parts_s.setdefault(part, []).append(took_s or 0.0)
 
 
 def _point(step: Step) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class CompletionReply(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    ttft_parts_s: dict[str, float | None] | None = None
+    """Where the time to a flowing stream went; on a stream's last chunk."""
 
 
 class TopLogprob(BaseModel):
@@ -121,6 +123,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    ttft_parts_s: dict[str, float | None] | None = None
 
 
 class Model(BaseModel):
@@ -199,7 +202,8 @@ class _Pieces:
 
     def usage_chunk(self) -> bytes:
         usage = _json(usage_of(self.answer))
-        return f'{self.head},"choices":[],"usage":{usage}}}\n\n'.encode()
+        parts = _json(self.answer.choices[0].timeline.parts_s())
+        return f'{self.head},"choices":[],"usage":{usage},"ttft_parts_s":{parts}}}\n\n'.encode()
 
 
 class CompletionFormat:

@@ -92,14 +92,18 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def mean_parts(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """The mean of each part over the requests whose server told it."""
+    """Means over the requests whose server told parts; one that a request skipped took no time.
+
+    Null for a part that none of them had.
+    """
     told = [one.parts_s for one in samples if one.parts_s]
     return {part: _mean([parts.get(part) for parts in told]) for part in TTFT_PARTS}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    if all(value is None for value in values):
+        return None
+    return sum(value or 0.0 for value in values) / len(values)
 
 
 def _errors(samples: Iterable[Sample]) -> dict[str, int]:
