@@ -6,6 +6,7 @@ import httpx
 import pytest
 import uvicorn
 
+from cluster.doors import listen
 from cluster.gateway import GatewaySettings
 from cluster.http import HttpDoor, HttpLimits, HttpSettings
 from cluster.openai_replies import ChatChunk, ChatReply, CompletionReply
@@ -301,6 +302,38 @@ async def test_a_disconnect_frees_every_holder():
         cluster.assert_empty()
 
 
+async def test_a_closed_connection_frees_every_holder():
+    async with serving() as client, listening(client.door.app) as url:
+        cluster: FakeCluster = client.cluster
+        cluster.paused.add("decode-0")
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        body = json.dumps(COMPLETION | {"stream": True})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        await reader.readuntil(b"data: ")
+        writer.close()
+        await until(lambda: not cluster.gateway.requests(), turns=1_000_000)
+        for instance in cluster.instances.values():
+            await until(lambda one=instance: not one.sequences)
+
+
+async def test_a_reader_that_stops_reading_is_given_up():
+    async with serving(http=HttpSettings(HttpLimits(write_s=0.01))) as client:
+        body = json.dumps(COMPLETION | {"stream": True}).encode()
+        parts = [{"type": "http.request", "body": body}]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        await client.door.app(scope(), receive, send)
+        await settle()
+        client.cluster.assert_empty()
+
+
 async def test_a_failure_in_mid_stream_is_told_in_the_stream():
     async with serving("mixed-0", settings=GatewaySettings(request_s=0.0, sweep_s=30)) as client:
         cluster: FakeCluster = client.cluster
@@ -315,9 +348,8 @@ async def test_a_failure_in_mid_stream_is_told_in_the_stream():
 
 @asynccontextmanager
 async def listening(app):
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    sock = config.bind_socket()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    sock = listen("127.0.0.1", 0, "port")
     task = asyncio.create_task(server.serve([sock]))
     try:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
