@@ -17,7 +17,6 @@ STEP_S = 2.0
 STEPS = 150
 STEP_SAMPLES = 2000
 """Latencies kept of one step; beyond that every further one is only counted."""
-SERVED = ("stop", "length")
 
 
 @dataclass(slots=True)
@@ -54,7 +53,7 @@ class History:
         """Counts a request; whether it met its targets."""
         step = self.step(now)
         step.ended += 1
-        met = met_targets(event)
+        met = event.met_targets
         if event.outcome != "abort":
             step.judged += 1
             step.met += met
@@ -84,14 +83,6 @@ class History:
                 for part in TTFT_PARTS
             },
         }
-
-
-def met_targets(event: Ended) -> bool:
-    """A request that failed or was refused did not."""
-    ttft_s = event.timeline.ttft_s
-    if event.outcome not in SERVED or ttft_s is None:
-        return False
-    return event.slo.met_by(ttft_s, event.timeline.tpot_s(event.output_tokens))
 
 
 def _add_latencies(step: Step, event: Ended) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from engine.slo import Slo
 
 
+SERVED = ("stop", "length")
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A request has been accepted and sent along its first route."""
@@ -59,6 +62,14 @@ class Ended:
     """Moved in its hand-off; 0 where there was none."""
     error: str | None = None
     """Name of the error's class."""
+
+    @property
+    def met_targets(self) -> bool:
+        """A request that failed or was refused did not."""
+        ttft_s = self.timeline.ttft_s
+        if self.outcome not in SERVED or ttft_s is None:
+            return False
+        return self.slo.met_by(ttft_s, self.timeline.tpot_s(self.output_tokens))
 
 
 class Observer(Protocol):

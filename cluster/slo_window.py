@@ -29,11 +29,7 @@ class SloWindow:
         if event.outcome == "abort":
             return
         timeline = event.timeline
-        ttft_s = timeline.ttft_s
-        met = event.outcome in ("stop", "length") and ttft_s is not None
-        if ttft_s is not None:
-            met = met and event.slo.met_by(ttft_s, timeline.tpot_s(event.output_tokens))
-        self._met.append((timeline.finished_s or timeline.arrived_s, met))
+        self._met.append((timeline.finished_s or timeline.arrived_s, event.met_targets))
 
     def opened(self, event: Opened) -> None: ...
 
