@@ -103,14 +103,9 @@ class Client:
         return list(self._call(self._cluster.ApplyPolicy, pb.ApplyPolicyRequest(yaml=yaml)).changes)
 
     def watch(self, *kinds: str) -> Iterator[pb.Event]:
-        """Events until the caller stops reading."""
+        """Events from now on, until the caller stops reading."""
         call = self._cluster.Watch(pb.WatchRequest(kinds=kinds), metadata=self._access.metadata)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise as_error(error) from None
-        finally:
-            call.cancel()
+        return _events(call)
 
     def _call(
         self,
@@ -134,6 +129,15 @@ class Client:
         if begun or attempt == self._settings.attempts or not worth_repeating(error):
             raise error
         time.sleep(self._settings.pause_s(attempt, error))  # noqa: TID251  a caller's thread
+
+
+def _events(call: Any) -> Iterator[pb.Event]:
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        raise as_error(error) from None
+    finally:
+        call.cancel()
 
 
 class AsyncClient:

@@ -104,6 +104,10 @@ class Controller:
         """The serve process lives; without this the cluster stops by itself."""
         self._lease_until_s = self._clock.now() + self._config.limits.supervisor_lease_s
 
+    async def note(self, kind: str, subject: str, text: str, fields: dict[str, object]) -> None:
+        """Something that a gateway saw."""
+        self._note(kind, subject, text, **fields)
+
     # For operators.
 
     async def report(self) -> tuple[InstanceReport, ...]:
@@ -359,7 +363,8 @@ class Controller:
         return launched
 
     def _note(self, kind: str, subject: str, text: str, **fields: object) -> None:
-        log.info("%s %s=%s %s", text, kind, subject, fields)
+        pairs = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.info("%s %s=%s %s", text, kind, subject, pairs)
         self._events.add(self._clock.now(), kind, subject, text, **fields)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

@@ -18,9 +18,10 @@ from cluster.keys import Keyring
 from cluster.membership import Membership
 from cluster.observer import Observers
 from cluster.operate import ClusterOperator
+from cluster.reporter import Reporter
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from cluster.settings import gateway_settings
-from cluster.slo_window import SloWindow
+from cluster.watching import Watching
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.messages import InstanceState, Lost
@@ -73,7 +74,7 @@ class Front:
     def __init__(self, config: Config, network: Network, model: Model, controller: Any) -> None:
         self._config = config
         self._clock = SystemClock()
-        self._slo = SloWindow()
+        self._watching = Watching(config, self._clock)
         self._link = ZmqLink(
             GATEWAY_NAME, network.bind(GATEWAY_NAME), network.key, config.limits.links
         )
@@ -85,7 +86,7 @@ class Front:
             context_tokens=model.context_tokens,
             settings=gateway_settings(config),
             grammars=model.grammars,
-            observers=Observers([self._slo]),
+            observers=Observers([*self._watching.observers(), Reporter(controller)]),
         )
         me = Member(GATEWAY_NAME, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         self.membership = Membership(me, self._link, self, ControllerSync())
@@ -95,7 +96,13 @@ class Front:
         gateway = self._config.gateway
         path = gateway.api_keys_file
         keys = None if path is None else Keyring(path, self._clock.now())
-        door = HttpDoor(self.gateway, HttpSettings(model_root=self._config.model), keys=keys)
+        door = HttpDoor(
+            self.gateway,
+            HttpSettings(model_root=self._config.model),
+            keys=keys,
+            metrics=self._watching.metrics.page,
+            extra=self._watching.routes(keys),
+        )
         self._http = HttpServer(door.app, gateway)
         self._grpc = GrpcDoor(
             self.gateway,
@@ -126,8 +133,8 @@ class Front:
         return {
             "ttft_s": slo.ttft_s,
             "tpot_s": slo.tpot_s,
-            "attainment": self._slo.attainment(self._clock.now()),
-            "window_s": self._slo.window_s,
+            "attainment": self._watching.slo.attainment(self._clock.now()),
+            "window_s": self._watching.slo.window_s,
         }
 
     async def open_doors(self) -> None:
@@ -147,6 +154,7 @@ class Front:
     async def close(self) -> None:
         await self._grpc.stop(LAST_ANSWERS_S)
         await self._http.close()
+        await asyncio.to_thread(self._watching.close)
         self._link.close()
 
     # Following the roster.

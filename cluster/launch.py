@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from cluster.config import Config
     from cluster.leading import Network
     from cluster.roster import InstanceSpec
-
-log = logging.getLogger(__name__)
 
 GONE_POLL_S = 0.05
 GONE_S = 30.0
@@ -134,7 +131,9 @@ class Launcher:
             await follower.follow.remote()
         await leader.lead.remote(tuple(seats))
         instance.stage = "up"
-        log.info("instance up instance=%s role=%s workers=%d", spec.name, spec.role, len(seats))
+        log.info(
+            "instance up instance=%s role=%s workers=%d", spec.name, spec.role.value, len(seats)
+        )
 
     def _actor(self, instance: Launched, rank: int) -> Any:
         spec = instance.spec

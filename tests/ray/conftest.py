@@ -1,6 +1,9 @@
+import asyncio
+
 import pytest
 
 from tests.ray.serving import serve
+from tests.ray.streams import read_all
 
 
 def pytest_collection_modifyitems(items):
@@ -18,3 +21,9 @@ def cluster(tmp_path_factory):
     yield serving
     status = serving.end()
     assert status == 0, serving.log.read_text()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster):
+    """Every prompt's tokens when nothing happens to the cluster."""
+    return asyncio.run(read_all(cluster))

@@ -50,7 +50,7 @@ class Serving:
         return self.process.wait(END_S)
 
 
-def serve(log: Path, *arguments: str, **environment: str) -> Serving:
+def serve(log: Path, *arguments: str, start_new_session: bool = False) -> Serving:
     """Starts it and waits for the ready line."""
     command = [sys.executable, "-m", "cluster", "serve", "--device", "cpu"]
     command += ["--http-port", "0", "--grpc-port", "0", *arguments]
@@ -60,7 +60,7 @@ def serve(log: Path, *arguments: str, **environment: str) -> Serving:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **environment},
+            start_new_session=start_new_session,
         )
     line = read_line(process, READY_S, log)
     fields = dict(part.split("=", 1) for part in line.split()[1:])
