@@ -131,9 +131,6 @@ class Launcher:
             await follower.follow.remote()
         await leader.lead.remote(tuple(seats))
         instance.stage = "up"
-        log.info(
-            "instance up instance=%s role=%s workers=%d", spec.name, spec.role.value, len(seats)
-        )
 
     def _actor(self, instance: Launched, rank: int) -> Any:
         spec = instance.spec
