@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 RESOLUTION = 0.02
 """Bisection ends once the bounds are so close, relative to the rate."""
-STEP_DOWN = 0.65
-"""Until a rate is found that meets the targets."""
+STEP_UP, STEP_DOWN = 1.4, 0.65
+"""Until a rate is found that meets the targets, and one that does not."""
+MOST_TIMES_GUESS = 4.0
+"""A few requests at once may meet their targets at any rate; that says nothing."""
 LEAST_RATE_SHARE = 1 / 256
 """Of the first guess; what cannot meet its targets even there is given up."""
 
@@ -49,11 +51,16 @@ def find_goodput(
     runs = _Runs(deployment, workload, attainment)
     low, high = 0.0, None
     rate, best, limit = worth_rps or guess_rps, None, "nothing"
+    highest = max(rate, guess_rps) * MOST_TIMES_GUESS
     while high is None or high - low > resolution * high:
         outcome = runs.at(rate)
         if outcome.attainment >= attainment:
             low, best = rate, outcome
-            rate = max(guess_rps, rate * 1.4) if high is None else (rate + high) / 2
+            if rate >= highest:
+                break
+            rate = (
+                min(max(guess_rps, rate * STEP_UP), highest) if high is None else (rate + high) / 2
+            )
         else:
             high, limit = rate, what_is_missed(outcome)
             if rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE:

@@ -13,7 +13,7 @@ from placement.deployment import Overheads
 from placement.phases import Phase, check_targets, feasible_cuts, phase_of
 from placement.plan import Alternative, Plan
 from placement.reasons import explain
-from placement.scoring import MOST_TIMES_REQUESTS, Setting, score_prospects
+from placement.scoring import Setting, score_prospects
 from placement.search import Search
 from placement.workload import Arrivals
 
@@ -49,6 +49,8 @@ class Question:
     power_cap_w: float | None = None
     requests: int = 600
     """Simulated of each candidate."""
+    most_requests: int = 4800
+    """Of one that serves many, whose batches take longer to fill."""
     seed: int = 0
     token_budgets: tuple[int, ...] = (512, 2048)
     overheads: Overheads = field(default_factory=Overheads)
@@ -70,7 +72,7 @@ def plan(
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """The best plan; NoFeasiblePlan names the constraint that binds."""
-    sample = representative(workload, question.requests * MOST_TIMES_REQUESTS, question.seed)
+    sample = representative(workload, max(question.requests, question.most_requests), question.seed)
     phases = [phase_of(book, cut, sample, question.target) for cut in feasible_cuts(book, sample)]
     check_targets(phases, question.target)
     slow = _slow_copies(book, sample, question.target)

@@ -27,8 +27,6 @@ ROUGH = 0.08
 LEADERS = 8
 ANSWERS_LONG = 4
 TYPICAL_TPOT_SHARE = 0.5
-MOST_TIMES_REQUESTS = 8
-"""Times as many requests as asked for are drawn, for candidates that serve many."""
 WORTHLESS_SHARE = 0.8
 """A candidate whose bound is under this share of the best one found is not simulated."""
 

@@ -38,7 +38,9 @@ def book(devices: int = 2, device: str = "l4", model: str = "llama-3.1-8b") -> C
 
 
 def question(target: Target = TARGET, **fields: object) -> Question:
-    return replace(Question(target, requests=60, token_budgets=(2048,)), **fields)  # type: ignore[arg-type]
+    return replace(
+        Question(target, requests=60, most_requests=240, token_budgets=(2048,)), **fields
+    )  # type: ignore[arg-type]
 
 
 def served(answer: Plan) -> float:
