@@ -1,0 +1,185 @@
+"""The host drives real instances with an executor that computes nothing."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from cluster.host import Host, HostSettings
+from cluster.instance import Instance, InstanceSettings
+from cluster.links import LocalNetwork
+from cluster.mover import InstanceMover
+from engine.batch import Drawn, StepResult
+from engine.blocks import BlockPool
+from engine.clock import SystemClock
+from engine.errors import InstanceLost, TransportError
+from engine.layout import KvLayout
+from engine.messages import Load, Role, Start, Tokens
+from engine.request import Request, Sampling
+
+LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
+REQUEST = Request("r1", (1, 2, 3, 4, 5), Sampling(max_tokens=6))
+
+
+class CountingExecutor:
+    """The next token is the position it stands at."""
+
+    def execute(self, batch, on_layer_group=None):
+        if on_layer_group is not None:
+            on_layer_group(0)
+        drawn = [Drawn(c.request_id, c.end) for c in batch.chunks if c.draw is not None]
+        return StepResult(tuple(drawn), 0.001)
+
+
+class BrokenExecutor:
+    def execute(self, batch, on_layer_group=None):
+        raise InstanceLost("a rank of the model failed")
+
+
+class InstantRank:
+    """Every pull succeeds at once, unless told to fail."""
+
+    def __init__(self):
+        self.pulls, self.error = 0, None
+
+    async def pull(self, order):
+        self.pulls += 1
+        if self.error is not None:
+            raise self.error
+
+    async def cancel(self, transfer):
+        """Nothing is under way."""
+
+
+@asynccontextmanager
+async def hosted(network, name, role, *, executor=None, rank=None):
+    pool = BlockPool(32, 4)
+    instance = Instance(name, role, pool, LAYOUT, settings=InstanceSettings(), eos=frozenset())
+    async with asyncio.TaskGroup() as tasks:
+        host = Host(
+            instance,
+            executor=executor or CountingExecutor(),
+            link=network.join(name),
+            mover=InstanceMover([rank or InstantRank()], tasks),
+            clock=SystemClock(),
+            settings=HostSettings(heartbeat_s=0.02, change_s=0.001),
+        )
+        running = tasks.create_task(host.run())
+        yield host
+        running.cancel()
+
+
+async def tokens_of(link, count):
+    found = []
+    async with asyncio.timeout(5):
+        while len(found) < count:
+            _, message = await link.receive()
+            if isinstance(message, Tokens):
+                found += message.tokens
+    return found
+
+
+async def loads_of(link, count):
+    found = []
+    async with asyncio.timeout(5):
+        while len(found) < count:
+            sender, message = await link.receive()
+            if isinstance(message, Load):
+                found.append((sender, message))
+    return found
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  the loop's own turns are what is waited for
+            await asyncio.sleep(0)
+
+
+async def run_broken(network, gateway):
+    async with (
+        hosted(network, "mixed-0", Role.MIXED, executor=BrokenExecutor()),
+        asyncio.timeout(5),
+    ):
+        gateway.send("mixed-0", Start(REQUEST, 1))
+        await asyncio.Event().wait()
+
+
+def is_empty(host):
+    host.instance.pool.check()
+    return host.instance.pool.available == 32
+
+
+async def test_a_mixed_instance_streams_every_token_and_ends_empty():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    async with hosted(network, "mixed-0", Role.MIXED) as host:
+        gateway.send("mixed-0", Start(REQUEST, 1))
+        tokens = await tokens_of(gateway, 6)
+        assert [token.index for token in tokens] == list(range(6))
+        assert [token.token for token in tokens] == [5, 6, 7, 8, 9, 10]
+        assert is_empty(host)
+
+
+async def test_a_handoff_goes_on_at_the_next_token():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    rank = InstantRank()
+    async with (
+        hosted(network, "prefill-0", Role.PREFILL) as prefill,
+        hosted(network, "decode-0", Role.DECODE, rank=rank) as decode,
+    ):
+        gateway.send("prefill-0", Start(REQUEST, 1, (), "decode-0", 2))
+        tokens = await tokens_of(gateway, 6)
+        assert [(token.epoch, token.index) for token in tokens] == [
+            (1, 0), (2, 1), (2, 2), (2, 3), (2, 4), (2, 5),
+        ]  # fmt: skip
+        assert rank.pulls > 0
+        assert is_empty(decode)
+        del prefill
+
+
+async def test_loads_are_told_as_heartbeats_and_when_something_changes():
+    network = LocalNetwork()
+    gateway, controller = network.join("gateway-0"), network.join("controller")
+    async with hosted(network, "mixed-0", Role.MIXED) as host:
+        host.tell(["gateway-0", "controller"])
+        heard = await loads_of(controller, 3)
+        assert {sender for sender, _ in heard} == {"mixed-0"}
+        host.instance.set_role(Role.DECODE)
+        host.pump()
+        async with asyncio.timeout(5):
+            while (await loads_of(gateway, 1))[0][1].role is not Role.DECODE:
+                pass
+
+
+async def test_a_lost_gateways_requests_are_dropped():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    long = Request("r2", (1, 2, 3), Sampling(max_tokens=100))
+    async with hosted(network, "mixed-0", Role.MIXED) as host:
+        gateway.send("mixed-0", Start(long, 1))
+        await tokens_of(gateway, 2)
+        network.kill("gateway-0")
+        await until(lambda: is_empty(host))
+
+
+async def test_a_failed_batch_ends_the_host():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    with pytest.raises(ExceptionGroup) as caught:
+        await run_broken(network, gateway)
+    assert caught.group_contains(InstanceLost)
+
+
+async def test_a_failed_pull_is_an_outcome_not_a_crash():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    rank = InstantRank()
+    rank.error = TransportError("the bytes did not arrive")
+    async with (
+        hosted(network, "prefill-0", Role.PREFILL),
+        hosted(network, "decode-0", Role.DECODE, rank=rank) as decode,
+    ):
+        gateway.send("prefill-0", Start(REQUEST, 1, (), "decode-0", 2))
+        await tokens_of(gateway, 1)
+        await until(lambda: rank.pulls > 0 and is_empty(decode))
