@@ -1,0 +1,44 @@
+"""An instance of two ranks: one dead rank takes all of it down, and all of it comes back."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from tests.ray.serving import serve
+from tests.ray.streams import Reader, holds_nothing, until
+
+CONFIG = """
+model: demo
+pools:
+  prefill: {instances: 1}
+  decode: {instances: 1, tensor_parallel: 2}
+"""
+
+
+@pytest.fixture
+def cut(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    serving = serve(tmp_path / "serve.log", str(path))
+    yield serving
+    assert serving.end() == 0, serving.log.read_text()[-4000:]
+
+
+async def read(cluster, tokens, kill=None):
+    async with cluster.async_client() as client:
+        readers = [Reader(client, number, tokens) for number in range(2)]
+        if kill is not None:
+            await asyncio.gather(*(reader.begun.wait() for reader in readers))
+            os.kill(kill, signal.SIGKILL)
+        await asyncio.gather(*(reader.task for reader in readers))
+    return [reader.tokens for reader in readers]
+
+
+async def test_a_dead_rank_costs_a_pause(cut):
+    undisturbed = await read(cut, 60)
+    first, second = await asyncio.to_thread(cut.pids, "decode-0")
+    assert await read(cut, 60, kill=second) == undisturbed
+    await until(lambda: set(cut.pids("decode-0")).isdisjoint({first, second}))
+    await until(holds_nothing(cut))
