@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from cluster.http_protocol import BoundedHttp
 from cluster.tls import uvicorn_options
 from engine.errors import BadConfig
 
@@ -32,7 +33,7 @@ class HttpServer:
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=BoundedHttp,
                 ws="none",
                 lifespan="off",
                 log_level="warning",

@@ -21,6 +21,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from cluster.doors import listen
 from cluster.grpc_door import GrpcDoor
 from cluster.http import HttpDoor, HttpLimits, HttpSettings
+from cluster.http_protocol import HEAD_BYTES, BoundedHttp
 from cluster.openapi import openapi_document
 from cluster.rpc import tandem_pb2 as pb
 from engine.grammar import GrammarCompiler
@@ -40,6 +41,10 @@ SCHEMA = schemathesis.openapi.from_dict(openapi_document(with_keys=False))
 FUZZED = settings(
     max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
+
+
+class QuickHttp(BoundedHttp):
+    head_s = 0.3
 
 
 class Served:
@@ -68,7 +73,7 @@ class Served:
         async with running(*names, grammars=grammars, context_tokens=48) as cluster:
             limits = HttpLimits(body_bytes=100_000, body_s=0.2)
             door = HttpDoor(cluster.gateway, HttpSettings(limits))
-            config = uvicorn.Config(door.app, lifespan="off", log_level="critical")
+            config = uvicorn.Config(door.app, http=QuickHttp, lifespan="off", log_level="critical")
             server = uvicorn.Server(config)
             grpc_door = GrpcDoor(cluster.gateway, FakeOperator(), port=0)
             await grpc_door.start()
@@ -182,9 +187,27 @@ def test_an_oversized_body_is_refused_before_it_is_read():
         assert talk(server, head).startswith(b"HTTP/1.1 413 ")
 
 
-def test_what_is_not_http_is_refused():
+def test_what_is_not_http_is_refused_in_the_same_shape():
     with served() as server:
-        assert b" 400 " in talk(server, b"\x00\xff\x00 nonsense\r\n\r\n")
+        answer = talk(server, b"\x00\xff\x00 nonsense\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+def test_a_head_that_does_not_end_is_cut_off_by_time_and_by_size():
+    with served() as server:
+        assert talk(server, b"POST / HTTP/1.1\r\nhost: ").startswith(b"HTTP/1.1 408 ")
+        assert talk(server, b"").startswith(b"HTTP/1.1 408 ")
+        endless = b"GET / HTTP/1.1\r\n" + b"x-a: b\r\n" * (HEAD_BYTES // 8)
+        assert talk(server, endless).startswith(b"HTTP/1.1 431 ")
+
+
+def test_what_follows_a_chunked_body_is_ignored():
+    with served() as server:
+        head = REQUEST.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+        body = b'{"prompt": "a", "max_tokens": 1}'
+        chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\nx-after: 1\r\n\r\n"
+        assert talk(server, head + chunk).startswith(b"HTTP/1.1 200 ")
 
 
 CODES = {
