@@ -366,7 +366,8 @@ class Gateway:
         self._pending.pop(request.id, None)
         self._charge(choice)
         self._admission.ended(request.id)
-        self._router.ended(request.id)
+        output = [] if choice.entry is None else choice.entry.output
+        self._router.ended(request.id, (*request.prompt, *output), request.tenant)
         choice.timeline.finished_s = now
         self._tell_ended(choice, outcome, error, now)
         self._changed.set()

@@ -124,6 +124,20 @@ async def test_a_migration_costs_no_token_and_is_counted():
         cluster.assert_empty()
 
 
+async def test_a_conversations_next_turn_goes_where_its_beginning_is_cached():
+    async with running("mixed-0", "mixed-1") as cluster:
+        said = "x" * 100
+        first = await cluster.gateway.open(call(said, max_tokens=100))
+        deltas = await read(first)
+        cluster.gateway.close(first)
+        turn = (*tokens_of(said), *(delta.token for delta in deltas))
+        for _ in range(3):
+            second = await cluster.gateway.open(call(turn))
+            await read(second)
+            cluster.gateway.close(second)
+            assert second.choices[0].prefill == first.choices[0].prefill
+
+
 async def test_a_client_that_leaves_frees_every_holder():
     async with running("prefill-0", "decode-0") as cluster:
         cluster.paused.add("decode-0")
