@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 COMMITTED = "committed"
 """The state of a sequence that an instance holds only until its target is accepted."""
+ARRIVING = frozenset(("offered", "reserved", "copying"))
+"""States of a sequence whose KV is on its way to the instance that lists it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +281,7 @@ class Journal:
             elif entry.knows(running.epoch):
                 if running.state != COMMITTED:
                     entry.evidence_s = now
-            else:
+            elif running.state not in ARRIVING or running.epoch <= entry.highest:
                 actions.append(self._correct(entry, load.instance, running.epoch))
         return actions
 
@@ -396,6 +398,8 @@ class Journal:
         """What to tell an instance that believes in an epoch that has been replaced."""
         if entry.owner == instance and epoch == entry.resumed_from:
             return Send(instance, Resume(entry.id, epoch, entry.epoch))
+        if epoch == entry.claimed_from:
+            return Send(instance, Accepted(entry.id, entry.epoch))
         return Send(instance, Abort(entry.id, epoch))
 
     def _fail(self, entry: Entry, error: TandemError) -> list[Action]:

@@ -162,23 +162,28 @@ class DecodeScheduler:
         self.preemptions += 1
         self.remove(victim.id)
         step.preempted.append(victim.id)
-        blocks = tuple(victim.blocks)
+        filled = self._filled(victim)
         if self._swap_pays(victim):
-            slots = tuple(self._host_free.pop() for _ in blocks)
+            slots = tuple(self._host_free.pop() for _ in filled)
             self._swapped[victim.id] = victim, slots
-            step.swaps.append(Swap(victim.id, blocks, slots, to_host=True))
+            step.swaps.append(Swap(victim.id, filled, slots, to_host=True))
             victim.state = SequenceState.SWAPPED
         else:
             victim.computed = 0
             victim.state = SequenceState.WAITING
             self._waiting[victim.id] = victim
-        self.pool.release(blocks)
+        self.pool.release(victim.blocks)
         victim.blocks = []
 
+    def _filled(self, victim: Sequence) -> tuple[int, ...]:
+        """Its blocks but those in reserve: one that has moved here brought room to grow."""
+        return tuple(victim.blocks[: blocks_for(victim.computed, self.pool.block_tokens)])
+
     def _swap_pays(self, victim: Sequence) -> bool:
-        if len(victim.blocks) > len(self._host_free):
+        blocks = len(self._filled(victim))
+        if not 0 < blocks <= len(self._host_free):
             return False
-        swap_s = len(victim.blocks) * self.settings.swap_block_s
+        swap_s = blocks * self.settings.swap_block_s
         return swap_s <= victim.computed * self.settings.recompute_token_s
 
     def _swap_in(self, step: DecodeStep) -> None:

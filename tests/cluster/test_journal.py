@@ -11,10 +11,13 @@ from engine.messages import (
     Accepted,
     Claim,
     Dropped,
+    InstanceState,
+    Load,
     Lost,
     Migrate,
     Resume,
     Role,
+    Running,
     Start,
     Token,
     Verdict,
@@ -225,6 +228,48 @@ def test_an_ended_request_that_an_instance_still_lists_is_aborted_there():
     assert sent(journal.abort("r")) == [("mixed-0", Abort("r", 1))]
     assert sent(journal.load(mixed.load(), 1.0)) == [("mixed-0", Abort("r", 1))]
     assert journal.abort("r") == []
+
+
+def listing(instance: str, epoch: int, state: str) -> Load:
+    held = Running("r", epoch, state, 0, 3, 0, 1)
+    sizes = {"total_blocks": 8, "block_tokens": 4, "pinned_blocks": 0, "cached_blocks": 0}
+    return Load(
+        instance,
+        Role.MIXED,
+        InstanceState.READY,
+        0,
+        0,
+        0,
+        0,
+        7,
+        step_s=0.1,
+        sequences=(held,),
+        **sizes,
+    )
+
+
+def test_kv_that_moves_ahead_of_its_claim_is_left_alone():
+    journal = journal_with(ALONE)
+    assert journal.load(listing("mixed-1", 2, "copying"), 0.1) == []
+    assert sent(journal.load(listing("mixed-1", 2, "running"), 0.2)) == [("mixed-1", Abort("r", 2))]
+
+
+def test_a_former_owner_that_still_lists_what_it_gave_away_hears_that_it_was_accepted():
+    journal = journal_with(ALONE)
+    journal.token("mixed-0", token(1, 0), 0.0)
+    journal.claim("mixed-0", Claim("r", 1, 2, "mixed-1"))
+    journal.token("mixed-1", token(2, 1), 0.1)
+    assert sent(journal.load(listing("mixed-0", 1, "committed"), 0.2)) == [
+        ("mixed-0", Accepted("r", 2))
+    ]
+
+
+def test_kv_that_moves_for_an_owner_that_was_replaced_is_dropped():
+    journal = journal_with(SPLIT)
+    journal.lost("decode-0", 0.1)
+    assert sent(journal.load(listing("decode-0", 2, "copying"), 0.2)) == [
+        ("decode-0", Abort("r", 2))
+    ]
 
 
 def test_another_gateways_requests_are_left_alone():

@@ -111,6 +111,20 @@ def test_swapping_is_chosen_when_it_costs_less_and_brings_the_same_tokens_back()
     drain(decode)
 
 
+def test_room_that_a_newcomer_brought_to_grow_is_not_swapped():
+    decode = scheduler(blocks=6, host_slots=4, swap_block_s=1e-6, recompute_token_s=1.0)
+    old = arrive(decode, "old", 11, arrival_s=0.0)
+    late = arrive(decode, "late", 7, arrival_s=1.0)
+    late.blocks.extend(decode.pool.allocate(1))
+    step(decode)
+    (out,) = step(decode).swaps
+    assert (out.request_id, len(out.blocks), len(out.host_slots)) == ("late", 2, 2)
+    decode.pool.release(decode.remove(old.id).blocks)
+    (back,) = step(decode).swaps
+    assert (len(back.blocks), back.host_slots) == (2, out.host_slots)
+    drain(decode)
+
+
 def test_a_sequence_that_outgrows_the_whole_pool_is_reported():
     decode = scheduler(blocks=2)
     sequence = arrive(decode, "a", 8)

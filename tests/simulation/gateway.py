@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.journal import Action, Deliver, Fail, Journal, Reroute, Send
-from engine.messages import InstanceState, Load, Message, Role
-from placement.router import Route
-from tests.simulation.model import expected_output
+from engine.messages import InstanceState, Load, Message
 
 if TYPE_CHECKING:
     from engine.request import Request
+    from placement.router import Route
     from tests.simulation.world import World
 
 TICK_S = 0.2
@@ -38,7 +37,7 @@ class SimulatedGateway:
         return f"{self.name}: {[*self._waiting, *(e.id for e in self._journal.entries())]}"
 
     def submit(self, request: Request) -> None:
-        self._expected[request.id] = expected_output(request)
+        self._expected[request.id] = self._world.expected(request)
         self._delivered[request.id] = 0
         self._waiting[request.id] = request
         self._route_waiting()
@@ -82,6 +81,7 @@ class SimulatedGateway:
             f"seed {self._world.seed}: {request_id} token {index} is {token}, not {expected[index]}"
         )
         self._delivered[request_id] += 1
+        self._world.delivered(request_id, index)
 
     def _complete(self, request_id: str) -> None:
         count = self._delivered[request_id]
@@ -91,28 +91,24 @@ class SimulatedGateway:
 
     def _route_waiting(self) -> None:
         for request in list(self._waiting.values()):
-            route = self._route()
+            route = self._route(request)
             if route is not None:
                 del self._waiting[request.id]
                 self._carry_out(self._journal.open(request, route, self._world.now))
         for request_id in list(self._rerouting):
-            route = self._route()
+            entry = self._journal.find(request_id)
+            assert entry is not None
+            route = self._route(entry.request)
             if route is not None and request_id in self._rerouting:
                 del self._rerouting[request_id]
                 self._carry_out(self._journal.restart(request_id, route, self._world.now))
 
-    def _route(self) -> Route | None:
-        """Any instance may prefill, and any other decode, as routers do by policy."""
-        rng, nodes = self._world.rng, self._world.nodes
+    def _route(self, request: Request) -> Route | None:
+        nodes = self._world.nodes
         ready = [
             name
             for name in self._loads
             if name in nodes and nodes[name].instance.state is InstanceState.READY
         ]
         ready = ready or [name for name in self._loads if name in nodes]
-        if not ready:
-            return None
-        first = rng.choice(ready)
-        others = [name for name in ready if name != first]
-        alone = nodes[first].instance.role is Role.MIXED or not others or rng.random() < 0.1
-        return Route(first) if alone else Route(first, rng.choice(others))
+        return self._world.choose_route(request, ready) if ready else None

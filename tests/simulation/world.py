@@ -24,10 +24,11 @@ from engine.request import Request, Sampling
 from engine.slo import Slo
 from kvtransfer.transfer import PullCancel, PullOrder, TransferSettings
 from placement.role import RoleSettings
+from placement.router import Route
 from prefill.scheduler import PrefillSettings
 from tests.simulation import faults as fault
 from tests.simulation.gateway import SimulatedGateway
-from tests.simulation.model import EOS, FakeModel, layout
+from tests.simulation.model import EOS, FakeModel, expected_output, layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ class World:
         self.seed = seed
         self.rng = Random(seed)
         self.now = 0.0
-        self.faults = fault.drawn(self.rng)
+        self.faults = self._drawn_faults()
         self.block_tokens = self.rng.choice((2, 4))
         self._step_s = self.rng.choice((0.005, 0.02, 0.05))
         self.nodes: dict[str, Node] = {}
@@ -69,9 +70,48 @@ class World:
         self._roles = self._drawn_roles()
         for name in self._roles:
             self._boot(name)
-        for number in range(self.rng.choice((1, 1, 2))):
+        for number in range(self._drawn_gateways()):
             self._boot_gateway(f"gateway-{number}")
         self._schedule_faults()
+
+    # What chance decides about a world, once.
+
+    def _drawn_faults(self) -> fault.Faults:
+        return fault.drawn(self.rng)
+
+    def _drawn_gateways(self) -> int:
+        return self.rng.choice((1, 1, 2))
+
+    def _drawn_roles(self) -> dict[str, Role]:
+        if self.rng.random() < 0.25:
+            return {f"mixed-{n}": Role.MIXED for n in range(self.rng.choice((1, 2, 3)))}
+        prefills = {f"prefill-{n}": Role.PREFILL for n in range(self.rng.choice((1, 2)))}
+        decodes = {f"decode-{n}": Role.DECODE for n in range(self.rng.choice((1, 2, 3)))}
+        return prefills | decodes
+
+    def _drawn_settings(self) -> InstanceSettings:
+        rng = self.rng
+        return InstanceSettings(
+            role=RoleSettings(
+                prefill=PrefillSettings(
+                    token_budget=rng.choice((4, 16, 64)), policy=rng.choice(("deadline", "fcfs"))
+                ),
+                decode=DecodeSettings(
+                    max_sequences=rng.choice((2, 4, 16)),
+                    host_slots=rng.choice((0, 8, 32)),
+                    recompute_budget=rng.choice((1, 8, 64)),
+                ),
+                min_chunk=rng.choice((1, 8)),
+            ),
+            transfer=TransferSettings(
+                layer_groups=GROUPS,
+                max_rounds=rng.choice((1, 3, 8)),
+                max_offers=rng.choice((2, 64)),
+            ),
+        )
+
+    def _drawn_blocks(self, name: str) -> int:
+        return self.rng.choice((16, 20, 64))
 
     # Time.
 
@@ -141,46 +181,18 @@ class World:
 
     # Instances.
 
-    def _drawn_roles(self) -> dict[str, Role]:
-        if self.rng.random() < 0.25:
-            return {f"mixed-{n}": Role.MIXED for n in range(self.rng.choice((1, 2, 3)))}
-        prefills = {f"prefill-{n}": Role.PREFILL for n in range(self.rng.choice((1, 2)))}
-        decodes = {f"decode-{n}": Role.DECODE for n in range(self.rng.choice((1, 2, 3)))}
-        return prefills | decodes
-
     def _boot(self, name: str) -> None:
-        rng = self.rng
-        settings = InstanceSettings(
-            role=RoleSettings(
-                prefill=PrefillSettings(
-                    token_budget=rng.choice((4, 16, 64)), policy=rng.choice(("deadline", "fcfs"))
-                ),
-                decode=DecodeSettings(
-                    max_sequences=rng.choice((2, 4, 16)),
-                    host_slots=rng.choice((0, 8, 32)),
-                    recompute_budget=rng.choice((1, 8, 64)),
-                ),
-                min_chunk=rng.choice((1, 8)),
-            ),
-            transfer=TransferSettings(
-                layer_groups=GROUPS,
-                max_rounds=rng.choice((1, 3, 8)),
-                max_offers=rng.choice((2, 64)),
-            ),
-        )
-        pool = BlockPool(rng.choice((16, 20, 64)), self.block_tokens)
-        instance = Instance(
-            name,
-            self._roles[name],
-            pool,
-            layout(self.block_tokens),
-            settings=settings,
-            eos=frozenset((EOS,)),
-        )
-        node = Node(instance, FakeModel(self.block_tokens))
+        settings = self._drawn_settings()
+        node = self._node(name, settings, self._drawn_blocks(name))
         self.nodes[name] = node
-        self.after(rng.uniform(0, TICK_S), f"tick {name}", lambda: self._tick(node))
+        self.after(self.rng.uniform(0, TICK_S), f"tick {name}", lambda: self._tick(node))
         self.after(0.0, f"load {name}", lambda: self._tell_load(node))
+
+    def _node(self, name: str, settings: InstanceSettings, blocks: int) -> Node:
+        pool, eos = BlockPool(blocks, self.block_tokens), frozenset((EOS,))
+        shape = layout(self.block_tokens)
+        instance = Instance(name, self._roles[name], pool, shape, settings=settings, eos=eos)
+        return Node(instance, FakeModel(self.block_tokens))
 
     def alive(self, node: Node) -> bool:
         return self.nodes.get(node.instance.name) is node
@@ -248,9 +260,12 @@ class World:
         source = self.nodes.get(order.source)
         key = (order.transfer, order.number)
         node.pulls[key] = order
-        took_s = 0.001 + 0.001 * len(order.source_blocks) * self.rng.uniform(0.2, 3.0)
+        took_s = self._pull_s(len(order.source_blocks))
         label = f"pull {order.source}>{node.instance.name}"
         self.after(took_s, label, lambda: self._finish_pull(node, source, key))
+
+    def _pull_s(self, blocks: int) -> float:
+        return 0.001 + 0.001 * blocks * self.rng.uniform(0.2, 3.0)
 
     def _finish_pull(self, node: Node, source: Node | None, key: tuple[str, int]) -> None:
         """Blocks are read at the latest moment, so that freeing them early would show."""
@@ -260,11 +275,14 @@ class World:
         error: TransferError | None = None
         if source is None or not self.alive(source):
             error = PeerLost(f"{order.source} is gone")
-        elif self.rng.random() < self.faults.pull_error:
+        elif self._pull_breaks():
             error = TransportError("the link broke")
         else:
             self._copy(node, source, order)
         self._end_pull(node, key, error)
+
+    def _pull_breaks(self) -> bool:
+        return self.rng.random() < self.faults.pull_error
 
     def _copy(self, node: Node, source: Node, order: PullOrder) -> None:
         blocks = list(zip(order.source_blocks, order.target_blocks, strict=True))
@@ -314,14 +332,16 @@ class World:
         if not self.nodes:
             return
         name = self.rng.choice(list(self.nodes))
-        del self.nodes[name]
-        self.met["deaths"] += 1
         late = self.rng.random() < self.faults.slow_detection
         detected_s = self.rng.uniform(1.0, 4.0) if late else self.rng.uniform(0.05, 1.5)
+        self.kill(name, detected_s, again_s=detected_s + self.rng.uniform(0.1, 1.0))
+
+    def kill(self, name: str, detected_s: float, again_s: float) -> None:
+        """The instance is gone at once; everyone hears of it later, and later yet it is back."""
+        del self.nodes[name]
+        self.met["deaths"] += 1
         self.after(detected_s, f"lost {name}", lambda: self._announce(name))
-        self.after(
-            detected_s + self.rng.uniform(0.1, 1.0), f"boot {name}", lambda: self._boot(name)
-        )
+        self.after(again_s, f"boot {name}", lambda: self._boot(name))
 
     def _announce(self, name: str) -> None:
         """The roster reaches everyone for sure, though not at once."""
@@ -359,6 +379,21 @@ class World:
             )
 
     # Gateways and their clients.
+
+    def expected(self, request: Request) -> list[int]:
+        """What the request must be answered with."""
+        return expected_output(request)
+
+    def choose_route(self, request: Request, ready: list[str]) -> Route:
+        """Any instance may prefill, and any other decode, as routers do by policy."""
+        first = self.rng.choice(ready)
+        others = [name for name in ready if name != first]
+        mixed = self.nodes[first].instance.role is Role.MIXED
+        alone = mixed or not others or self.rng.random() < 0.1
+        return Route(first) if alone else Route(first, self.rng.choice(others))
+
+    def delivered(self, request_id: str, index: int) -> None:
+        """A client has got its next token."""
 
     def _boot_gateway(self, name: str) -> None:
         self.gateways[name] = SimulatedGateway(name, self)
