@@ -1,0 +1,101 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from cluster.mover import InstanceMover, RankMover, rank_name
+from engine.errors import InstanceLost, TransportError
+from engine.layout import KvLayout
+from kvtransfer.memory import MemoryNetwork, MemoryTransport
+from kvtransfer.transfer import PullCancel, PullOrder
+from kvtransfer.transport import Pool
+
+LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
+ORDER = PullOrder("t1", 1, "prefill-0", LAYOUT, (0, 2), (3, 1), 0, 2)
+
+
+def pool_of(value):
+    return Pool.of_array(np.full(LAYOUT.block_bytes(0) * 4, value, np.uint8))
+
+
+@pytest.fixture
+def ranks():
+    """A source whose bytes are 7 and a target whose bytes are 0, copying when told to."""
+    network = MemoryNetwork(automatic=False)
+    source_pool, target_pool = pool_of(7), pool_of(0)
+    source = MemoryTransport(rank_name("prefill-0", 0), source_pool, network)
+    target = MemoryTransport(rank_name("decode-0", 0), target_pool, network)
+    target.connect(rank_name("prefill-0", 0), source.metadata(rank_name("decode-0", 0)))
+    return network, RankMover(LAYOUT, 0, target), target_pool
+
+
+async def test_a_pull_ends_when_its_bytes_are_there(ranks):
+    network, mover, pool = ranks
+    pulling = asyncio.ensure_future(mover.pull(ORDER))
+    await asyncio.sleep(0)
+    assert not pulling.done()
+    while network.step():
+        pass
+    await pulling
+    blocks = pool.bytes().reshape(4, -1)
+    assert [bool((block == 7).all()) for block in blocks] == [False, True, False, True]
+
+
+async def test_a_cancelled_pull_is_fenced_and_reports_its_end(ranks):
+    network, mover, pool = ranks
+    pulling = asyncio.ensure_future(mover.pull(ORDER))
+    await asyncio.sleep(0)
+    await mover.cancel("t1")
+    with pytest.raises(TransportError, match="cancelled"):
+        await pulling
+    assert not network.step()
+    assert not pool.bytes().any()
+
+
+async def test_an_unknown_source_is_a_transfer_error(ranks):
+    _, mover, _ = ranks
+    with pytest.raises(TransportError, match="not connected"):
+        await mover.pull(PullOrder("t1", 1, "decode-9", LAYOUT, (0,), (0,), 0, 2))
+
+
+class Scripted:
+    """A rank whose pulls end as told."""
+
+    def __init__(self, ending=None):
+        self.ending, self.cancelled = ending, []
+
+    async def pull(self, order):
+        if self.ending is not None:
+            raise self.ending
+
+    async def cancel(self, transfer):
+        self.cancelled.append(transfer)
+
+
+async def run_order(*ranks):
+    ended = []
+    async with asyncio.TaskGroup() as tasks:
+        InstanceMover(ranks, tasks).start(ORDER, lambda order, error: ended.append((order, error)))
+    return ended
+
+
+async def test_an_instances_pull_has_ended_when_every_rank_is_done():
+    assert await run_order(Scripted(), Scripted()) == [(ORDER, None)]
+
+
+async def test_one_ranks_failure_fails_the_pull():
+    failure = TransportError("lost")
+    assert await run_order(Scripted(), Scripted(failure)) == [(ORDER, failure)]
+
+
+async def test_a_dead_rank_is_not_a_failed_pull_but_the_end_of_the_instance():
+    with pytest.raises(ExceptionGroup) as caught:
+        await run_order(Scripted(), Scripted(InstanceLost("rank 1")))
+    assert caught.group_contains(InstanceLost)
+
+
+async def test_a_cancel_reaches_every_rank():
+    ranks = [Scripted(), Scripted()]
+    async with asyncio.TaskGroup() as tasks:
+        InstanceMover(ranks, tasks).cancel(PullCancel("t1"))
+    assert [rank.cancelled for rank in ranks] == [["t1"], ["t1"]]
