@@ -37,7 +37,10 @@ def valid_keys(schema: dict[str, Any], steps: Sequence[str | int]) -> list[str]:
     """Names allowed in the mapping at `steps` of a JSON schema."""
     here = schema
     for step in steps:
-        here = _resolve(schema, here.get("properties", {}).get(step, {}))
+        if isinstance(step, int):
+            here = _resolve(schema, here.get("items", {}))
+        else:
+            here = _resolve(schema, here.get("properties", {}).get(step, {}))
     return sorted(here.get("properties", {}))
 
 
