@@ -203,7 +203,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def offer(instance, ports, door: str, pid: int, rate: float, options) -> float:
+async def offer(instance, ports, door: str, options, *, pid: int, rate: float) -> float:
     """Tokens delivered a second at an offered rate."""
     cpu_before = cpu_seconds(pid)
     run = await measure(instance, ports, door, rate, options)
@@ -220,7 +220,7 @@ async def capacity(instance, ports, door: str, pid: int, options) -> None:
     print(f"{door}: {options.streams} streams, {options.seconds:g} s a rate")
     best, rate, failures = 0.0, options.first_rate, 0
     while rate <= options.last_rate and failures < options.attempts:
-        kept = await offer(instance, ports, door, pid, rate, options)
+        kept = await offer(instance, ports, door, options, pid=pid, rate=rate)
         if kept < 0.95 * rate:
             failures += 1
         else:
