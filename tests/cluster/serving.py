@@ -61,6 +61,7 @@ class FakeCluster:
     def __init__(
         self,
         names,
+        *,
         draw=hash_token,
         settings=None,
         observers=(),
