@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cluster.roster import InstanceSpec, Roster, Seat
     from cluster.worker import Worker
     from cluster.zmq_link import ClusterKey
+    from engine.batch import Executor
     from engine.messages import Role
     from kvtransfer.transfer import PullOrder
 
@@ -77,12 +78,12 @@ class Leading:
         spec: InstanceSpec,
         loaded: LoadedRank,
         *,
+        executor: Executor,
         seats: tuple[Seat, ...],
         network: Network,
     ) -> None:
-        assert loaded.executor is not None
         self._config, self._spec = config, spec
-        self._loaded, self._executor = loaded, loaded.executor
+        self._loaded, self._executor = loaded, executor
         self._clock = SystemClock()
         self._others = [find_worker(spec.name, rank) for rank in range(1, spec.workers)]
         self._link = ZmqLink(spec.name, network.bind(spec.name), network.key, config.limits.links)

@@ -31,8 +31,6 @@ GPU_WORKSPACE_BYTES = 1 << 30
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
     runner: Runner
-    executor: Executor | None
-    """Of the whole instance; only the leader has it."""
     transport: Transport
     mover: RankMover
     checkpoint: Checkpoint
@@ -50,7 +48,6 @@ def load_rank(
     from cluster.transports import open_transport
     from engine.checkpoint import open_checkpoint
     from engine.parallel import join
-    from engine.parallel_runner import ParallelRunner
     from engine.runner import Runner, resolve_dtype
 
     checkpoint = open_checkpoint(config.model, config.engine.max_length)
@@ -83,13 +80,17 @@ def load_rank(
         threads=config.engine.threads,
         deterministic=config.engine.deterministic,
     )
-    executor = None
-    if rank == 0:
-        executor = runner if parallel.size == 1 else ParallelRunner(runner)
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
     mover = RankMover(runner.layout, rank, transport)
-    return LoadedRank(runner, executor, transport, mover, checkpoint, blocks, spec.device)
+    return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
+
+
+def lead_ranks(runner: Runner) -> Executor:
+    """What runs batches on the whole instance; waits until the other ranks follow."""
+    from engine.parallel_runner import ParallelRunner
+
+    return runner if runner.parallel.size == 1 else ParallelRunner(runner)
 
 
 def make_sampler(checkpoint: Checkpoint) -> Sampler:

@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.leading import Leading
 from cluster.logs import set_up_logging
 from cluster.mover import rank_name
-from cluster.rank import free_meeting, load_rank
+from cluster.rank import free_meeting, lead_ranks, load_rank
 from cluster.roster import Roster, Seat
 from engine.errors import InstanceLost
 
@@ -75,8 +75,16 @@ class Worker:
 
     async def lead(self, seats: tuple[Seat, ...]) -> None:
         """Rank 0: hosts the instance from now on."""
+        loop = asyncio.get_running_loop()
+        runner = self._rank_loaded.runner
+        executor = await loop.run_in_executor(self._thread, lead_ranks, runner)
         self._leading = Leading(
-            self._config, self._spec, self._rank_loaded, seats=seats, network=self._network
+            self._config,
+            self._spec,
+            self._rank_loaded,
+            executor=executor,
+            seats=seats,
+            network=self._network,
         )
         self._start(self._leading.run(self))
 
