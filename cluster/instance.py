@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from engine.errors import TransferError
     from engine.layout import KvLayout
     from engine.messages import Role
+    from kvtransfer.arrivals import Arrived
     from kvtransfer.transfer import Outgoing, PullCancel, PullOrder
     from placement.role import Step
 
@@ -355,14 +356,15 @@ class Instance:
             self.pool.release(gone.blocks)
             self._forget(gone.id)
 
-    def _arrived(self, arrived: tuple[str, Sequence] | None, now: float) -> None:
+    def _arrived(self, arrived: Arrived | None, now: float) -> None:
         if arrived is None:
             return
-        gateway, sequence = arrived
+        sequence = arrived.sequence
         if self._sequence(sequence.id) is not None:
             self._end(sequence.id, now)
-        self._gateways[sequence.id] = gateway
-        self._stamps[sequence.id] = {"transferred_s": now}
+        self._gateways[sequence.id] = arrived.gateway
+        kv_bytes = arrived.copied_blocks * self._layout.instance_block_bytes
+        self._stamps[sequence.id] = {"transferred_s": now, "kv_bytes": float(kv_bytes)}
         self._decode.add(sequence)
 
     def _cancelled(self, sender: str, message: Cancelled, now: float) -> None:

@@ -201,7 +201,7 @@ class Migrations:
     def _tell(self, out: Outgoing, outcome: str, now: float) -> None:
         pause_s = 0.0 if out.sealed_at_s is None else now - out.sealed_at_s
         layout = self._departures.layout
-        token_bytes = sum(layout.block_bytes(r) for r in range(layout.ranks)) / layout.block_tokens
+        token_bytes = layout.instance_block_bytes / layout.block_tokens
         self._send(
             out.gateway,
             Migrated(

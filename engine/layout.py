@@ -63,6 +63,11 @@ class KvLayout:
     def block_bytes(self, rank: int) -> int:
         return len(self.stage_layers(self.stage_of_rank(rank))) * self.layer_bytes(rank)
 
+    @property
+    def instance_block_bytes(self) -> int:
+        """One block over all ranks."""
+        return sum(self.block_bytes(rank) for rank in range(self.ranks))
+
     def offset(self, rank: int, block: int, layer: int, *, value: bool, head: int) -> int:
         """Byte offset in the rank's pool of a head's keys or values of one layer in one block."""
         stage = self.stage_layers(self.stage_of_rank(rank))

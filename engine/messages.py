@@ -78,7 +78,7 @@ class Token:
     finish: FinishReason | None = None
     logprobs: Logprobs | None = None
     stamps: tuple[tuple[str, float], ...] = ()
-    """Moments of events.Timeline that this token makes known."""
+    """Moments of events.Timeline that this token makes known, and `kv_bytes` that were copied."""
 
 
 @dataclass(frozen=True, slots=True)

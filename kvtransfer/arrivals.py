@@ -5,6 +5,7 @@ Reserved blocks of an aborted transfer stay reserved until every copy into them 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.blocks import blocks_for, prefix_hashes
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 REMEMBERED = 4096
 """Ended transfers kept in mind, so that a late offer does not start one again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    gateway: str
+    sequence: Sequence
+    copied_blocks: int
 
 
 class Arrivals:
@@ -106,8 +114,8 @@ class Arrivals:
         if not incoming.over:
             self._report(incoming, now)
 
-    def confirmed(self, sender: str, message: Confirmed, now: float) -> tuple[str, Sequence] | None:
-        """The gateway and the sequence that may go on here, its KV complete and owned."""
+    def confirmed(self, sender: str, message: Confirmed, now: float) -> Arrived | None:
+        """The sequence that may go on here, its KV complete and owned."""
         incoming = self._heard(message.transfer, sender, now)
         if incoming is None or not incoming.has(message.computed):
             return None
@@ -116,7 +124,8 @@ class Arrivals:
         self._pool.claim(incoming.reserved)
         sequence = _sequence_of(incoming, message)
         self._remember_prefix(sequence)
-        return incoming.offer.gateway, sequence
+        copied = blocks_for(sequence.computed, self.layout.block_tokens) - len(incoming.shared)
+        return Arrived(incoming.offer.gateway, sequence, copied)
 
     def cancelled(self, sender: str, message: Cancelled) -> None:
         incoming = self._open.get(message.transfer)
