@@ -21,6 +21,7 @@ from engine.messages import Role
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
 from placement.admission import AdmissionSettings
+from placement.balancer import BalancerSettings
 from placement.router import RouterSettings
 from prefill.scheduler import PrefillSettings
 
@@ -118,6 +119,8 @@ class MigrationConfig(Section):
     """Whether the balancer may move running requests."""
     interval_s: Seconds = 1.0
     """How often it looks."""
+    balancer: BalancerSettings = BalancerSettings()
+    """What it moves, and how much at a time."""
 
 
 class TlsConfig(Section):

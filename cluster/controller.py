@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayError
 
 from cluster.actors import answer
+from cluster.balancing import Balancing
 from cluster.config import Config
 from cluster.events import Event, EventLog
 from cluster.launch import Launched, Launcher
@@ -28,11 +29,13 @@ from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.errors import BadInput, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Role
+from placement.view import InstanceView, View
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
     from cluster.leading import Network
+    from engine.messages import Message
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +79,7 @@ class Controller:
         self._news = asyncio.Event()
         self._recovered = asyncio.Event()
         self._fatal: BadInput | None = None
-        self._draining: dict[str, set[str]] = {}
-        """Per draining instance, the requests already asked to move."""
+        self._balancing = Balancing(self._config.migration, self._view, self._send, self._note)
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._lease_until_s = self._clock.now() + self._config.limits.supervisor_lease_s
         self._main = asyncio.get_running_loop().create_task(self._run())
@@ -106,6 +108,8 @@ class Controller:
 
     async def note(self, kind: str, subject: str, text: str, fields: dict[str, object]) -> None:
         """Something that a gateway saw."""
+        if kind == "migration":
+            self._balancing.ended(subject, text)
         self._note(kind, subject, text, **fields)
 
     # For operators.
@@ -162,7 +166,6 @@ class Controller:
         """Moves its requests away and stops it; returns when it is gone or its time is up."""
         launched = self._up(name)
         self._desire(spec for spec in self._book.roster.desired if spec.name != name)
-        self._draining[name] = set()
         self._note("instance", name, "draining")
         limit_s = self._config.limits.drain_s
         try:
@@ -213,6 +216,7 @@ class Controller:
             self._desire(self._book.roster.desired)
             self._tasks.create_task(self._listen())
             self._tasks.create_task(self._look())
+            self._tasks.create_task(self._balancing.run())
 
     def _adopt(self, found: Recovered) -> None:
         for launched in found.instances:
@@ -280,8 +284,8 @@ class Controller:
             if isinstance(message, Load):
                 self._heartbeats.heard(sender, self._clock.now())
                 self._loads[sender] = message
-                if message.state is InstanceState.DRAINING and sender in self._draining:
-                    self._evacuate(message)
+                if message.state is InstanceState.DRAINING:
+                    self._balancing.empty()
 
     async def _look(self) -> None:
         while True:
@@ -317,28 +321,29 @@ class Controller:
         await self.shut_down()
         os._exit(0)
 
-    def _evacuate(self, load: Load) -> None:
-        """Sends each running request of a draining instance to the one with the most room."""
-        asked = self._draining[load.instance]
-        for running in load.sequences:
-            target = self._roomiest(load.instance)
-            if running.request_id in asked or target is None:
-                continue
-            asked.add(running.request_id)
-            self._link.send(load.instance, Migrate(running.request_id, target, "drain"))
+    def _view(self) -> View:
+        """What can be balanced: a newcomer that not everyone knows yet takes nothing."""
+        known = self._book.roster.settled
+        return View(
+            self._clock.now(),
+            tuple(
+                InstanceView(
+                    load,
+                    device=self._instances[name].spec.device,
+                    tensor_parallel=self._instances[name].spec.tensor_parallel,
+                    pipeline_parallel=self._instances[name].spec.pipeline_parallel,
+                )
+                for name, load in sorted(self._loads.items())
+                if name in known and name in self._instances
+            ),
+        )
 
-    def _roomiest(self, but: str) -> str | None:
-        loads = [
-            load
-            for name, load in sorted(self._loads.items())
-            if name != but and load.role.decodes and load.state is InstanceState.READY
-        ]
-        return max(loads, key=lambda load: load.free_blocks).instance if loads else None
+    def _send(self, to: str, message: Message) -> None:
+        self._link.send(to, message)
 
     def _forget(self, name: str) -> None:
         self._heartbeats.forget(name)
         self._loads.pop(name, None)
-        self._draining.pop(name, None)
         self._link.disconnect(name)
         self._book.leave(name)
         self._announce()
