@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer._click.exceptions import UsageError
 
-from cluster import cli_bench, cli_chat, cli_operate, cli_serve
+from cluster import cli_bench, cli_chat, cli_operate, cli_plan, cli_serve
 from engine.errors import BadInput, TandemError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (cli_serve, cli_chat, cli_operate, cli_bench):
+for part in (cli_serve, cli_chat, cli_operate, cli_bench, cli_plan):
     part.register(app)
 
 

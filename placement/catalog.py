@@ -140,7 +140,12 @@ def model_names() -> tuple[str, ...]:
 
 def read_hardware(path: Path) -> Hardware:
     """A fleet file: `nodes` (device, count, devices, link, power_cap_w, ...) and `network`."""
-    content = _mapping(str(path), _load(path))
+    return hardware_from(_load(path))
+
+
+def hardware_from(raw: object) -> Hardware:
+    """What a fleet file holds, or the `hardware` of a plan."""
+    content = _mapping("hardware", raw)
     _known_keys("hardware", content, {"nodes", "network"})
     nodes = content.get("nodes")
     if not isinstance(nodes, list) or not nodes:
@@ -169,9 +174,9 @@ def _group(field: str, entry: object) -> NodeGroup:
     if "memory_bytes" in raw:
         device = replace(device, memory_bytes=_positive(field, raw, "memory_bytes", 0))
     if "price_per_hour" in raw:
-        device = replace(device, price_per_hour=float(raw["price_per_hour"]))
+        device = replace(device, price_per_hour=_amount(field, raw, "price_per_hour"))
     if "power_cap_w" in raw:
-        device = device.capped(float(raw["power_cap_w"]))
+        device = device.capped(_amount(field, raw, "power_cap_w"))
     return NodeGroup(
         device,
         _positive(field, raw, "count", 1),
@@ -185,6 +190,13 @@ def _positive(field: str, raw: Mapping[str, Any], key: str, default: int) -> int
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise BadConfig(f"{field}.{key}", value, "must be a whole number of at least 1")
     return value
+
+
+def _amount(field: str, raw: Mapping[str, Any], key: str) -> float:
+    value = raw[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        raise BadConfig(f"{field}.{key}", value, "must be a number of at least 0")
+    return float(value)
 
 
 def _known_keys(field: str, raw: Mapping[str, Any], known: set[str]) -> None:

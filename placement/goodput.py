@@ -86,7 +86,8 @@ def what_is_missed(outcome: Outcome) -> str:
     if outcome.preemptions > len(outcome.arrived_s) // 50:
         return "KV memory"
     waits = outcome.parts_s()["transfer"]
-    if slow > late and np.nanmean(waits) > np.nanmean(outcome.slo_tpot_s) * 10:
+    handed_off = not np.isnan(waits).all()
+    if slow > late and handed_off and np.nanmean(waits) > np.nanmean(outcome.slo_tpot_s) * 10:
         return "KV memory on the decode side"
     return "TTFT" if late >= slow else "TPOT"
 

@@ -1,0 +1,99 @@
+"""What the planner's commands read: a model's shape, a fleet, a profile of it, and plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.yaml_file import read_yaml
+from engine.errors import BadConfig, NoFeasiblePlan
+from placement.catalog import find_model, hardware_from
+from placement.costbook import CostBook
+from placement.model_shape import read_shape
+from placement.plan import plan_from
+from placement.profile import fit_link, read_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from placement.catalog import Hardware, NodeGroup
+    from placement.model_shape import ModelShape
+    from placement.plan import Plan
+    from placement.profile import Profile
+    from placement.workload import Workload
+
+DEMO = "demo"
+
+
+def find_shape(model: str) -> ModelShape:
+    """The built-in model, a checkpoint directory, or a model of the catalog."""
+    if model == DEMO:
+        with resources.as_file(resources.files("engine") / DEMO) as directory:
+            return read_shape(directory)
+    path = Path(model).expanduser()
+    return find_model(str(path.resolve()) if path.is_dir() else model)
+
+
+def fleet_with(hardware: Path, profile: Path | None) -> dict[str, Any]:
+    """What a plan says of its hardware: the fleet file, and the profile it was planned with."""
+    fleet = read_yaml(hardware)
+    return fleet if profile is None else {**fleet, "profile": str(profile)}
+
+
+def cost_book(model: str, fleet: Mapping[str, Any]) -> CostBook:
+    """Costs by the roofline, and by the profile on the device that it measured."""
+    nodes = {key: value for key, value in fleet.items() if key != "profile"}
+    hardware = hardware_from(nodes)
+    if "profile" not in fleet:
+        return CostBook(find_shape(model), hardware)
+    profile = read_profile(Path(str(fleet["profile"])))
+    _check_device(profile, hardware)
+    return CostBook(
+        find_shape(model), _with_measured_links(hardware, profile), {profile.device: profile}
+    )
+
+
+def _check_device(profile: Profile, hardware: Hardware) -> None:
+    devices = [group.device.name for group in hardware.groups]
+    if profile.device not in devices:
+        raise BadConfig("profile.device", profile.device, f"the fleet has {', '.join(devices)}")
+
+
+def _with_measured_links(hardware: Hardware, profile: Profile) -> Hardware:
+    if not profile.transfers:
+        return hardware
+    groups = tuple(_with_measured_link(group, profile) for group in hardware.groups)
+    return replace(hardware, groups=groups)
+
+
+def _with_measured_link(group: NodeGroup, profile: Profile) -> NodeGroup:
+    if group.device.name != profile.device:
+        return group
+    return replace(group, link=fit_link(profile.transfers, group.link.name))
+
+
+def read_plan_file(path: Path) -> Plan:
+    content = read_yaml(path)
+    for key in ("slo", "hardware", "engine"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise BadConfig(key, content[key], "must be a mapping")
+    return plan_from(content)
+
+
+def planned_fleet(plan: Plan, profile: Path | None) -> dict[str, Any]:
+    """The hardware that a plan was made for; another profile may take its profile's place."""
+    if not plan.hardware:
+        raise BadConfig("plan.hardware", None, "is required to simulate it")
+    return plan.hardware if profile is None else {**plan.hardware, "profile": str(profile)}
+
+
+def check_memory(plan: Plan, book: CostBook, workload: Workload) -> None:
+    """Every instance must hold its weights and the longest request."""
+    longest = workload.longest_context
+    for number, pool in enumerate(plan.pools):
+        room = book.kv_tokens(pool.cut)
+        if room < longest:
+            rule = f"the longest request has {longest} tokens, memory is left for {max(room, 0)}"
+            raise NoFeasiblePlan(f"pools[{number}]", str(pool), rule)

@@ -1,0 +1,284 @@
+"""Planning from the command line: what is written, what is shown, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from cluster.cli import run
+from cluster.config import load_config
+from cluster.planning import cost_book, find_shape
+from cluster.profile_passes import Pass, passes_of, profile_entry
+from engine.checkpoint import open_checkpoint
+from placement.costbook import Cut
+from placement.latency import mixed_step
+from placement.profile import Measured, profile_from
+
+PASSES = [
+    {"tokens": 16, "squares": 256, "seconds": 0.004},
+    {"tokens": 256, "squares": 65536, "seconds": 0.02},
+    {"tokens": 1024, "squares": 1048576, "seconds": 0.1},
+]
+DECODES = [
+    {"batch": 1, "context": 100, "seconds": 0.002},
+    {"batch": 16, "context": 1600, "seconds": 0.004},
+    {"batch": 64, "context": 20000, "seconds": 0.012},
+]
+CONTRACT_FIELDS = {
+    "requests", "finished", "failed", "duration_s", "rate_rps", "throughput_tokens_s",
+    "attainment", "goodput_rps", "ttft_s", "tpot_s", "itl_s", "e2e_s", "ttft_parts_s",
+}  # fmt: skip
+
+SPLIT_PLAN = {
+    "model": "demo",
+    "slo": {"ttft_s": 1.0, "tpot_s": 0.1},
+    "hardware": {"nodes": [{"device": "cpu-core"}]},
+    "pools": [{"role": "prefill"}, {"role": "decode"}],
+}
+
+
+@pytest.fixture
+def tandem(capsys):
+    def command(*arguments):
+        status = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Fleets of one and of two cores, thirty small requests, and the built-in model's profile."""
+    generator = np.random.default_rng(0)
+    arrivals = np.cumsum(generator.exponential(0.5, 30))
+    rows = [
+        f"{arrival:.3f},{generator.integers(16, 128)},{generator.integers(2, 16)}"
+        for arrival in arrivals
+    ]
+    write(tmp_path / "fleet.yaml", "nodes: [{device: cpu-core, devices: 1}]")
+    write(tmp_path / "two.yaml", "nodes: [{device: cpu-core, devices: 2}]")
+    write(tmp_path / "load.csv", "\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]))
+    write(tmp_path / "profile.json", json.dumps(profile_document("demo")))
+    return tmp_path
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def profile_document(model, device="cpu-core"):
+    run = {"kv_capacity_tokens": 50_000, "prefill": PASSES, "decode": DECODES}
+    transfer = [{"bytes": size, "seconds": 1e-4 + size / 4e9} for size in (1e5, 1e6, 1e7)]
+    return {"model": model, "device": device, "runs": [run], "transfer": transfer}
+
+
+def plan_arguments(files, **changed):
+    options = {
+        "model": "demo",
+        "hardware": files / "fleet.yaml",
+        "workload": files / "load.csv",
+        "profile": files / "profile.json",
+        "ttft": 0.5,
+        "tpot": 0.05,
+        "requests": 50,
+        "processes": 1,
+        "output": files / "plan.yaml",
+        **changed,
+    }
+    return ["plan", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def refused(answer, field):
+    status, out, err = answer
+    lines = [line for line in err.splitlines() if line.startswith("tandem:")]
+    assert (status, out) == (2, "")
+    assert len(lines) == 1
+    assert field in lines[0]
+
+
+def test_a_plan_is_written_shown_and_deployable(tandem, files):
+    status, out, err = tandem(*plan_arguments(files, hardware=files / "two.yaml"))
+    assert status == 0
+    assert "per accelerator" in out
+    assert "limited by" in out
+    assert "simulating candidates" in err
+    written = yaml.safe_load((files / "plan.yaml").read_text())
+    assert written["model"] == "demo"
+    assert written["hardware"]["profile"] == str(files / "profile.json")
+    assert set(written["predicted"]) >= CONTRACT_FIELDS
+    config = load_config(str(files / "plan.yaml"))
+    deployed = {pool["role"]: pool["instances"] for pool in written["pools"]}
+    for role in ("prefill", "decode", "mixed"):
+        assert getattr(config.pools, role).instances == deployed.get(role, 0)
+
+
+def test_the_plan_as_json_is_the_file(tandem, files):
+    arguments = plan_arguments(files, objective="accelerators", rate=1.0)
+    status, out, _ = tandem(*arguments, "--json")
+    assert status == 0
+    assert json.loads(out) == yaml.safe_load((files / "plan.yaml").read_text())
+
+
+def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    simulate = ("simulate", "--plan", plan, "--workload", files / "load.csv")
+    status, out, _ = tandem(*simulate, "--rate", 4, "--json")
+    figures = json.loads(out)
+    assert status == 0
+    assert set(figures) >= CONTRACT_FIELDS
+    assert figures["finished"] == figures["requests"] == 30
+    assert figures["rate_rps"] == pytest.approx(4)
+    assert figures["ttft_parts_s"]["transfer"] > 0
+    status, out, err = tandem(*simulate, "--profile", files / "profile.json")
+    assert (status, err) == (0, "")
+    assert "within targets" in out
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"ttft": 0.001}, "slo.ttft_s"),
+        ({"tpot": 0.0001}, "slo.tpot_s"),
+        ({"ttft": -1}, "slo.ttft_s"),
+        ({"attainment": 1.5}, "slo.attainment"),
+        ({"rate": 1e6}, "rate"),
+        ({"rate": -1}, "rate"),
+        ({"objective": "cost"}, "rate"),
+        ({"objective": "costs"}, "did you mean 'cost'"),
+        ({"power-cap": 1}, "power_cap_w"),
+        ({"power-cap": -1}, "power-cap"),
+        ({"requests": 3}, "requests"),
+        ({"model": "llama-3.1-8c"}, "llama-3.1-8b"),
+        ({"hardware": "absent.yaml"}, "absent.yaml"),
+        ({"workload": "absent.csv"}, "absent.csv"),
+        ({"profile": "absent.json"}, "absent.json"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_and_status_2(tandem, files, changed, field):
+    refused(tandem(*plan_arguments(files, **changed)), field)
+    assert not (files / "plan.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("arrival_s,prompt_tokens\n0,5\n", "output_tokens"),
+        ("arrival_s,prompt_tokens,output_tokens\n2,5,5\n1,5,5\n", "row 3, arrival_s"),
+        ("arrival_s,prompt_tokens,output_tokens\n-2,5,5\n", "row 2, arrival_s"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,many,5\n", "row 2, prompt_tokens"),
+        ("arrival_s,prompt_tokens,output_tokens\n", "no requests"),
+    ],
+)
+def test_a_bad_workload_is_one_line_and_status_2(tandem, files, text, field):
+    path = write(files / "bad.csv", text)
+    refused(tandem(*plan_arguments(files, workload=path)), field)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("nodes: [{device: h1000}]", "h1000"),
+        ("nodes: []", "hardware.nodes"),
+        ("nodes: [{device: cpu-core, cores: 2}]", "cores"),
+        ("nodes: [{device: cpu-core, price_per_hour: cheap}]", "price_per_hour"),
+        ("- cpu-core", "mapping"),
+    ],
+)
+def test_a_bad_fleet_is_one_line_and_status_2(tandem, files, text, field):
+    path = write(files / "bad.yaml", text)
+    refused(tandem(*plan_arguments(files, hardware=path)), field)
+
+
+@pytest.mark.parametrize(
+    ("document", "field"),
+    [
+        (profile_document("other"), "profile.model"),
+        (profile_document("demo", "h100-80gb"), "profile.device"),
+        ({"model": "demo"}, "profile.device"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(tandem, files, document, field):
+    path = write(files / "other.json", json.dumps(document))
+    refused(tandem(*plan_arguments(files, profile=path)), field)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"hardware": {}}, "plan.hardware"),
+        ({"pools": []}, "pools"),
+        ({"slo": [1]}, "slo"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_a_plan_that_cannot_be_simulated_is_refused(tandem, files, changed, field):
+    path = write(files / "own.yaml", yaml.safe_dump({**SPLIT_PLAN, **changed}))
+    refused(tandem("simulate", "--plan", path, "--workload", files / "load.csv"), field)
+
+
+def test_a_request_too_long_for_the_plans_memory_is_refused(tandem, files):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    path = write(files / "long.csv", "arrival_s,prompt_tokens,output_tokens\n0,9000000,5\n")
+    refused(tandem("simulate", "--plan", plan, "--workload", path), "9000005")
+
+
+def test_measured_transfers_take_the_place_of_the_catalogs_link(files):
+    fleet = {"nodes": [{"device": "cpu-core"}], "profile": str(files / "profile.json")}
+    (group,) = cost_book("demo", fleet).hardware.groups
+    assert group.link.name == "shared-memory"
+    assert group.link.transfer_s(2_000_000) == pytest.approx(6e-4, rel=0.05)
+
+
+def test_the_built_in_model_has_a_shape_of_its_own():
+    shape, config = find_shape("demo"), open_checkpoint("demo").config
+    assert shape.name == "demo"
+    assert (shape.layers, shape.kv_heads) == (len(config.layers), config.kv_heads)
+
+
+def test_a_pass_is_written_so_that_its_sums_are_read_back():
+    one = Pass(((64, 0), (32, 100)), (7, 9))
+    document = profile_document("demo")
+    document["runs"][0]["mixed"] = [profile_entry(one, 0.5)]
+    *_, sample = profile_from(document).runs[0].samples
+    assert sample.seconds == 0.5
+    assert sample.step == mixed_step(one.prompts, one.contexts)
+
+
+def test_no_pass_is_longer_than_the_model_allows():
+    for quick in (True, False):
+        passes = list(passes_of(500, quick=quick))
+        assert {one.kind for one in passes} == {"prefill", "decode", "mixed"}
+        assert max(sum(length) for one in passes for length in one.lengths) <= 500
+
+
+def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path):
+    path = tmp_path / "measured.json"
+    arguments = ("profile", "demo", "-o", path, "--quick", "--rounds", 1, "--device", "cpu")
+    status, out, err = tandem(*arguments)
+    assert status == 0
+    assert "samples, error" in out
+    assert "KV transfer" in out
+    assert "measuring" in err
+    fleet = {"nodes": [{"device": "cpu-core"}], "profile": str(path)}
+    book = cost_book("demo", fleet)
+    assert isinstance(book.latency(Cut("cpu-core")), Measured)
+    assert book.kv_tokens(Cut("cpu-core")) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        (("--device", "tpu"), "device"),
+        (("--device", "cpu", "--device-name", "cpu-cores"), "cpu-core"),
+        (("--device", "cpu", "--dtype", "int3"), "dtype"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(tandem, tmp_path, changed, field):
+    refused(tandem("profile", "demo", "-o", tmp_path / "p.json", *changed), field)
+
+
+def test_a_model_that_is_not_there_cannot_be_profiled(tandem, tmp_path):
+    refused(tandem("profile", "./absent", "-o", tmp_path / "p.json"), "absent")
