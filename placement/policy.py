@@ -178,6 +178,18 @@ class RolePolicy(Section):
             raise ValueError(f"{twice[0]} is given twice")
         return signals
 
+    @field_validator("capacity_tokens_s")
+    @classmethod
+    def _waits_are_predictable(
+        cls, capacity_tokens_s: float | None, given: ValidationInfo
+    ) -> float | None:
+        waits = [
+            s for s in given.data.get("signals", ()) if s.signal is SignalName.PREDICTED_WAIT_S
+        ]
+        if waits and capacity_tokens_s is None:
+            raise ValueError("predicted_wait_s needs it")
+        return capacity_tokens_s
+
     @field_validator("schedules")
     @classmethod
     def _within_the_role(
