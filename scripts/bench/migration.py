@@ -1,0 +1,204 @@
+"""Live migration between two real hosts, beside stop-and-copy and recompute in the same run.
+
+    python scripts/bench/migration.py [--shape 120m] [--contexts 512 2048 8192 16384]
+        [--transports shared_memory nixl] [--rounds 5] [--no-recompute] [--json]
+
+Each host decodes 15 other sequences on a core of its own. A sequence of each context joins the
+source, decodes, moves, and decodes on at the target. The gap is what its reader sees: from the
+source's last token to the target's first. The pause is that gap less the target's ordinary step.
+The slow-down compares the other sequences' steps while KV moves with those just before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from engine.blocks import blocks_for
+from engine.messages import Role
+from engine.request import Request, Sampling
+from engine.slo import Slo
+from placement.router import Route
+from scripts.bench.two_hosts import Gateway, HostPlan, HostProcess, start, stop, write_model
+
+if TYPE_CHECKING:
+    from scripts.bench.two_hosts import Stream
+
+BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
+SOURCE, TARGET = "decode-0", "decode-1"
+MODES = {"live": 8, "stop-and-copy": 0}
+"""Rounds that a migration may copy while the source still decodes."""
+SETTLE_TOKENS = 12
+PATIENT = Slo(600.0, 10.0)
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(options.shape, Path(directory) / "model")
+        figures: dict[str, Any] = {"shape": options.shape, "runs": []}
+        for transport in options.transports:
+            for mode in MODES:
+                figures["runs"] += asyncio.run(run(options, Path(directory), transport, mode))
+    print(json.dumps(figures, indent=2)) if options.json else show(figures)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="120m")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
+    parser.add_argument("--transports", nargs="+", default=["shared_memory", "nixl"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-recompute", dest="recompute", action="store_false")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+async def run(
+    options: argparse.Namespace, directory: Path, transport: str, mode: str
+) -> list[dict[str, Any]]:
+    """All contexts over one pair of hosts."""
+    sockets = directory / f"{transport}-{mode}"
+    sockets.mkdir()
+    blocks = blocks_for(max(options.contexts) + 1024, BLOCK_TOKENS) + NEIGHBOURS * 64
+    plans = [
+        HostPlan(
+            name,
+            Role.MIXED,
+            str(directory / "model"),
+            str(sockets),
+            blocks,
+            transport=transport,
+            max_rounds=MODES[mode],
+            core=core,
+        )
+        for core, name in enumerate((SOURCE, TARGET))
+    ]
+    gateway = Gateway(sockets)
+    hosts = start(plans, gateway.link.address)
+    gateway.meet(hosts)
+    found = []
+    for context in options.contexts:
+        row = await measure(gateway, hosts, context, options.rounds)
+        if options.recompute and transport == options.transports[0] and mode == "live":
+            row["recompute_s"] = await recompute(gateway, context)
+        found.append({"transport": transport, "mode": mode, "context": context, **row})
+    stop(hosts)
+    gateway.link.close()
+    return found
+
+
+async def measure(
+    gateway: Gateway, hosts: list[HostProcess], context: int, rounds: int
+) -> dict[str, Any]:
+    neighbours = await surround(gateway, context)
+    laps = [await lap(gateway, hosts, context, number) for number in range(rounds + 1)][1:]
+    for name in neighbours:
+        gateway.abort(name)
+    medians = {key: statistics.median(one[key] for one in laps) for key in laps[0]}
+    for side in ("source", "target"):
+        before = sum(one[f"{side}_before_s"] for one in laps)
+        medians[f"{side}_slowdown"] = sum(one[f"{side}_during_s"] for one in laps) / before - 1.0
+    return medians
+
+
+async def surround(gateway: Gateway, context: int) -> list[str]:
+    """Fills both hosts' batches with ordinary sequences."""
+    names = []
+    streams = []
+    for host in (SOURCE, TARGET):
+        for number in range(NEIGHBOURS):
+            name = f"near-{context}-{host}-{number}"
+            streams.append(gateway.open(ask(name, NEIGHBOUR_TOKENS), Route(host)))
+            names.append(name)
+    for stream in streams:
+        await gateway.until(lambda stream=stream: bool(stream.arrived_s))
+    return names
+
+
+def ask(name: str, tokens: int) -> Request:
+    seed = sum((i + 1) * byte for i, byte in enumerate(name.encode()))
+    prompt = tuple((seed * 31 + 17 * n + n * n) % 30011 + 3 for n in range(tokens))
+    sampling = Sampling(max_tokens=16384, temperature=0.0, ignore_eos=True)
+    return Request(name, prompt, sampling, PATIENT)
+
+
+async def lap(
+    gateway: Gateway, hosts: list[HostProcess], context: int, number: int
+) -> dict[str, float]:
+    request = ask(f"moved-{context}-{number}", context)
+    hosts[0].know(request.prompt)
+    stream = gateway.open(request, Route(SOURCE))
+    await gateway.tokens(stream, SETTLE_TOKENS)
+    asked_s = time.monotonic()
+    gateway.migrate(request.id, SOURCE, TARGET)
+    await gateway.until(lambda: request.id in gateway.ended)
+    moved = gateway.ended[request.id]
+    assert moved.outcome == "committed", moved
+    await gateway.tokens(stream, SETTLE_TOKENS)
+    gateway.abort(request.id)
+    return {
+        **timing(gateway, stream, asked_s),
+        "total_s": moved.total_s,
+        "MB": moved.kv_bytes / 1e6,
+    }
+
+
+def timing(gateway: Gateway, stream: Stream, asked_s: float) -> dict[str, float]:
+    first = stream.senders.index(TARGET)
+    left_s, came_s = stream.arrived_s[first - 1], stream.arrived_s[first]
+    steps = {side: gateway.steps_s[name] for side, name in (("source", SOURCE), ("target", TARGET))}
+    step_s = statistics.median(lasting(steps["target"], asked_s - 1.0, asked_s))
+    times = {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
+    for side, at in steps.items():
+        times[f"{side}_before_s"] = statistics.mean(lasting(at, asked_s - 1.0, asked_s))
+        times[f"{side}_during_s"] = statistics.mean(lasting(at, asked_s, left_s) or [step_s])
+    return times
+
+
+def lasting(at: list[float], since_s: float, until_s: float) -> list[float]:
+    """Steps that ran, in part, in this time."""
+    return [end - begin for begin, end in pairwise(at) if end > since_s and begin < until_s]
+
+
+async def recompute(gateway: Gateway, context: int) -> float:
+    """How long a reader waits when the target computes the sequence again, beside its others."""
+    neighbours = await surround(gateway, -context)
+    request = ask(f"again-{context}", context)
+    asked_s = time.monotonic()
+    stream = gateway.open(request, Route(TARGET))
+    await gateway.tokens(stream, 1)
+    for name in [request.id, *neighbours]:
+        gateway.abort(name)
+    return stream.arrived_s[0] - asked_s
+
+
+def show(figures: dict[str, Any]) -> None:
+    print(f"{figures['shape']} in bf16, a batch of 16 on either side, medians, in ms")
+    print("transport      mode           context     MB   pause     gap   step   total  slow-down")
+    for row in figures["runs"]:
+        print(
+            f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
+            f"{row['pause_s'] * 1e3:7.1f} {row['gap_s'] * 1e3:7.1f} {row['step_s'] * 1e3:6.1f} "
+            f"{row['total_s'] * 1e3:7.0f}  {row['source_slowdown']:5.1%} / "
+            f"{row['target_slowdown']:5.1%}"
+        )
+    for row in figures["runs"]:
+        if "recompute_s" in row:
+            print(
+                f"recompute of {row['context']:6} tokens at the target: {row['recompute_s']:.2f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
