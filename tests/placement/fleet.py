@@ -199,16 +199,20 @@ def random_history(seed: int, steps: int = 80) -> tuple[Fleet, float]:
 
 
 def settle(fleet: Fleet, steps: int = 120) -> None:
-    """Faults end and the load stays: whatever still is asked for must be there, or the budget
-    must be in use to the last instance that fits."""
+    """Faults end and the load stays: whatever still is asked for must be there, or the budget is
+    in use to the last instance that fits, by roles that have long been asking for all of it."""
     fleet.fail_share = fleet.loss_share = 0.0
-    for _ in range(steps):
-        decision = fleet.step()
+    decisions = [fleet.step() for _ in range(steps)]
+    decision = decisions[-1]
+    asked = {
+        want.role: max(w.asked for d in decisions[-45:] for w in d.wants if w.role is want.role)
+        for want in decision.wants
+    }
     left = fleet.policy.budget_accelerators - sum(u.accelerators for u in fleet.units.values())
     for want in decision.wants:
         fits = fleet.accelerators[want.role] <= left
         lacks = fleet.standing(want.role) < want.wanted
-        hoards = [w.role for w in decision.wants if fleet.standing(w.role) > max(w.asked, 1)]
+        hoards = [role for role, most in asked.items() if fleet.standing(role) > max(most, 1)]
         assert not (lacks and (fits or hoards)), (fleet.now, decision)
         least, _ = fleet.policy.roles.of(want.role).limits(fleet.now)
         assert fleet.standing(want.role) >= least, (fleet.now, decision)
