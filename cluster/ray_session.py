@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
 LOCAL_OBJECT_STORE_BYTES = 80 << 20
 """Ray's least; nothing of ours travels through the object store."""
 
@@ -54,6 +55,7 @@ def _start_here() -> None:
     try:
         ray.init(
             address="local",
+            _node_ip_address=LOOPBACK,
             num_cpus=os.cpu_count(),
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
