@@ -70,6 +70,7 @@ def plan(
 
     if power_cap is not None and power_cap <= 0:
         raise BadConfig("power-cap", power_cap, "must be positive")
+    _check_output(output)
     question = Question(
         Target(ttft, tpot, attainment),
         _objective(objective),
@@ -136,6 +137,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
+    _check_output(output)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from cluster.profiling import Measuring, find_device, measure
 
@@ -145,6 +147,12 @@ def profile(
         document = measure(settings, progress)
     output.write_text(json.dumps(document, indent=1), encoding="utf-8")
     _show_profile(document, as_json=as_json)
+
+
+def _check_output(path: Path | None) -> None:
+    """Before the work whose result could not be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise BadConfig("output", str(path), "must be a file in a directory that exists")
 
 
 def _objective(name: str) -> Objective:

@@ -151,6 +151,7 @@ def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
         ({"power-cap": 1}, "power_cap_w"),
         ({"power-cap": -1}, "power-cap"),
         ({"requests": 3}, "requests"),
+        ({"output": "absent/plan.yaml"}, "output"),
         ({"model": "llama-3.1-8c"}, "llama-3.1-8b"),
         ({"hardware": "absent.yaml"}, "absent.yaml"),
         ({"workload": "absent.csv"}, "absent.csv"),
@@ -278,6 +279,10 @@ def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path
 )
 def test_what_cannot_be_profiled_is_refused(tandem, tmp_path, changed, field):
     refused(tandem("profile", "demo", "-o", tmp_path / "p.json", *changed), field)
+
+
+def test_a_profile_that_could_not_be_written_is_not_measured(tandem, tmp_path):
+    refused(tandem("profile", "demo", "-o", tmp_path / "absent" / "p.json"), "output")
 
 
 def test_a_model_that_is_not_there_cannot_be_profiled(tandem, tmp_path):
