@@ -41,7 +41,7 @@ def test_pieces_join_to_the_text_in_whole_characters(
     detokenizer = Detokenizer(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = [detokenizer.push(piece) for piece in cut(ids, cuts)]  # type: ignore[arg-type]
-    assert "".join(pieces).removeprefix(" ") == text.removeprefix(" ")
+    assert "".join(pieces) in (text, f" {text}")
     assert detokenizer.flush() == ""
     assert ("\ufffd" in "".join(pieces)) == ("\ufffd" in text)
 
