@@ -140,12 +140,12 @@ def model_names() -> tuple[str, ...]:
 
 def read_hardware(path: Path) -> Hardware:
     """A fleet file: `nodes` (device, count, devices, link, power_cap_w, ...) and `network`."""
-    return hardware_from(_load(path))
+    return hardware_from(_load(path), str(path))
 
 
-def hardware_from(raw: object) -> Hardware:
+def hardware_from(raw: object, where: str = "hardware") -> Hardware:
     """What a fleet file holds, or the `hardware` of a plan."""
-    content = _mapping("hardware", raw)
+    content = _mapping(where, raw)
     _known_keys("hardware", content, {"nodes", "network"})
     nodes = content.get("nodes")
     if not isinstance(nodes, list) or not nodes:

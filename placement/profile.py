@@ -226,7 +226,7 @@ def read_profile(path: Path) -> Profile:
         raise BadConfig("profile", str(path), "no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BadConfig("profile", str(path), f"not JSON: {error}") from error
     return profile_from(content)
 
@@ -237,14 +237,21 @@ def profile_from(content: object) -> Profile:
     for key in ("model", "device", "runs"):
         if key not in content:
             raise BadConfig(f"profile.{key}", None, "is required")
-    runs = tuple(_run(f"profile.runs[{i}]", raw) for i, raw in enumerate(content["runs"]))
+    entries = _mappings("profile.runs", content["runs"])
+    runs = tuple(_run(f"profile.runs[{i}]", raw) for i, raw in enumerate(entries))
     if not runs:
         raise BadConfig("profile.runs", 0, "at least one")
     transfers = tuple(
         (_number("profile.transfer", raw, "bytes"), _number("profile.transfer", raw, "seconds"))
-        for raw in content.get("transfer", [])
+        for raw in _mappings("profile.transfer", content.get("transfer", []))
     )
     return Profile(str(content["model"]), str(content["device"]), runs, transfers)
+
+
+def _mappings(where: str, value: object) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise BadConfig(where, value, "must be a list of objects")
+    return value
 
 
 def _run(where: str, raw: Mapping[str, Any]) -> Run:
@@ -262,7 +269,7 @@ def _run(where: str, raw: Mapping[str, Any]) -> Run:
     samples = [
         _sample(f"{where}.{kind}[{i}]", entry)
         for kind in ("prefill", "decode", "mixed")
-        for i, entry in enumerate(raw.get(kind, []))
+        for i, entry in enumerate(_mappings(f"{where}.{kind}", raw.get(kind, [])))
     ]
     if len(samples) < 4:
         raise BadConfig(where, len(samples), "at least 4 samples are needed")

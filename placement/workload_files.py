@@ -31,6 +31,13 @@ def read_workload(path: Path) -> Workload:
     """The header tells the kind; JSON lines are Mooncake's."""
     if not path.is_file():
         raise BadConfig("workload", str(path), "no such file")
+    try:
+        return _read(path)
+    except UnicodeDecodeError as error:
+        raise BadConfig("workload", str(path), f"not UTF-8: {error.reason}") from error
+
+
+def _read(path: Path) -> Workload:
     if path.suffix == ".jsonl":
         return _read_mooncake(path)
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -199,11 +199,19 @@ def test_a_bad_fleet_is_one_line_and_status_2(tandem, files, text, field):
         (profile_document("other"), "profile.model"),
         (profile_document("demo", "h100-80gb"), "profile.device"),
         ({"model": "demo"}, "profile.device"),
+        ({"model": "demo", "device": "cpu-core", "runs": [3]}, "profile.runs"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(tandem, files, document, field):
     path = write(files / "other.json", json.dumps(document))
     refused(tandem(*plan_arguments(files, profile=path)), field)
+
+
+@pytest.mark.parametrize("name", ["hardware", "workload", "profile"])
+def test_a_file_that_is_not_text_is_refused(tandem, files, name):
+    path = files / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(tandem(*plan_arguments(files, **{name: path})), "binary")
 
 
 @pytest.mark.parametrize(
