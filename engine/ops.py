@@ -163,8 +163,13 @@ class TorchOps:
         if rotary is not None:
             turn = rotary.table[packed.positions][:, None, :]
             query, key = rotate(query, turn), rotate(key, turn)
-        attention.store_kv(key, value, kv, packed.slots)
+        self.store_kv(key, value, kv, packed.slots)
         return query
+
+    def store_kv(
+        self, key: torch.Tensor, value: torch.Tensor, kv: KvLayer, slots: torch.Tensor
+    ) -> None:
+        attention.store_kv(key, value, kv, slots)
 
     def paged_attention(
         self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape

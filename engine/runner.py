@@ -10,12 +10,12 @@ import torch
 
 from engine.batch import StepResult
 from engine.clock import SystemClock
+from engine.cuda_ops import CudaOps
 from engine.errors import BadConfig
 from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
 from engine.model.decoder import Decoder
 from engine.model.weights import Loader
-from engine.ops import Ops, TorchOps
 from engine.packing import pack
 from engine.parallel import ALONE, Parallel
 from engine.rowwise import RowwiseOps
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.clock import Clock
     from engine.layout import KvLayout
+    from engine.ops import Ops
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Op
     """The fastest operations for a device; `deterministic` ones do not mix a batch's rows."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return RowwiseOps() if deterministic else TorchOps()
+        return RowwiseOps() if deterministic else CudaOps()
     _keep_freed_memory()
     ops = cpu_ops(threads)
     repeatable = isinstance(ops, NativeOps)

@@ -1,0 +1,106 @@
+"""The Triton kernels against plain torch, in Triton's interpreter.
+
+In fp32 only: the interpreter multiplies bf16 matrices wrongly. With a GPU at hand the kernels are
+compiled instead, which tests/gpu checks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import attention
+from engine.attention import AttentionShape
+from engine.batch import Chunk
+from tests.engine.attending import HEADS, SHAPES, assert_close, scene
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels run on the GPU, see tests/gpu", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton", "3.9", reason="older interpreters do not run on numpy 2.4")
+triton_attention = pytest.importorskip("engine.triton_attention")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_ragged_batch_attends_as_in_torch(
+    heads: tuple[int, int, int, int], shape: AttentionShape
+) -> None:
+    batch = scene(*heads)
+    wanted = attention.paged_attention(batch.query.contiguous(), batch.kv, batch.packed, shape)
+    got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_long_context_attends_in_splits_of_bounded_number(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = AttentionShape(0.2, window=window)
+    batch = scene(4, 2, 32, 16, spans=((1, 900), (1, 20), (1, 520)))
+    wanted = attention.paged_attention(batch.query.contiguous(), batch.kv, batch.packed, shape)
+    for most_splits in (32, 2):
+        monkeypatch.setattr(triton_attention, "MOST_SPLITS", most_splits)
+        got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_token_attends_alike_in_any_batch(shape: AttentionShape) -> None:
+    batch = scene(4, 2, 32, 16, spans=((1, 300), (1, 520), (9, 3)))
+    together = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
+    alone = batch.pack(batch.chunks[:1])
+    got = triton_attention.paged_attention(batch.query[:1], batch.kv, alone, shape)
+    assert torch.equal(got, together[:1])
+    last = batch.pack(batch.chunks[2:])
+    got = triton_attention.paged_attention(batch.query[2:], batch.kv, last, shape)
+    assert torch.equal(got, together[2:])
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_what_lies_outside_the_window_and_past_the_end_is_never_seen(new: int) -> None:
+    batch = scene(2, 1, 32, 16, spans=((new, 40),))
+    batch.pool[:] = float("nan")
+    window = 8
+    for position in range(40 - window + 1, 40 + new):
+        block = batch.chunks[0].blocks[position // 16]
+        batch.pool[block, :, :, :, position % 16] = 1.0
+    shape = AttentionShape(1.0, window=window)
+    got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
+    assert torch.equal(got, torch.ones_like(got))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_keys_and_values_land_in_their_slots_alone(heads: tuple[int, int, int, int]) -> None:
+    count, kv_heads, dim, _ = heads
+    batch = scene(*heads)
+    projected = batch.qkv.view(len(batch.qkv), -1, dim)
+    key, value = projected[:, count : count + kv_heads], projected[:, count + kv_heads :]
+    expected = replace(batch, pool=batch.pool.clone())
+    attention.store_kv(key, value, expected.kv, batch.packed.slots)
+    triton_attention.store_kv(key, value, batch.kv, batch.packed.slots)
+    assert torch.equal(batch.pool, expected.pool)
+
+
+def test_a_cache_of_another_dtype_is_read_and_written_in_its_own() -> None:
+    batch = scene(2, 1, 32, 16, spans=((1, 20), (4, 3)))
+    half = replace(batch, pool=batch.pool.half())
+    expected = replace(batch, pool=half.pool.clone())
+    key = batch.qkv.view(len(batch.qkv), -1, 32)[:, 2:3]
+    attention.store_kv(key, key, expected.kv, half.packed.slots)
+    triton_attention.store_kv(key, key, half.kv, half.packed.slots)
+    assert torch.equal(half.pool, expected.pool)
+    query, shape = half.query.contiguous(), AttentionShape(0.2)
+    wanted = attention.paged_attention(query, half.kv, half.packed, shape)
+    assert_close(triton_attention.paged_attention(query, half.kv, half.packed, shape), wanted)
+
+
+def test_a_batch_of_one_token_of_one_sequence() -> None:
+    batch = scene(1, 1, 16, 16, spans=((1, 0),))
+    packed = batch.pack([Chunk("r", (1,), 0, batch.chunks[0].blocks, None)])
+    got = triton_attention.paged_attention(batch.query, batch.kv, packed, AttentionShape(1.0))
+    block = batch.chunks[0].blocks[0]
+    assert_close(got[0, 0], batch.kv.value[block, 0, 0])
