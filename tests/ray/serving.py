@@ -50,7 +50,9 @@ class Serving:
         return self.process.wait(END_S)
 
 
-def serve(log: Path, *arguments: str, start_new_session: bool = False) -> Serving:
+def serve(
+    log: Path, *arguments: str, start_new_session: bool = False, **environment: str
+) -> Serving:
     """Starts it and waits for the ready line."""
     command = [sys.executable, "-m", "cluster", "serve", "--device", "cpu"]
     command += ["--http-port", "0", "--grpc-port", "0", *arguments]
@@ -61,6 +63,7 @@ def serve(log: Path, *arguments: str, start_new_session: bool = False) -> Servin
             stderr=errors,
             text=True,
             start_new_session=start_new_session,
+            env={**os.environ, **environment},
         )
     line = read_line(process, READY_S, log)
     fields = dict(part.split("=", 1) for part in line.split()[1:])

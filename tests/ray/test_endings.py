@@ -2,22 +2,33 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from tests.ray.serving import descendants, serve, until_gone
 from tests.ray.streams import Reader
 
 
-def socket_directories():
-    return set(Path("/tmp").glob("tandem-*"))
+@pytest.fixture
+def temporary():
+    """Short, as socket paths must be."""
+    directory = Path(tempfile.mkdtemp(prefix="t"))
+    yield directory
+    shutil.rmtree(directory)
 
 
-async def test_sigterm_to_the_whole_group_finishes_streams_and_leaves_nothing(tmp_path):
-    before = socket_directories()
+async def test_sigterm_to_the_whole_group_finishes_streams_and_leaves_nothing(tmp_path, temporary):
     serving = await asyncio.to_thread(
-        serve, tmp_path / "serve.log", "--mixed", "1", start_new_session=True
+        partial(serve, start_new_session=True, TMPDIR=str(temporary)),
+        tmp_path / "serve.log",
+        *("--mixed", "1"),
     )
+    assert list(temporary.glob("tandem-*"))
     processes = descendants(serving.process.pid) | {serving.process.pid}
     async with serving.async_client() as client:
         readers = [Reader(client, number, 400) for number in range(4)]
@@ -27,4 +38,4 @@ async def test_sigterm_to_the_whole_group_finishes_streams_and_leaves_nothing(tm
     assert [len(reader.tokens) for reader in readers] == [400] * 4
     assert await asyncio.to_thread(serving.process.wait, 60) == 0, serving.log.read_text()[-4000:]
     assert await asyncio.to_thread(until_gone, processes, 10.0) == set()
-    assert socket_directories() == before
+    assert list(temporary.glob("tandem-*")) == []
