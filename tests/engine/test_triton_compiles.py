@@ -1,0 +1,28 @@
+"""The Triton kernels compile to machine code for a Hopper GPU, none of which is needed for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_BYTES = 99 << 10
+"""What a program may hold on the smallest GPUs of the last generations."""
+
+
+def test_every_kernel_compiles_and_fits_the_shared_memory_of_small_gpus() -> None:
+    pytest.importorskip("triton", "3.9", reason="compiles ahead of time since 3.9")
+    alone = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.engine.compile_kernels"]
+    told = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    rows = [line.split() for line in told.stdout.splitlines()]
+    assert [name for name, _, _ in rows] == [
+        "_store",
+        "_chunk_kernel",
+        "_split_kernel",
+        "_join_kernel",
+    ]
+    assert all(int(shared) <= SHARED_BYTES and int(code) > 0 for _, shared, code in rows)
