@@ -25,14 +25,16 @@ from cluster.logs import set_up_logging
 from cluster.pools import Ground, initial_specs, pool_spec
 from cluster.recovery import Recovered, recover
 from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, RosterBook, next_name
+from cluster.scaling import Scaling, Usage
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.errors import BadInput, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Role
+from placement.signals import Phase, Unit
 from placement.view import InstanceView, View
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Collection, Coroutine, Iterable
 
     from cluster.leading import Network
     from engine.messages import Message
@@ -80,6 +82,8 @@ class Controller:
         self._recovered = asyncio.Event()
         self._fatal: BadInput | None = None
         self._balancing = Balancing(self._config.migration, self._view, self._send, self._note)
+        accelerators = {role: self._config.pools.of(role).workers for role in Role}
+        self._scaling = Scaling(self, accelerators, self._note, self._clock)
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._lease_until_s = self._clock.now() + self._config.limits.supervisor_lease_s
         self._main = asyncio.get_running_loop().create_task(self._run())
@@ -111,6 +115,51 @@ class Controller:
         if kind == "migration":
             self._balancing.ended(subject, text)
         self._note(kind, subject, text, **fields)
+
+    async def used(self, gateway: str, usage: Usage) -> None:
+        """The load as a gateway sees it, for the autoscaler."""
+        await self._recovered.wait()
+        self._scaling.told(gateway, usage)
+
+    # For the autoscaler.
+
+    def units(self) -> tuple[Unit, ...]:
+        """Every instance that takes accelerators now or is about to."""
+        wanted = {spec.name: spec for spec in self._book.roster.desired}
+        specs = wanted | {name: one.spec for name, one in self._instances.items()}
+        return tuple(
+            Unit(name, spec.role, spec.workers, self._phase(name, wanted), self._loads.get(name))
+            for name, spec in sorted(specs.items())
+        )
+
+    def _phase(self, name: str, wanted: Collection[str]) -> Phase:
+        if name not in wanted:
+            return Phase.DRAINING
+        return Phase.READY if name in self._loads else Phase.STARTING
+
+    def grow(self, role: Role) -> str:
+        taken = [*self._instances, *(spec.name for spec in self._book.roster.desired)]
+        spec = pool_spec(self._config, self._ground, role, next_name(role, taken))
+        self._desire((*self._book.roster.desired, spec))
+        return spec.name
+
+    def retire(self, name: str) -> None:
+        launched = self._instances.get(name)
+        if launched is not None and launched.stage == "up":
+            self._spawn(self.drain(name))
+            return
+        self._unwant(name)
+        if launched is not None:
+            launched.condemn("not wanted any more")
+
+    def turn(self, name: str, role: Role) -> None:
+        self._spawn(self._turn(name, role))
+
+    async def _turn(self, name: str, role: Role) -> None:
+        try:
+            await self.set_role(name, role)
+        except TandemError as error:
+            self._note("scale", name, "not switched", reason=str(error))
 
     # For operators.
 
@@ -154,6 +203,11 @@ class Controller:
         self._desire((*self._book.roster.desired, *started))
         return Scaled(tuple(spec.name for spec in started), ())
 
+    async def apply_policy(self, text: str) -> list[str]:
+        """From now on the autoscaler follows this policy; what changes, a line each."""
+        await self._recovered.wait()
+        return self._scaling.apply(text)
+
     async def set_role(self, name: str, role: Role) -> None:
         launched = self._up(name)
         await answer(launched.workers[0].set_role.remote(role), self._config.limits.answer_s)
@@ -165,7 +219,7 @@ class Controller:
     async def drain(self, name: str) -> None:
         """Moves its requests away and stops it; returns when it is gone or its time is up."""
         launched = self._up(name)
-        self._desire(spec for spec in self._book.roster.desired if spec.name != name)
+        self._unwant(name)
         self._note("instance", name, "draining")
         limit_s = self._config.limits.drain_s
         try:
@@ -185,6 +239,7 @@ class Controller:
 
     async def shut_down(self) -> None:
         """Stops every instance; the streams must have ended before."""
+        self._scaling.close()
         self._desire(())
         for launched in self._instances.values():
             launched.condemn("shut down")
@@ -217,6 +272,7 @@ class Controller:
             self._tasks.create_task(self._listen())
             self._tasks.create_task(self._look())
             self._tasks.create_task(self._balancing.run())
+            self._tasks.create_task(self._scaling.run())
 
     def _adopt(self, found: Recovered) -> None:
         for launched in found.instances:
@@ -235,10 +291,13 @@ class Controller:
             if launched.stage != "up":
                 await launched.unless_condemned(self._launcher.launch(launched))
                 self._note("instance", name, "up", role=launched.spec.role.value)
+                self._scaling.up(name)
             await launched.ended()
             self._note("instance", name, "stopped")
         except (TandemError, RayError, TimeoutError) as error:
             self._ended_by(launched, error)
+            if self._scaling.failed(name):
+                self._unwant(name)
         self._forget(name)
         await launched.take_down()
         del self._instances[name]
@@ -277,6 +336,9 @@ class Controller:
                 self._instances[spec.name] = launched
                 self._spawn(self._keep(launched))
         self._announce()
+
+    def _unwant(self, name: str) -> None:
+        self._desire(spec for spec in self._book.roster.desired if spec.name != name)
 
     async def _listen(self) -> None:
         while True:

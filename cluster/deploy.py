@@ -17,6 +17,7 @@ from cluster.actors import CONTROLLER_NAME, NAMESPACE, answer
 from cluster.controller import Controller
 from cluster.front import Front, read_model
 from cluster.leading import Network
+from cluster.policy_file import starting_policy
 from cluster.pools import Ground
 from cluster.progress import show_progress
 from cluster.ray_session import choose_device, start_ray
@@ -40,6 +41,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 def serve(config: Config, address: str | None, say_ready: Callable[[str], None]) -> None:
     """Blocks until SIGINT or SIGTERM; `say_ready` is given the line for standard output."""
+    starting_policy(config.autoscaling.policy)
     with ExitStack() as undo:
         reading = read_model(config)
         session = start_ray(address)

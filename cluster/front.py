@@ -18,9 +18,11 @@ from cluster.keys import Keyring
 from cluster.membership import Membership
 from cluster.observer import Observers
 from cluster.operate import ClusterOperator
+from cluster.policy_file import starting_policy
 from cluster.reporter import Reporter
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from cluster.settings import gateway_settings
+from cluster.usage import UsageReporter
 from cluster.watching import Watching
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
@@ -29,6 +31,7 @@ from engine.messages import InstanceState, Lost
 if TYPE_CHECKING:
     from cluster.config import Config
     from cluster.leading import Network
+    from cluster.observer import Observer
     from engine.grammar import GrammarCompiler
     from engine.tokenizer import Tokenizer
 
@@ -78,6 +81,9 @@ class Front:
         self._link = ZmqLink(
             GATEWAY_NAME, network.bind(GATEWAY_NAME), network.key, config.limits.links
         )
+        policy = starting_policy(config.autoscaling.policy)
+        self.usage = UsageReporter(GATEWAY_NAME, controller, policy)
+        reporters: list[Observer] = [Reporter(controller), self.usage]
         self.gateway = Gateway(
             self._link,
             model.tokenizer,
@@ -86,7 +92,7 @@ class Front:
             context_tokens=model.context_tokens,
             settings=gateway_settings(config),
             grammars=model.grammars,
-            observers=Observers([*self._watching.observers(), Reporter(controller)]),
+            observers=Observers([*self._watching.observers(), *reporters]),
         )
         me = Member(GATEWAY_NAME, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         self.membership = Membership(me, self._link, self, ControllerSync())
@@ -120,6 +126,10 @@ class Front:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.gateway.run())
             tasks.create_task(self.membership.run())
+            tasks.create_task(self.usage.run(self._waiting_requests))
+
+    def _waiting_requests(self) -> int:
+        return sum(request.state == "waiting" for request in self.gateway.requests())
 
     def ready(self) -> bool:
         """Whether every instance that was asked for takes requests."""

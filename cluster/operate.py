@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayTaskError
 
 from cluster.actors import answer
-from engine.errors import TandemError, Unsupported
+from engine.errors import TandemError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -51,7 +51,9 @@ class ClusterOperator:
         return source, target
 
     async def apply_policy(self, yaml: str) -> list[str]:
-        raise Unsupported(f"there is no autoscaler here for a policy of {len(yaml)} characters")
+        changes: list[str] = await _ask(self._controller.apply_policy.remote(yaml))
+        self._front.usage.policy = yaml
+        return changes
 
     async def watch(self) -> AsyncIterator[Event]:
         last = await _ask(self._controller.last_event.remote())

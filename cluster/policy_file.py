@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -13,6 +13,9 @@ from cluster.config_errors import first_error
 from cluster.yaml_file import MAX_FILE_BYTES, parse_yaml
 from engine.errors import BadConfig
 from placement.policy import Policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_DEPTH = 16
 STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
@@ -30,6 +33,18 @@ def parse_policy(text: str) -> Policy:
         bad = first_error(error, policy_schema())
         where = f"line {line_of(text, bad.field)}: {bad.field}"
         raise BadConfig(where, bad.value, bad.rule) from None
+
+
+def starting_policy(path: Path | None) -> str | None:
+    """The checked text of the policy that a config names."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig("autoscaling.policy", str(path), f"cannot be read: {error}") from error
+    parse_policy(text)
+    return text
 
 
 def policy_schema() -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""The controller's side of autoscaling: a policy in force, and what is done for it."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from cluster.scaling import Scaling, Usage
+from cluster.usage import UsageReporter
+from engine.clock import VirtualClock
+from engine.errors import BadConfig
+from engine.messages import Role
+from placement.signals import Phase, Unit
+from tests.placement.fleet import busy
+
+POLICY = """\
+name: test
+budget_accelerators: 4
+upscale_delay_s: 0
+downscale_delay_s: 0
+cooldown_s: 0
+metrics_interval_s: 1
+look_back_period_s: 1
+placement_retries: 0
+placement_retry_s: 30
+roles:
+  prefill:
+    min_instances: 1
+    max_instances: 4
+    signals: [{signal: queued_prompt_tokens, target: 1000}]
+  decode:
+    min_instances: 1
+    max_instances: 4
+    signals: [{signal: batch, target: 16}]
+"""
+
+
+class Fleet:
+    """Instances that come and go at once, with a record of what was asked."""
+
+    def __init__(self, **use: float) -> None:
+        self.use = {"prefill-0": 0.5, "decode-0": 0.5} | use
+        self.units_here = {name: unit(name) for name in self.use}
+        self.notes = []
+
+    def units(self):
+        return tuple(
+            busy(one, self.use.get(name, 0.5)) if one.phase is Phase.READY else one
+            for name, one in sorted(self.units_here.items())
+        )
+
+    def grow(self, role):
+        name = f"{role.value}-{len(self.units_here)}"
+        self.units_here[name] = replace(unit(name), phase=Phase.STARTING)
+        return name
+
+    def retire(self, name):
+        self.units_here[name] = replace(self.units_here[name], phase=Phase.DRAINING)
+
+    def turn(self, name, role):
+        self.units_here[name] = replace(self.units_here[name], role=role)
+
+    def note(self, kind, subject, text, **fields):
+        self.notes.append((kind, subject, text))
+
+
+def unit(name: str) -> Unit:
+    return Unit(name, Role(name.partition("-")[0]), 1, Phase.READY)
+
+
+def scaling(fleet: Fleet, text: str = POLICY) -> tuple[Scaling, VirtualClock]:
+    clock = VirtualClock(100.0)
+    made = Scaling(fleet, dict.fromkeys(Role, 1), fleet.note, clock)
+    if text:
+        made.apply(text)
+    return made, clock
+
+
+async def test_it_starts_what_is_lacking_and_says_why():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, _ = scaling(fleet)
+    await made.look()
+    assert fleet.units_here["prefill-2"].phase is Phase.STARTING
+    assert ("scale", "prefill-2", "start") in fleet.notes
+
+
+async def test_a_failed_start_is_retried_after_the_pause_and_not_before():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, clock = scaling(fleet)
+    await made.look()
+    del fleet.units_here["prefill-2"]
+    assert made.failed("prefill-2")
+    assert not made.failed("decode-0"), "another's failure is not the autoscaler's"
+    assert ("scale", "prefill", "no more starts for a while") in fleet.notes
+    clock.advance_to(120.0)
+    await made.look()
+    assert len(fleet.units_here) == 2
+    clock.advance_to(131.0)
+    await made.look()
+    assert len(fleet.units_here) == 3
+
+
+async def test_it_switches_roles_at_the_budget():
+    fleet = Fleet(**{"prefill-0": 1.0, "decode-0": 0.2, "decode-1": 0.2, "decode-2": 0.2})
+    made, _ = scaling(fleet)
+    await made.look()
+    assert sum(one.role is Role.PREFILL for one in fleet.units_here.values()) == 2
+    assert ("scale", "decode-0", "switch") in fleet.notes
+
+
+async def test_a_decision_about_a_fleet_that_has_changed_is_dropped():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, _ = scaling(fleet)
+    looks = iter([fleet.units(), fleet.units()[:1]])
+    fleet.units = lambda: next(looks)
+    await made.look()
+    assert len(fleet.units_here) == 2
+
+
+async def test_a_dry_run_says_once_what_it_would_do():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, clock = scaling(fleet, POLICY + "dry_run: true\n")
+    await made.look()
+    clock.advance_to(101.0)
+    await made.look()
+    assert len(fleet.units_here) == 2
+    assert [text for _, _, text in fleet.notes] == ["applied", "would act"]
+
+
+async def test_a_bad_policy_is_refused_and_the_running_one_stays():
+    made, _ = scaling(Fleet())
+    version = made.version
+    with pytest.raises(BadConfig, match="line 2"):
+        made.apply(POLICY.replace("budget_accelerators", "budget"))
+    assert made.version == version
+
+
+async def test_a_new_policy_is_told_by_its_version_and_what_changes():
+    made, _ = scaling(Fleet())
+    lines = made.apply(POLICY.replace("budget_accelerators: 4", "budget_accelerators: 6"))
+    assert lines == [f"version: {made.version}", "budget_accelerators: 4 -> 6"]
+
+
+async def test_a_new_controller_learns_the_policy_from_a_gateway():
+    made, _ = scaling(Fleet(), text="")
+    made.told("gateway-0", Usage())
+    assert made.version is None
+    made.told("gateway-0", Usage(policy=POLICY))
+    first = made.version
+    made.told("gateway-0", Usage(policy=POLICY + "dry_run: true\n"))
+    assert made.version == first is not None
+
+
+async def test_what_gateways_tell_is_counted_once():
+    made, _ = scaling(Fleet())
+    made.told("gateway-0", Usage(3, (0.5,), (0.4,), 100, 10))
+    made.told("gateway-0", Usage(2, (0.7,), (), 50, 5))
+    seen, again = made._observe(), made._observe()
+    assert (seen.waiting_requests, seen.ttft_shares, seen.prompt_tokens) == (2, (0.5, 0.7), 150)
+    assert (again.waiting_requests, again.ttft_shares, again.prompt_tokens) == (2, (), 0)
+
+
+async def test_the_loop_waits_for_a_policy_and_then_looks():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, _ = scaling(fleet, text="")
+    acted = asyncio.Event()
+    grow = fleet.grow
+    fleet.grow = lambda role: (acted.set(), grow(role))[1]
+    task = asyncio.create_task(made.run())
+    made.apply(POLICY)
+    await asyncio.wait_for(acted.wait(), 10.0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cluster_that_shuts_down_starts_nothing():
+    fleet = Fleet(**{"prefill-0": 1.0})
+    made, _ = scaling(fleet)
+    made.close()
+    await made.look()
+    await made.run()
+    assert len(fleet.units_here) == 2
+
+
+def test_a_report_begins_the_next_one_at_nothing():
+    reporter = UsageReporter("gateway-0", None, "text")
+    reporter.streamed((0.01, 0.02))
+    assert reporter.take(4) == Usage(4, output_tokens=2, policy="text")
+    assert reporter.take(0) == Usage(policy="text")
