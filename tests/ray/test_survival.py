@@ -21,6 +21,15 @@ async def test_streams_go_on_after_a_worker_is_killed(cluster, undisturbed, vict
     await until(holds_nothing(cluster))
 
 
+async def test_streams_go_on_after_a_worker_hangs(cluster, undisturbed):
+    def stop():
+        os.kill(cluster.pids("decode-0")[0], signal.SIGSTOP)
+
+    assert await read_all(cluster, disturb=stop) == undisturbed
+    await until(all_ready(cluster))
+    await until(holds_nothing(cluster))
+
+
 async def test_prompts_that_wait_on_a_killed_prefill_worker_are_answered(cluster, undisturbed):
     async with cluster.async_client() as client:
         readers = [Reader(client, number, 20) for number in range(len(PROMPTS))]
