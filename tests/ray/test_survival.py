@@ -23,7 +23,9 @@ async def test_streams_go_on_after_a_worker_is_killed(cluster, undisturbed, vict
 
 async def test_streams_go_on_after_a_worker_hangs(cluster, undisturbed):
     def stop():
-        os.kill(cluster.pids("decode-0")[0], signal.SIGSTOP)
+        with cluster.client() as client:
+            busiest = max(client.status().instances, key=lambda one: one.running_sequences)
+        os.kill(busiest.workers[0].pid, signal.SIGSTOP)
 
     assert await read_all(cluster, disturb=stop) == undisturbed
     await until(all_ready(cluster))
