@@ -24,6 +24,8 @@ ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.RELU: 2}
 PANEL_COLUMNS = 32
 STEP_ROWS = {torch.float32: 1, torch.bfloat16: 32}
 MOST_HEAD_DIM = 512
+SLAB_BYTES = 32 << 20
+CACHE_LINE_BYTES = 64
 
 # The records of engine/native/kernels.h: q is an integer or a pointer, d a double.
 _PACK = Struct("=6q")
@@ -57,6 +59,29 @@ def cpu_ops(threads: int) -> Ops:
     return ops
 
 
+class Slabs:
+    """Memory for weights in large pieces, so that the kernel backs them with large pages."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used_bytes = 0
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        size_bytes = rows * columns * dtype.itemsize
+        if self._used_bytes + size_bytes > self._slab.numel():
+            self._slab = torch.empty(max(size_bytes, SLAB_BYTES), dtype=torch.uint8)
+            self._library.use_huge_pages(self._slab.data_ptr(), self._slab.numel())
+            self._used_bytes = 0
+        piece = self._slab[self._used_bytes : self._used_bytes + size_bytes]
+        self._used_bytes += -(-size_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        return piece.view(dtype).view(rows, columns)
+
+    def collapse(self, written: torch.Tensor) -> torch.Tensor:
+        self._library.collapse_pages(written.data_ptr(), written.nbytes)
+        return written
+
+
 class NativeOps(TorchOps):
     """The compiled kernels; what they do not cover (fp16, exact GELU) plain torch does."""
 
@@ -65,16 +90,17 @@ class NativeOps(TorchOps):
     def __init__(self, library: NativeLibrary, threads: int, instruction_set: str) -> None:
         self.instruction_set = instruction_set
         self._native = library
+        self._slabs = Slabs(library)
         library.use(instruction_set, threads)
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
         if shared or weight.dtype not in DTYPES:
-            return weight.contiguous()
+            return self._slabs.collapse(weight.contiguous())
         out_features, in_features = weight.shape
         step = STEP_ROWS[weight.dtype]
         width = -(-in_features // step) * step
         panels = -(-out_features // PANEL_COLUMNS)
-        room = torch.empty(panels * PANEL_COLUMNS, width, dtype=weight.dtype)
+        room = self._slabs.take(panels * PANEL_COLUMNS, width, weight.dtype)
         packed = room.as_subclass(PackedWeight)
         packed.pointer = room.data_ptr()
         packed.in_features, packed.out_features = in_features, out_features

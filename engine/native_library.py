@@ -25,7 +25,7 @@ class NativeLibrary:
         self._library.tandem_set_name.restype = ctypes.c_char_p
         for name in ("set_name", "set_usable", "use_set", "set_threads"):
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_int64]
-        for name in ("read_memory", "use_huge_pages"):
+        for name in ("read_memory", "use_huge_pages", "collapse_pages"):
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self.pack = self._kernel("pack")
         self.linear = self._kernel("linear")
@@ -61,6 +61,10 @@ class NativeLibrary:
     def use_huge_pages(self, pointer: int, size_bytes: int) -> None:
         """Asks for large pages under memory that was not yet written."""
         self._library.tandem_use_huge_pages(pointer, size_bytes)
+
+    def collapse_pages(self, pointer: int, size_bytes: int) -> None:
+        """Moves memory that was written already to large pages, where the system can."""
+        self._library.tandem_collapse_pages(pointer, size_bytes)
 
     def use(self, instruction_set: str, threads: int) -> None:
         self._library.tandem_use_set(self._index_of[instruction_set])

@@ -7,10 +7,9 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-constexpr TileConfig kTileConfig;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kLine = 32;  // bf16 elements of a cache line
-constexpr int kIntoL2 = 2;
+constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 // One or two tiles of rows, `a` bytes-strided, by one panel of `steps` steps.
 struct TileBlock {
@@ -59,29 +58,61 @@ inline void store_sums(const TileBlock &block) {
     settle_memory();
 }
 
-// What is used once passes by L1, so that what is used again stays there.
+// Rows: the panel is met once and streams by. Panel: it stays in L1, and rows pass that by.
 enum Reuse { kReuseRows, kReusePanel, kReuseBoth };
 
 template <Reuse reuse>
-inline void load_panel(const bf16 *panel) {
-    if (reuse == kReuseRows) {
-        _tile_stream_loadd(6, panel, 64);
-        _tile_stream_loadd(7, panel + kTile, 64);
-    } else {
-        _tile_loadd(6, panel, 64);
-        _tile_loadd(7, panel + kTile, 64);
+inline void load_rows_4(const bf16 *a, int64_t a_bytes) {
+    if (reuse == kReusePanel) _tile_stream_loadd(4, a, a_bytes); else _tile_loadd(4, a, a_bytes);
+}
+
+template <Reuse reuse>
+inline void load_rows_5(const bf16 *a, int64_t a_bytes) {
+    if (reuse == kReusePanel) _tile_stream_loadd(5, a, a_bytes); else _tile_loadd(5, a, a_bytes);
+}
+
+// Lines of a panel that will be met once: into L2 long before, into L1 shortly before. They are
+// spread over a step, since a burst of them would hold up what computes.
+inline void fetch_lines(const bf16 *panel, int64_t begin, int64_t end) {
+    constexpr int64_t far = 128 * kLine, near = 32 * kLine;
+    for (int64_t line = begin; line < end; line++) {
+        __builtin_prefetch(panel + line * kLine + far, 0, kIntoL2);
+        __builtin_prefetch(panel + line * kLine + near, 0, kIntoL1);
     }
 }
 
-template <bool two_tiles, Reuse reuse>
-inline void load_rows(const bf16 *a, int64_t a_bytes, int64_t tile_stride) {
-    if (reuse == kReusePanel) {
-        _tile_stream_loadd(4, a, a_bytes);
-        if (two_tiles) _tile_stream_loadd(5, a + tile_stride, a_bytes);
-    } else {
-        _tile_loadd(4, a, a_bytes);
-        if (two_tiles) _tile_loadd(5, a + tile_stride, a_bytes);
+template <bool two_tiles>
+inline void stream_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, const bf16 *panel) {
+    fetch_lines(panel, 0, 6);
+    _tile_loadd(6, panel, 64);
+    fetch_lines(panel, 6, 12);
+    _tile_loadd(7, panel + kTile, 64);
+    fetch_lines(panel, 12, 18);
+    _tile_loadd(4, a, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    fetch_lines(panel, 18, 22);
+    _tile_dpbf16ps(1, 4, 7);
+    fetch_lines(panel, 22, 27);
+    if (two_tiles) {
+        _tile_loadd(5, a + block.tile_stride, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
     }
+    fetch_lines(panel, 27, 32);
+    if (two_tiles) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <bool two_tiles, Reuse reuse>
+inline void resident_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, const bf16 *panel, const bf16 *next) {
+    for (int64_t line = 0; line < block.next_lines; line++) __builtin_prefetch(next + line * kLine, 0, kIntoL2);
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(7, panel + kTile, 64);
+    load_rows_4<reuse>(a, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!two_tiles) return;
+    load_rows_5<reuse>(a + block.tile_stride, a_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
 }
 
 template <bool two_tiles, Reuse reuse>
@@ -90,15 +121,12 @@ inline void multiply_block(const TileBlock &block) {
     block.accumulate ? load_sums<two_tiles>(block) : clear_sums();
     const bf16 *a = block.a, *panel = block.panel, *next = block.next;
     int64_t a_bytes = block.row_stride * sizeof(bf16);
-    for (int64_t step = 0; step < block.steps; step++, a += block.step_stride, panel += 2 * kTile) {
-        for (int64_t line = 0; line < block.next_lines; line++, next += kLine) __builtin_prefetch(next, 0, kIntoL2);
-        load_panel<reuse>(panel);
-        load_rows<two_tiles, reuse>(a, a_bytes, block.tile_stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!two_tiles) continue;
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    for (int64_t step = 0; step < block.steps; step++) {
+        if (reuse == kReuseRows)
+            stream_step<two_tiles>(block, a, a_bytes, panel);
+        else
+            resident_step<two_tiles, reuse>(block, a, a_bytes, panel, next);
+        a += block.step_stride, panel += 2 * kTile, next += block.next_lines * kLine;
     }
     store_sums<two_tiles>(block);
 }
@@ -110,7 +138,18 @@ inline void multiply_rows(const TileBlock &block, int64_t tiles) {
 
 // Holds the tile configuration of the calling thread while it lives.
 struct Tiles {
-    Tiles() { _tile_loadconfig(&kTileConfig); }
+    Tiles() : Tiles(2 * kTileRows) {}
+
+    // For products of exactly `rows` rows, at most two tiles: fewer rows take less time.
+    explicit Tiles(int64_t rows) {
+        TileConfig config;
+        auto first = static_cast<uint8_t>(rows < kTileRows ? rows : kTileRows);
+        auto second = static_cast<uint8_t>(rows > kTileRows ? rows - kTileRows : kTileRows);
+        config.rows[0] = config.rows[1] = config.rows[4] = first;
+        config.rows[2] = config.rows[3] = config.rows[5] = second;
+        _tile_loadconfig(&config);
+    }
+    Tiles(const Tiles &) = delete;
     ~Tiles() { _tile_release(); }
 
     // Reads and writes whole tiles of rows; A and C have room for them.

@@ -33,7 +33,6 @@ struct TiledInput {
 constexpr int64_t kDepthSteps = 8;                // of a panel, 16 KB, stay in L1 while rows pass
 constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panels pass
 constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
-constexpr int64_t kStreamAhead = 4096;            // elements: how far ahead a stream is fetched
 
 // A run of row tiles that meets panels; the sums of one panel rest in `sums`, [rows, 32].
 struct RowBlock {
@@ -65,10 +64,7 @@ struct RowBlock {
 
     // Few rows: the panel streams by, its sums never leave the tiles.
     void stream(int64_t panel_index) const {
-        TileBlock all = block(panel(panel_index), 0, 0, x.steps);
-        all.next = all.panel + kStreamAhead;
-        all.next_lines = kStepLines;
-        multiply_rows<kReuseRows>(all, tiles);
+        multiply_rows<kReuseRows>(block(panel(panel_index), 0, 0, x.steps), tiles);
         write(0, panel_index);
     }
 
@@ -97,13 +93,14 @@ void linear_tiles(const LinearArgs &args) {
     int64_t blocks = ceil_div(x.row_tiles, block_tiles), panels = ceil_div(args.out_features, kPanel);
     int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
     int64_t groups = ceil_div(panels, grain);
+    bool streams = x.row_tiles <= 2;
     parallel(blocks * groups, [&](int64_t task) {
-        Tiles configured;
+        Tiles configured(streams ? args.rows : 2 * kTileRows);
         int64_t first = task / groups * block_tiles, tiles = smaller_of(block_tiles, x.row_tiles - first);
         auto sums = static_cast<float *>(scratch(kSums, round_up(tiles, 2) * kTileRows * kPanel * sizeof(float)));
         RowBlock rows{args, x, first, tiles, sums};
         int64_t begin = task % groups * grain, end = smaller_of(begin + grain, panels);
-        for (int64_t panel = begin; panel < end; panel++) x.row_tiles <= 2 ? rows.stream(panel) : rows.pass(panel);
+        for (int64_t panel = begin; panel < end; panel++) streams ? rows.stream(panel) : rows.pass(panel);
     });
 }
 

@@ -26,6 +26,7 @@ void tandem_use_set(int64_t index) { in_use = instruction_sets[index].kernels; }
 void tandem_set_threads(int64_t threads) { set_threads(threads); }
 
 uint64_t tandem_read_memory(const void *data, int64_t bytes) { return read_memory(data, bytes); }
+void tandem_collapse_pages(void *data, int64_t bytes) { collapse_pages(data, bytes); }
 void tandem_use_huge_pages(void *data, int64_t bytes) { use_huge_pages(data, bytes); }
 
 void tandem_pack(const void *record) { pack(unpack<PackArgs>(record)); }

@@ -114,6 +114,9 @@ uint64_t read_memory(const void *data, int64_t bytes);
 // Streaming through 4 KB pages costs a tenth of the bandwidth; ask before the first write.
 void use_huge_pages(void *data, int64_t bytes);
 
+// The same for what is written already, where the kernel can.
+void collapse_pages(void *data, int64_t bytes);
+
 // --- threads ---------------------------------------------------------------------------------
 
 void set_threads(int64_t threads);

@@ -4,10 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace tandem {
 namespace {
 
@@ -44,21 +40,8 @@ void pack_panel_fp32(const PackArgs &args, int64_t panel) {
 
 }  // namespace
 
-void use_huge_pages(void *data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 4096, worthwhile = 4 << 20;
-    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-    if (end > begin + worthwhile) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
 void pack(const PackArgs &args) {
     int64_t panels = ceil_div(args.out_features, kPanel);
-    int64_t width = args.dtype == kBfloat16 ? 2 * round_up(args.in_features, kStep) : 4 * args.in_features;
-    use_huge_pages(args.packed, panels * kPanel * width);
     parallel(panels, [&](int64_t panel) {
         args.dtype == kBfloat16 ? pack_panel_bf16(args, panel) : pack_panel_fp32(args, panel);
     });
