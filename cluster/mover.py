@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from engine.errors import TransferError
+from engine.errors import TransferError, TransportError
 from kvtransfer.plan import plan_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from engine.layout import KvLayout
+    from kvtransfer.plan import RankPull
     from kvtransfer.transfer import PullCancel, PullOrder
     from kvtransfer.transport import Pull, Transport
 
@@ -23,12 +26,21 @@ def rank_name(instance: str, rank: int) -> str:
     return f"{instance}/{rank}"
 
 
-class RankMover:
-    """One rank's part of its instance's pulls."""
+GENTLE_BYTES = 4 << 20
+"""What a pull that has time copies between two pauses."""
 
-    def __init__(self, layout: KvLayout, rank: int, transport: Transport) -> None:
+
+class RankMover:
+    """One rank's part of its instance's pulls; those that are not urgent take `copy_share` of
+    the time."""
+
+    def __init__(
+        self, layout: KvLayout, rank: int, transport: Transport, copy_share: float = 1.0
+    ) -> None:
         self._layout, self._rank, self._transport = layout, rank, transport
+        self._copy_share = copy_share
         self._under_way: dict[str, list[Pull]] = {}
+        self._pausing: dict[str, list[asyncio.Event]] = {}
 
     async def pull(self, order: PullOrder) -> None:
         """Returns once all bytes are here; raises TransferError otherwise."""
@@ -40,6 +52,19 @@ class RankMover:
             self._rank,
             layers=range(order.first_layer, order.last_layer),
         )
+        if order.urgent or self._copy_share >= 1.0:
+            await self._pull(order, parts)
+        else:
+            await self._pull_gently(order, parts)
+
+    async def cancel(self, transfer: str) -> None:
+        """A fence may wait for a copy under way, so it does not run on the event loop."""
+        for stopped in self._pausing.get(transfer, ()):
+            stopped.set()
+        for pull in list(self._under_way.get(transfer, ())):
+            await asyncio.to_thread(pull.cancel)
+
+    async def _pull(self, order: PullOrder, parts: Iterable[RankPull]) -> None:
         under_way = self._under_way.setdefault(order.transfer, [])
         started: list[Pull] = []
         try:
@@ -57,10 +82,30 @@ class RankMover:
             if failure is not None:
                 raise failure
 
-    async def cancel(self, transfer: str) -> None:
-        """A fence may wait for a copy under way, so it does not run on the event loop."""
-        for pull in list(self._under_way.get(transfer, ())):
-            await asyncio.to_thread(pull.cancel)
+    async def _pull_gently(self, order: PullOrder, parts: Iterable[RankPull]) -> None:
+        """Piece by piece, with a pause between two in proportion to what the first one took."""
+        stopped = asyncio.Event()
+        self._pausing.setdefault(order.transfer, []).append(stopped)
+        loop, took_s = asyncio.get_running_loop(), 0.0
+        try:
+            for part in parts:
+                for copies in part.copies.slices(GENTLE_BYTES):
+                    await _pause(took_s * (1.0 / self._copy_share - 1.0), stopped)
+                    began_s = loop.time()
+                    await self._pull(order, [replace(part, copies=copies)])
+                    took_s = loop.time() - began_s
+        finally:
+            self._pausing[order.transfer].remove(stopped)
+            if not self._pausing[order.transfer]:
+                del self._pausing[order.transfer]
+
+
+async def _pause(seconds: float, stopped: asyncio.Event) -> None:
+    if seconds > 0.0:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), seconds)
+    if stopped.is_set():
+        raise TransportError("the pull was cancelled between two pieces")
 
 
 async def _ending(pull: Pull) -> TransferError | None:

@@ -82,7 +82,8 @@ def load_rank(
     )
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
-    mover = RankMover(runner.layout, rank, transport)
+    copy_share = config.transfer.copy_share if device.type == "cpu" else 1.0
+    mover = RankMover(runner.layout, rank, transport, copy_share)
     return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
 
 

@@ -57,6 +57,9 @@ class TransferSettings:
     pause_budget_s: float = 0.05
     """A migration seals once the rest can move within this, or one TPOT target if smaller."""
     max_rounds: int = 8
+    copy_share: float = 0.04
+    """Part of the time that the rounds of a live migration keep a CPU copying, so that the other
+    sequences hardly notice; its last round, hand-offs and GPUs copy as fast as they can."""
     accept_lease_s: float = 10.0
     """How long a migrated request's source waits for news of the target's first token."""
 
@@ -131,6 +134,8 @@ class PullOrder:
     target_blocks: tuple[int, ...]
     first_layer: int
     last_layer: int
+    urgent: bool = True
+    """Whether somebody waits for it; the live rounds of a migration have time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +221,7 @@ class Incoming(_Stateful):
             tuple(self.blocks[start:end]),
             first,
             last,
+            urgent=self.sealed is not None or self.offer.kind is TransferKind.HANDOFF,
         )
 
     def order_done(self, number: int) -> None:

@@ -55,22 +55,23 @@ class Shooter:
                 due_s = self.clock() + turn.think_s
                 request = self._later_request(turn, history)
                 await self.wait_until(due_s)
-            sample = await self._shoot(turn, due_s, request)
+            more = place + 1 < len(conversation.turns)
+            sample = await self._shoot(turn, due_s, request, keep_text=more)
             if not sample.finished:
                 return
-            if place + 1 < len(conversation.turns):
+            if more:
                 history += [self._server.text(turn), sample.text]
 
     def _later_request(self, turn: Turn, history: Sequence[str]) -> bytes:
         prompt = self._server.prompt(turn, history)
         return self._server.prepare(prompt, turn.output_tokens, turn.priority)
 
-    async def _shoot(self, turn: Turn, due_s: float, request: bytes) -> Sample:
+    async def _shoot(self, turn: Turn, due_s: float, request: bytes, *, keep_text: bool) -> Sample:
         sample = Sample(
             turn.index, due_s, turn.slo, turn.prompt_tokens, turn.output_tokens, self._round
         )
         self._progress.sent()
-        await self._server.shoot(request, sample, self.clock)
+        await self._server.shoot(request, sample, self.clock, keep_text=keep_text)
         self.samples.append(sample)
         self._progress.ended(sample)
         return sample

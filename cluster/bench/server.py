@@ -123,9 +123,16 @@ class Server:
         body = json.dumps(fields).encode()[:-1] + b', "' + key + b'": ' + prompt + b"}"
         return self._client.request_bytes("POST", path, body)
 
-    async def shoot(self, request: bytes, sample: Sample, clock: Callable[[], float]) -> None:
+    async def shoot(
+        self,
+        request: bytes,
+        sample: Sample,
+        clock: Callable[[], float],
+        *,
+        keep_text: bool = False,
+    ) -> None:
         """Sends one prepared request now and fills in what came of it."""
-        answer = Answer()
+        answer = Answer(keep_text=keep_text)
         origin_s = now() - clock()
         sample.sent_s = clock()
         try:

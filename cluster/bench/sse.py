@@ -50,9 +50,13 @@ class Answer:
     """Where the server says the time went, if it does."""
     error: str | None = None
     ended: bool = False
+    keep_text: bool = True
 
     def take(self, data: bytes, now_s: float) -> None:
-        """Records one event."""
+        """Records one event; JSON is read only where it says more than that a token came."""
+        if not self.keep_text and _is_plain_token(data):
+            self.token_s.append(now_s)
+            return
         if data == b"[DONE]":
             self.ended = True
             return
@@ -90,6 +94,12 @@ class Answer:
     def prompt_tokens(self) -> int | None:
         told = (self.usage or {}).get("prompt_tokens")
         return None if told is None else int(told)
+
+
+def _is_plain_token(data: bytes) -> bool:
+    """A chunk that neither ends an answer nor opens a chat."""
+    goes_on = b'"finish_reason":null' in data or b'"finish_reason": null' in data
+    return goes_on and b'"role"' not in data
 
 
 def error_text(error: object) -> str:

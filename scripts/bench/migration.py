@@ -1,11 +1,13 @@
 """Live migration between two real hosts, beside stop-and-copy and recompute in the same run.
 
     python scripts/bench/migration.py [--shape 120m] [--contexts 512 2048 8192 16384]
-        [--transports shared_memory nixl] [--rounds 5] [--no-recompute] [--json]
+        [--transports shared_memory nixl] [--modes live stop-and-copy] [--rounds 5]
+        [--no-recompute] [--json]
 
 Each host decodes 15 other sequences on a core of its own. A sequence of each context joins the
 source, decodes, moves, and decodes on at the target. The gap is what its reader sees: from the
-source's last token to the target's first. The pause is that gap less the target's ordinary step.
+source's last token to the target's first. The pause is that gap less an ordinary step of the
+target's batch of 16 with the sequence in it.
 The slow-down compares the other sequences' steps while KV moves with those just before.
 """
 
@@ -40,6 +42,9 @@ MODES = {"live": 8, "stop-and-copy": 0}
 """Rounds that a migration may copy while the source still decodes."""
 SETTLE_TOKENS = 12
 PATIENT = Slo(600.0, 10.0)
+HEADER = """{shape} in bf16, a batch of 16 on either side, medians in ms
+transport      mode           context     MB   pause     gap   step   total       slow-down    \
+recompute"""
 
 
 def main() -> None:
@@ -47,10 +52,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         write_model(options.shape, Path(directory) / "model")
         figures: dict[str, Any] = {"shape": options.shape, "runs": []}
+        if not options.json:
+            print(HEADER.format(shape=options.shape))
         for transport in options.transports:
-            for mode in MODES:
+            for mode in options.modes:
                 figures["runs"] += asyncio.run(run(options, Path(directory), transport, mode))
-    print(json.dumps(figures, indent=2)) if options.json else show(figures)
+    if options.json:
+        print(json.dumps(figures, indent=2))
 
 
 def parse() -> argparse.Namespace:
@@ -58,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="120m")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
     parser.add_argument("--transports", nargs="+", default=["shared_memory", "nixl"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-recompute", dest="recompute", action="store_false")
     parser.add_argument("--json", action="store_true")
@@ -93,6 +102,8 @@ async def run(
         if options.recompute and transport == options.transports[0] and mode == "live":
             row["recompute_s"] = await recompute(gateway, context)
         found.append({"transport": transport, "mode": mode, "context": context, **row})
+        if not options.json:
+            show(found[-1])
     stop(hosts)
     gateway.link.close()
     return found
@@ -158,7 +169,7 @@ def timing(gateway: Gateway, stream: Stream, asked_s: float) -> dict[str, float]
     first = stream.senders.index(TARGET)
     left_s, came_s = stream.arrived_s[first - 1], stream.arrived_s[first]
     steps = {side: gateway.steps_s[name] for side, name in (("source", SOURCE), ("target", TARGET))}
-    step_s = statistics.median(lasting(steps["target"], asked_s - 1.0, asked_s))
+    step_s = statistics.median(b - a for a, b in pairwise(stream.arrived_s[first:]))
     times = {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
     for side, at in steps.items():
         times[f"{side}_before_s"] = statistics.mean(lasting(at, asked_s - 1.0, asked_s))
@@ -183,21 +194,15 @@ async def recompute(gateway: Gateway, context: int) -> float:
     return stream.arrived_s[0] - asked_s
 
 
-def show(figures: dict[str, Any]) -> None:
-    print(f"{figures['shape']} in bf16, a batch of 16 on either side, medians, in ms")
-    print("transport      mode           context     MB   pause     gap   step   total  slow-down")
-    for row in figures["runs"]:
-        print(
-            f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
-            f"{row['pause_s'] * 1e3:7.1f} {row['gap_s'] * 1e3:7.1f} {row['step_s'] * 1e3:6.1f} "
-            f"{row['total_s'] * 1e3:7.0f}  {row['source_slowdown']:5.1%} / "
-            f"{row['target_slowdown']:5.1%}"
-        )
-    for row in figures["runs"]:
-        if "recompute_s" in row:
-            print(
-                f"recompute of {row['context']:6} tokens at the target: {row['recompute_s']:.2f} s"
-            )
+def show(row: dict[str, Any]) -> None:
+    again = f"{row['recompute_s']:12.2f} s" if "recompute_s" in row else ""
+    print(
+        f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
+        f"{row['pause_s'] * 1e3:7.1f} {row['gap_s'] * 1e3:7.1f} {row['step_s'] * 1e3:6.1f} "
+        f"{row['total_s'] * 1e3:7.0f} {row['source_slowdown']:7.1%} / "
+        f"{row['target_slowdown']:6.1%} {again}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from placement.router import Route
 
 CONTEXT_TOKENS = 20480
-START_S, WAIT_S = 300.0, 40.0
+START_S, WAIT_S = 300.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ async def serve(plan: HostPlan, pipe: Connection) -> None:
         if metadata is not None:
             transport.connect(rank_name(name, 0), metadata)
     async with asyncio.TaskGroup() as tasks:
-        mover = InstanceMover([RankMover(runner.layout, 0, transport)], tasks)
+        rank = RankMover(runner.layout, 0, transport, settings.transfer.copy_share)
+        mover = InstanceMover([rank], tasks)
         host = Host(instance, executor=runner, link=link, mover=mover, clock=SystemClock())
         running = tasks.create_task(host.run())
         host.tell(["gateway-0"])

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,34 @@ async def test_a_cancelled_pull_is_fenced_and_reports_its_end(ranks):
         await pulling
     assert not network.step()
     assert not pool.bytes().any()
+
+
+async def test_a_pull_that_has_time_goes_piece_by_piece_and_arrives_whole(ranks, monkeypatch):
+    monkeypatch.setattr("cluster.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
+    network, mover, pool = ranks
+    mover._copy_share = 0.5
+    pulling = asyncio.ensure_future(mover.pull(replace(ORDER, urgent=False)))
+    while not pulling.done():
+        network.step()
+        await asyncio.sleep(0)
+    await pulling
+    blocks = pool.bytes().reshape(4, -1)
+    assert [bool((block == 7).all()) for block in blocks] == [False, True, False, True]
+    assert not mover._pausing
+
+
+async def test_a_pull_that_pauses_can_be_cancelled(ranks, monkeypatch):
+    monkeypatch.setattr("cluster.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
+    network, mover, pool = ranks
+    mover._copy_share = 1e-12
+    pulling = asyncio.ensure_future(mover.pull(replace(ORDER, urgent=False)))
+    while mover._under_way or not pool.bytes().any():
+        network.step()
+        await asyncio.sleep(0)
+    await mover.cancel("t1")
+    with pytest.raises(TransportError, match="cancelled"):
+        await pulling
+    assert not mover._pausing
 
 
 async def test_an_unknown_source_is_a_transfer_error(ranks):

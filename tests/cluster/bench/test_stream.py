@@ -24,12 +24,13 @@ def test_an_endless_event_is_refused() -> None:
         EventSplitter().feed(b"data: " + b"x" * LARGEST_EVENT_BYTES)
 
 
-def test_only_chunks_with_a_token_count() -> None:
-    answer = Answer()
+@pytest.mark.parametrize("keep_text", [True, False])
+def test_only_chunks_with_a_token_count(keep_text: bool) -> None:
+    answer = Answer(keep_text=keep_text)
     for number, event in enumerate(
         (
-            b'{"choices": [{"delta": {"role": "assistant", "content": ""}}]}',
-            b'{"choices": [{"delta": {"content": "a"}}]}',
+            b'{"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason":null}]}',
+            b'{"choices": [{"delta": {"content": "a"}, "finish_reason":null}]}',
             b'{"choices": [{"text": "", "finish_reason": null}]}',
             b'{"choices": [{"text": "", "finish_reason": "stop"}]}',
             b'{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}',
