@@ -247,8 +247,16 @@ def plain_facts(rng: Random) -> str:
     return _introduction(rng) if rng.random() < 0.4 else " ".join(facts)
 
 
+def chant(rng: Random) -> str:
+    """A few words over and over, which keeps a model looking back on its own text."""
+    known = [word for table in WORDS.values() for word in table]
+    words = [_new_name(rng) if rng.random() < 0.2 else rng.choice(known) for _ in range(12)]
+    line = rng.choice([" ", ", ", "-", "\n"]).join(words[: rng.randint(2, 12)])
+    return rng.choice([". ", "\n", "; "]).join([line] * rng.randint(2, 5))
+
+
 KINDS: dict[Callable[[Random], str], int] = {
-    story: 30, story_conversation: 16, conversation: 40, sums: 8, plain_facts: 6,
+    story: 30, story_conversation: 16, conversation: 40, sums: 8, plain_facts: 6, chant: 4,
 }  # fmt: skip
 
 
