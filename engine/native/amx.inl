@@ -147,6 +147,8 @@ struct Tiles {
         auto second = static_cast<uint8_t>(rows > kTileRows ? rows - kTileRows : kTileRows);
         config.rows[0] = config.rows[1] = config.rows[4] = first;
         config.rows[2] = config.rows[3] = config.rows[5] = second;
+        // The intrinsic tells the compiler of the record's first eight bytes only.
+        __asm__ volatile("" ::"r"(&config) : "memory");
         _tile_loadconfig(&config);
     }
     Tiles(const Tiles &) = delete;

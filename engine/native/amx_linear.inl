@@ -30,11 +30,13 @@ struct TiledInput {
     const bf16 *at(int64_t row_tile, int64_t step) const { return tiles + (row_tile * steps + step) * kTile; }
 };
 
-constexpr int64_t kDepthSteps = 8;                // of a panel, 16 KB, stay in L1 while rows pass
+constexpr int64_t kDepthSteps = 12;               // of a panel, 24 KB, stay in L1 while rows pass
 constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panels pass
 constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
 
-// A run of row tiles that meets panels; the sums of one panel rest in `sums`, [rows, 32].
+constexpr int64_t kPassPanels = 4;  // written out together: a row's lines lie in one page
+
+// A run of row tiles that meets panels; `sums` is [kPassPanels][rows, 32].
 struct RowBlock {
     const LinearArgs &args;
     const TiledInput &x;
@@ -45,63 +47,72 @@ struct RowBlock {
         return static_cast<const bf16 *>(args.weight) + index * x.steps * 2 * kTile;
     }
 
-    TileBlock block(const bf16 *panel, int64_t tile, int64_t step, int64_t steps) const {
+    float *sums_of(int64_t panel) const { return sums + panel * round_up(tiles, 2) * kTileRows * kPanel; }
+
+    TileBlock block(const bf16 *panel, float *sums, int64_t tile, int64_t step, int64_t steps) const {
         return {x.at(first + tile, step), kStep, kTile, x.steps * kTile, panel + step * 2 * kTile, steps,
                 sums + tile * kTileRows * kPanel, kPanel, step > 0, nullptr, 0};
     }
 
-    void write(int64_t tile, int64_t panel_index) const {
-        int64_t row = (first + tile) * kTileRows, rows = smaller_of(2 * kTileRows, args.rows - row);
-        emit<bf16>(args, sums + tile * kTileRows * kPanel, row, rows, panel_index * kPanel);
-    }
-
-    // Lines of the output are owned by the time the sums are ready.
-    void claim_output(int64_t tile, int64_t panel_index) const {
-        int64_t row = (first + tile) * kTileRows, end = smaller_of(row + 2 * kTileRows, args.rows);
-        for (; row < end; row++)
-            __builtin_prefetch(static_cast<bf16 *>(args.y) + row * args.out_features + panel_index * kPanel, 1);
-    }
-
     // Few rows: the panel streams by, its sums never leave the tiles.
     void stream(int64_t panel_index) const {
-        multiply_rows<kReuseRows>(block(panel(panel_index), 0, 0, x.steps), tiles);
-        write(0, panel_index);
+        multiply_rows<kReuseRows>(block(panel(panel_index), sums, 0, 0, x.steps), tiles);
+        emit<bf16>(args, sums, 0, args.rows, panel_index * kPanel);
     }
 
     // Many rows: a slab of the panel stays in L1 while they pass, and the next slab is fetched.
-    void pass(int64_t panel_index) const {
+    void pass(const bf16 *panel, float *panel_sums) const {
         int64_t lines = ceil_div(kStepLines, ceil_div(tiles, 2));
         for (int64_t step = 0; step < x.steps; step += kDepthSteps) {
             int64_t steps = smaller_of(kDepthSteps, x.steps - step);
-            bool last = step + steps == x.steps;
             for (int64_t tile = 0; tile < tiles; tile += 2) {
-                TileBlock part = block(panel(panel_index), tile, step, steps);
+                TileBlock part = block(panel, panel_sums, tile, step, steps);
                 part.next = part.panel + steps * (2 * kTile + tile / 2 * lines * kLine);
                 part.next_lines = lines;
-                if (last) claim_output(tile, panel_index);
                 multiply_rows<kReusePanel>(part, tiles - tile);
-                if (last) write(tile, panel_index);
             }
         }
     }
+
+    void pass_group(int64_t begin, int64_t end) const {
+        for (int64_t index = begin; index < end; index++) pass(panel(index), sums_of(index - begin));
+        int64_t row = first * kTileRows, rows = smaller_of(tiles * kTileRows, args.rows - row);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t index = begin; index < end; index++)
+                emit<bf16>(args, sums_of(index - begin) + i * kPanel, row + i, 1, index * kPanel);
+    }
 };
 
-void linear_tiles(const LinearArgs &args) {
-    TiledInput x(args);
+// At most two tiles of rows.
+void linear_streaming(const LinearArgs &args, const TiledInput &x) {
+    int64_t panels = ceil_div(args.out_features, kPanel);
+    int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
+    parallel_ranges(panels, grain, [&](int64_t begin, int64_t end) {
+        Tiles configured(args.rows);
+        alignas(64) float sums[2 * kTileRows * kPanel];
+        RowBlock rows{args, x, 0, x.row_tiles, sums};
+        for (int64_t panel = begin; panel < end; panel++) rows.stream(panel);
+    });
+}
+
+void linear_passing(const LinearArgs &args, const TiledInput &x) {
     int64_t most = kInputBlockBytes / (x.steps * kTile * static_cast<int64_t>(sizeof(bf16))) / 2 * 2;
     int64_t block_tiles = smaller_of(most < 2 ? 2 : most, x.row_tiles);
     int64_t blocks = ceil_div(x.row_tiles, block_tiles), panels = ceil_div(args.out_features, kPanel);
-    int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
-    int64_t groups = ceil_div(panels, grain);
-    bool streams = x.row_tiles <= 2;
+    int64_t groups = ceil_div(panels, kPassPanels);
     parallel(blocks * groups, [&](int64_t task) {
-        Tiles configured(streams ? args.rows : 2 * kTileRows);
+        Tiles configured;
         int64_t first = task / groups * block_tiles, tiles = smaller_of(block_tiles, x.row_tiles - first);
-        auto sums = static_cast<float *>(scratch(kSums, round_up(tiles, 2) * kTileRows * kPanel * sizeof(float)));
-        RowBlock rows{args, x, first, tiles, sums};
-        int64_t begin = task % groups * grain, end = smaller_of(begin + grain, panels);
-        for (int64_t panel = begin; panel < end; panel++) streams ? rows.stream(panel) : rows.pass(panel);
+        int64_t room = kPassPanels * round_up(tiles, 2) * kTileRows * kPanel;
+        RowBlock rows{args, x, first, tiles, static_cast<float *>(scratch(kSums, room * sizeof(float)))};
+        int64_t begin = task % groups * kPassPanels;
+        rows.pass_group(begin, smaller_of(begin + kPassPanels, panels));
     });
+}
+
+void linear_tiles(const LinearArgs &args) {
+    TiledInput x(args);
+    x.row_tiles <= 2 ? linear_streaming(args, x) : linear_passing(args, x);
 }
 
 // --- plain weights: rows of W are A, x is the panel, and the sums come out transposed ---------

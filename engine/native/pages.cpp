@@ -11,10 +11,10 @@ namespace {
 // Advice is only that: where it is refused, small pages stay.
 void advise(void *data, int64_t bytes, int advice) {
 #if defined(__linux__)
-    constexpr uintptr_t page = 4096, worthwhile = 4 << 20;
+    constexpr uintptr_t page = 4096, worthwhile = 2 << 20;
     uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
     uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-    if (end > begin + worthwhile) madvise(reinterpret_cast<void *>(begin), end - begin, advice);
+    if (end >= begin + worthwhile) madvise(reinterpret_cast<void *>(begin), end - begin, advice);
 #else
     (void)data, (void)bytes, (void)advice;
 #endif

@@ -153,12 +153,15 @@ void run_tasks(int64_t tasks, void (*body)(void *, int64_t), void *context) {
 
 void *scratch(ScratchSlot slot, size_t bytes) {
     thread_local Buffer buffers[kScratchSlots];
+    constexpr int64_t small_page = 4096, huge_page = 2 << 20;
     Buffer &buffer = buffers[slot];
     if (buffer.bytes >= bytes) return buffer.data;
     std::free(buffer.data);
-    buffer.bytes = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 4096));
-    buffer.data = std::aligned_alloc(4096, buffer.bytes);
+    int64_t page = bytes > huge_page / 4 ? huge_page : small_page;
+    buffer.bytes = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), page));
+    buffer.data = std::aligned_alloc(page, buffer.bytes);
     if (buffer.data == nullptr) throw std::bad_alloc();
+    use_huge_pages(buffer.data, static_cast<int64_t>(buffer.bytes));
     return buffer.data;
 }
 
