@@ -1,5 +1,5 @@
 """`python -m cluster` is `tandem`."""
 
-from cluster.cli import main
+from cluster.cli.app import main
 
 main()

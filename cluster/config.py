@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.call import RequestLimits
 from cluster.config_errors import first_error
-from cluster.journal import JournalSettings
+from cluster.gateway.call import RequestLimits
+from cluster.gateway.journal import JournalSettings
 from cluster.yaml_file import read_yaml
 from cluster.zmq_link import LinkLimits
 from decode.scheduler import DecodeSettings

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.actors import CONTROLLER_NAME, NAMESPACE, answer
-from cluster.controller import Controller
-from cluster.front import Front, read_model
-from cluster.leading import Network
+from cluster.cli.progress import show_progress
+from cluster.control.controller import Controller
+from cluster.control.pools import Ground
+from cluster.gateway.front import Front, read_model
+from cluster.instance.leading import Network
 from cluster.policy_file import starting_policy
-from cluster.pools import Ground
-from cluster.progress import show_progress
 from cluster.ray_session import choose_device, start_ray
 from cluster.zmq_link import ClusterKey
 from engine.errors import TandemError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.config import Config
-    from cluster.front import Model
+    from cluster.gateway.front import Model
     from cluster.ray_session import RaySession
 
 log = logging.getLogger(__name__)

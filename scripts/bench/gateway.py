@@ -40,10 +40,10 @@ async def run_gateway(folder: Path) -> None:
     import uvicorn
 
     import engine
-    from cluster.doors import listen
-    from cluster.gateway import Gateway, GatewaySettings
-    from cluster.grpc_door import GrpcDoor
-    from cluster.http import HttpDoor
+    from cluster.doors.both import listen
+    from cluster.doors.grpc_door import GrpcDoor
+    from cluster.doors.http import HttpDoor
+    from cluster.gateway.gateway import Gateway, GatewaySettings
     from engine.clock import SystemClock
     from engine.tokenizer import Tokenizer
     from placement.admission import AdmissionSettings

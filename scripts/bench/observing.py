@@ -27,9 +27,9 @@ from cluster.bench.http import parse_target
 from cluster.bench.load import Conversation, Silent, closed_loop
 from cluster.bench.server import Server, Settings, Turn, connect
 from cluster.config import Config
-from cluster.doors import listen
-from cluster.http import HttpDoor
-from cluster.watching import Watching
+from cluster.doors.both import listen
+from cluster.doors.http import HttpDoor
+from cluster.watching.everything import Watching
 from engine.clock import SystemClock
 from engine.errors import TransportError
 from tests.cluster.serving import running

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.journal import Deliver, Fail, Journal, Reroute, Send
+from cluster.gateway.journal import Deliver, Fail, Journal, Reroute, Send
 from cluster.zmq_link import ZmqLink, ipc_address
 from engine.messages import Migrate, Migrated, Role, Token, Tokens
 
@@ -109,9 +109,9 @@ def hold(plan: HostPlan, pipe: Connection) -> None:
 
 async def serve(plan: HostPlan, pipe: Connection) -> None:
     """Hosts an instance until the pipe is closed."""
-    from cluster.host import Host
-    from cluster.instance import Instance, InstanceSettings
-    from cluster.mover import InstanceMover, RankMover, rank_name
+    from cluster.instance.host import Host
+    from cluster.instance.instance import Instance, InstanceSettings
+    from cluster.instance.mover import InstanceMover, RankMover, rank_name
     from engine.blocks import BlockPool
     from engine.checkpoint import open_checkpoint
     from engine.clock import SystemClock

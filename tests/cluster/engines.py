@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.mover import RankMover, rank_name
+from cluster.instance.mover import RankMover, rank_name
 from engine.checkpoint import DEMO_DIRECTORY, open_checkpoint
 from engine.errors import TransferError
 from engine.grammar import GrammarCompiler

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from cluster.gateway import Gateway, GatewaySettings
+from cluster.gateway.gateway import Gateway, GatewaySettings
 from cluster.links import LocalNetwork
-from cluster.observer import Observers
+from cluster.watching.observer import Observers
 from engine.clock import SystemClock
 from engine.messages import Lost, Role
 from engine.tokenizer import Tokenizer

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.balancing import Balancing
 from cluster.config import MigrationConfig
+from cluster.control.balancing import Balancing
 from engine.errors import InstanceLost
 from engine.messages import InstanceState, Load, Migrate, Role, Running
 from placement.view import InstanceView, View

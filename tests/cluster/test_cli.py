@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from cluster.cli import run
-from cluster.cli_chat import as_document
-from cluster.cli_serve import pool_flags
-from cluster.cli_status import as_document as status_document
-from cluster.cli_status import summarize
+from cluster.cli.app import run
+from cluster.cli.chat import as_document
+from cluster.cli.serve import pool_flags
+from cluster.cli.status import as_document as status_document
+from cluster.cli.status import summarize
 from cluster.config_docs import config_page, config_schema
 from cluster.rpc import tandem_pb2 as pb
 

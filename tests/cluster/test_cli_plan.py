@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from cluster.cli import run
+from cluster.cli.app import run
+from cluster.cli.planning import cost_book, find_shape
 from cluster.config import load_config
-from cluster.planning import cost_book, find_shape
-from cluster.profile_passes import Pass, passes_of, profile_entry
+from cluster.profiling.passes import Pass, passes_of, profile_entry
 from engine.checkpoint import open_checkpoint
 from placement.costbook import Cut
 from placement.latency import mixed_step

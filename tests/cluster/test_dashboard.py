@@ -14,11 +14,11 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from cluster.dashboard import MOST_VIEWERS, Dashboard
-from cluster.http import HttpDoor
-from cluster.keys import Unauthorized
-from cluster.live import SHOWN_ENDED, Live
-from cluster.observer import Rerouted
+from cluster.doors.http import HttpDoor
+from cluster.doors.keys import Unauthorized
+from cluster.watching.dashboard import MOST_VIEWERS, Dashboard
+from cluster.watching.live import SHOWN_ENDED, Live
+from cluster.watching.observer import Rerouted
 from engine.clock import SystemClock
 from engine.events import Timeline
 from engine.messages import Migrate, Migrated, Role
@@ -102,7 +102,7 @@ def test_a_refused_request_has_no_latencies_but_counts() -> None:
 
 def test_the_page_asks_nobody_else_for_anything() -> None:
     for kind in ("html", "css", "js"):
-        text = files("cluster").joinpath(f"static/dashboard.{kind}").read_text()
+        text = files("cluster.watching").joinpath(f"static/dashboard.{kind}").read_text()
         outside = re.findall(r"https?://[^\s\"']+|//cdn[^\s\"']+", text)
         assert [url for url in outside if url != "http://www.w3.org/2000/svg"] == []
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from cluster.doors import listen
-from cluster.grpc_door import GrpcDoor
-from cluster.http import HttpDoor, HttpLimits, HttpSettings
-from cluster.http_protocol import HEAD_BYTES, BoundedHttp
-from cluster.openapi import openapi_document
+from cluster.doors.both import listen
+from cluster.doors.grpc_door import GrpcDoor
+from cluster.doors.http import HttpDoor, HttpLimits, HttpSettings
+from cluster.doors.http_protocol import HEAD_BYTES, BoundedHttp
+from cluster.doors.openapi import openapi_document
 from cluster.rpc import tandem_pb2 as pb
 from engine.grammar import GrammarCompiler
 from tests.cluster.serving import TOKENIZER, running

@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from cluster.call import Call, Targets
-from cluster.gateway import GatewaySettings
-from cluster.journal import JournalSettings
+from cluster.gateway.call import Call, Targets
+from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.journal import JournalSettings
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
 from engine.messages import Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling

@@ -10,9 +10,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from cluster.doors.grpc_door import GrpcDoor
 from cluster.events import Event
-from cluster.gateway import GatewaySettings
-from cluster.grpc_door import GrpcDoor
+from cluster.gateway.gateway import GatewaySettings
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import NotFound

@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.host import Host, HostSettings
-from cluster.instance import Instance, InstanceSettings
+from cluster.instance.host import Host, HostSettings
+from cluster.instance.instance import Instance, InstanceSettings
+from cluster.instance.mover import InstanceMover
 from cluster.links import LocalNetwork
-from cluster.mover import InstanceMover
 from engine.batch import Drawn, StepResult
 from engine.blocks import BlockPool
 from engine.clock import SystemClock

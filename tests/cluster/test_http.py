@@ -6,10 +6,10 @@ import httpx
 import pytest
 import uvicorn
 
-from cluster.doors import listen
-from cluster.gateway import GatewaySettings
-from cluster.http import HttpDoor, HttpLimits, HttpSettings
-from cluster.openai_replies import ChatChunk, ChatReply, CompletionReply
+from cluster.doors.both import listen
+from cluster.doors.http import HttpDoor, HttpLimits, HttpSettings
+from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
+from cluster.gateway.gateway import GatewaySettings
 from engine.request import Request, Sampling
 from placement.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens

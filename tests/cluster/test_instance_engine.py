@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from cluster.instance import Instance
+from cluster.instance.instance import Instance
 from engine.batch import Batch, StepResult, chunk_of
 from engine.blocks import BlockPool
 from engine.messages import Confirmed, Migrated, Role, Sealed

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.journal import Deliver, Fail, Journal, JournalSettings, Reroute, Send
+from cluster.gateway.journal import Deliver, Fail, Journal, JournalSettings, Reroute, Send
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost
 from engine.messages import (
     Abort,

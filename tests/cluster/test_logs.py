@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.bundle import collect, write_bundle
-from cluster.logs import JsonLines, set_up_logging
+from cluster.cli.bundle import collect, write_bundle
+from cluster.watching.logs import JsonLines, set_up_logging
 from engine.errors import BadConfig, DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def test_the_archive_tells_what_could_not_be_had(tmp_path: Path) -> None:
 
 
 def test_the_archive_has_no_requests_but_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster import bundle
+    from cluster.cli import bundle
 
     status = {
         "model": "demo",

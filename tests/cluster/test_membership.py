@@ -1,7 +1,7 @@
 import asyncio
 
+from cluster.control.liveness import Heartbeats, RestartBudget
 from cluster.links import LocalNetwork
-from cluster.liveness import Heartbeats, RestartBudget
 from cluster.membership import Membership, listeners
 from cluster.roster import Kind, Member, Roster
 

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import ITL_BUCKETS, SPECS, Metrics
-from cluster.observer import Rerouted
-from cluster.slo_window import SloWindow
+from cluster.watching.metrics import ITL_BUCKETS, SPECS, Metrics
+from cluster.watching.observer import Rerouted
+from cluster.watching.slo_window import SloWindow
 from engine.messages import InstanceState, Role
 from tests.cluster.watching import ended, load, migrated, opened, timeline
 

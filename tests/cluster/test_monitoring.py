@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.metrics import SPECS
+from cluster.watching.metrics import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "docs/monitoring"

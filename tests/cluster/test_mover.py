@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.mover import InstanceMover, RankMover, rank_name
+from cluster.instance.mover import InstanceMover, RankMover, rank_name
 from engine.errors import InstanceLost, TransportError
 from engine.layout import KvLayout
 from kvtransfer.memory import MemoryNetwork, MemoryTransport
@@ -54,7 +54,7 @@ async def test_a_cancelled_pull_is_fenced_and_reports_its_end(ranks):
 
 
 async def test_a_pull_that_has_time_goes_piece_by_piece_and_arrives_whole(ranks, monkeypatch):
-    monkeypatch.setattr("cluster.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
+    monkeypatch.setattr("cluster.instance.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
     network, mover, pool = ranks
     mover._copy_share = 0.5
     pulling = asyncio.ensure_future(mover.pull(replace(ORDER, urgent=False)))
@@ -68,7 +68,7 @@ async def test_a_pull_that_has_time_goes_piece_by_piece_and_arrives_whole(ranks,
 
 
 async def test_a_pull_that_pauses_can_be_cancelled(ranks, monkeypatch):
-    monkeypatch.setattr("cluster.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
+    monkeypatch.setattr("cluster.instance.mover.GENTLE_BYTES", LAYOUT.block_bytes(0))
     network, mover, pool = ranks
     mover._copy_share = 1e-12
     pulling = asyncio.ensure_future(mover.pull(replace(ORDER, urgent=False)))

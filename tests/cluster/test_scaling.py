@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.scaling import Scaling, Usage
-from cluster.usage import UsageReporter
+from cluster.control.scaling import Scaling, Usage
+from cluster.watching.usage import UsageReporter
 from engine.clock import VirtualClock
 from engine.errors import BadConfig
 from engine.messages import Role

@@ -8,13 +8,13 @@ import pytest
 import uvicorn
 
 from cluster.config import TlsConfig
-from cluster.doors import listen
-from cluster.grpc_door import GrpcDoor
-from cluster.http import HttpDoor
-from cluster.keys import Bucket, Keyring, Unauthorized, hash_key, matches, new_key
+from cluster.doors.both import listen
+from cluster.doors.grpc_door import GrpcDoor
+from cluster.doors.http import HttpDoor
+from cluster.doors.keys import Bucket, Keyring, Unauthorized, hash_key, matches, new_key
+from cluster.doors.tls import check_tls, exposure_warning, uvicorn_options
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
-from cluster.tls import check_tls, exposure_warning, uvicorn_options
 from engine.errors import BadConfig, Overloaded
 from tests.cluster.certificates import Authority
 from tests.cluster.serving import running

@@ -9,8 +9,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from cluster.observer import Rerouted
-from cluster.tracing import Tracing, open_tracing
+from cluster.watching.observer import Rerouted
+from cluster.watching.tracing import Tracing, open_tracing
 from engine.errors import Unsupported
 from tests.cluster.watching import ended, migrated, opened
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.observer import Ended, Opened
+from cluster.watching.observer import Ended, Opened
 from engine.events import Timeline
 from engine.messages import InstanceState, Load, Migrated, Role, Running
 from engine.slo import Slo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.journal import Action, Deliver, Fail, Journal, Reroute, Send
+from cluster.gateway.journal import Action, Deliver, Fail, Journal, Reroute, Send
 from engine.messages import InstanceState, Load, Message
 
 if TYPE_CHECKING:

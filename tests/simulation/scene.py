@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cluster.instance import InstanceSettings
+from cluster.instance.instance import InstanceSettings
 from decode.scheduler import DecodeSettings
 from engine import wire
 from engine.messages import Migrate, Migrated, Role

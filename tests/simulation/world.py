@@ -14,7 +14,7 @@ from hashlib import blake2b
 from random import Random
 from typing import TYPE_CHECKING
 
-from cluster.instance import Instance, InstanceSettings
+from cluster.instance.instance import Instance, InstanceSettings
 from decode.scheduler import DecodeSettings
 from engine import wire
 from engine.blocks import BlockPool

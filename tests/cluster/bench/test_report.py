@@ -16,7 +16,7 @@ from cluster.bench.figures import figures
 from cluster.bench.run import Measured
 from cluster.bench.sample import Sample, write_samples
 from cluster.bench.svg import Axis
-from cluster.cli_bench import register
+from cluster.cli.bench import register
 from engine.errors import BadInput
 from engine.slo import Slo
 from tests.cluster.bench.simulated import Behaviour, Latency, SimulatedServer, precise_loop

@@ -1,0 +1,95 @@
+"""What a bug report needs in one archive: versions, machine, config, state and metrics.
+
+No prompts, answers or keys: requests appear as counts, and key files only as paths.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from cluster.cli.doctor import examine
+from cluster.cli.status import as_document, summarize
+from cluster.config import load_config
+from engine.errors import BadInput, TandemError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from cluster.client import Client
+
+PACKAGES = (
+    "tandem-serve", "ray", "torch", "numpy", "grpcio", "protobuf", "pyzmq", "nixl", "uvicorn",
+    "starlette", "pydantic", "tokenizers", "safetensors", "llguidance", "prometheus-client",
+    "opentelemetry-sdk", "cupy-cuda13x", "nvidia-nccl-cu13",
+)  # fmt: skip
+METRICS_S = 10.0
+README = """What `tandem report` collected about this Tandem cluster. There are no prompts, no
+answers and no keys in it; look through it before you pass it on.
+"""
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def collect(
+    connect: Callable[[], Client], api_key: str | None, source: str | None
+) -> dict[str, str]:
+    """The bundle's files by name; what could not be had is told in `missing.txt`."""
+    files = {"README.txt": README, "versions.json": _json(versions())}
+    files["machine.json"] = _json([finding.as_dict() for finding in examine()])
+    missing: list[str] = []
+    if source is not None:
+        files["config.json"] = load_config(source).model_dump_json(indent=2) + "\n"
+    try:
+        status = _status(connect)
+        files["status.json"] = _json(_without_requests(status))
+        files["metrics.txt"] = _metrics(status["endpoints"]["http"], api_key)
+    except BadInput:
+        raise
+    except (TandemError, httpx.HTTPError) as error:
+        missing.append(f"the running cluster: {type(error).__name__}: {error}")
+    return files | ({"missing.txt": "\n".join(missing) + "\n"} if missing else {})
+
+
+def _status(connect: Callable[[], Client]) -> dict[str, Any]:
+    with connect() as client:
+        return as_document(client.status())
+
+
+def _without_requests(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Instances as they are, requests only counted: their ids may be a client's own."""
+    summary = summarize(dict(status))
+    return {**status, "requests": summary["requests"]}
+
+
+def _metrics(url: str, api_key: str | None) -> str:
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    answer = httpx.get(f"{url}/metrics", headers=headers, timeout=METRICS_S)
+    answer.raise_for_status()
+    return answer.text
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_bundle(path: Path, files: Mapping[str, str]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)

@@ -1,0 +1,231 @@
+"""`tandem profile`, `tandem plan` and `tandem simulate`: what would run best, before it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.options import Json  # noqa: TC001 - so does it this
+from engine.errors import BadConfig, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from placement.optimizer import Objective
+    from placement.plan import Plan
+
+Workload = Annotated[
+    Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
+]
+Profile = Annotated[Path | None, typer.Option(help="What `tandem profile` measured here.")]
+
+
+MOST_REQUESTS_FACTOR = 8
+"""A candidate that serves many needs more requests for its batches to fill."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(profile)
+    app.command()(plan)
+    app.command()(simulate)
+
+
+def plan(
+    *,
+    model: Annotated[str, typer.Option(help="demo, a directory, or a model of the catalog.")],
+    hardware: Annotated[Path, typer.Option(help="The fleet.", metavar="FILE")],
+    workload: Workload,
+    ttft: Annotated[float, typer.Option(help="Target in seconds.")],
+    tpot: Annotated[float, typer.Option(help="Target in seconds.")],
+    attainment: Annotated[float, typer.Option(help="The share that must meet both.")] = 0.9,
+    objective: Annotated[
+        str, typer.Option(help="goodput, or for a rate least accelerators, cost or power.")
+    ] = "goodput",
+    rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
+    power_cap: Annotated[float | None, typer.Option(help="Watts of all accelerators.")] = None,
+    requests: Annotated[int, typer.Option(help="Simulated of each candidate at least.")] = 600,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That simulate.", show_default="one per core")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    profile: Profile = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The plan.", metavar="PLAN.yaml")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The pools that serve most within the targets, and what they beat."""
+    from cluster.cli.planning import cost_book, fleet_with
+    from placement.optimizer import Question
+    from placement.optimizer import plan as find_plan
+    from placement.plan import Target
+    from placement.workload_files import read_workload
+
+    if power_cap is not None and power_cap <= 0:
+        raise BadConfig("power-cap", power_cap, "must be positive")
+    _check_output(output)
+    question = Question(
+        Target(ttft, tpot, attainment),
+        _objective(objective),
+        rate,
+        power_cap,
+        requests=requests,
+        most_requests=requests * MOST_REQUESTS_FACTOR,
+        seed=seed,
+        processes=processes or os.cpu_count() or 1,
+    )
+    fleet = fleet_with(hardware, profile)
+    book = cost_book(model, fleet)
+    load = read_workload(workload)
+    with _progress("simulating candidates") as progress:
+        found = find_plan(book, load, question, progress)
+    found = replace(found, model=model, hardware=fleet)
+    if output is not None:
+        output.write_text(found.to_yaml(), encoding="utf-8")
+    _show_plan(found, as_json=as_json)
+
+
+def simulate(
+    *,
+    plan: Annotated[Path, typer.Option(help="What `tandem plan` wrote.", metavar="FILE")],
+    workload: Workload,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second; stretches the workload's own times.")
+    ] = None,
+    profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
+    from cluster.cli.planning import check_memory, cost_book, planned_fleet, read_plan_file
+    from placement.candidate import deployment_for
+    from placement.simulator import simulate as run
+    from placement.workload_files import read_workload
+
+    planned = read_plan_file(plan)
+    book = cost_book(planned.model, planned_fleet(planned, profile))
+    load = read_workload(workload)
+    load = load if rate is None else load.at_rate(rate)
+    check_memory(planned, book, load)
+    outcome = run(deployment_for(planned, book), load)
+    figures = outcome.figures()
+    if outcome.beyond:
+        figures["extrapolated"] = list(outcome.beyond)
+    _show_figures(figures, as_json=as_json)
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="demo, a checkpoint directory or a hub id.")],
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The profile.", metavar="PROFILE.json")
+    ],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device_name: Annotated[
+        str | None, typer.Option(help="In the catalog.", show_default="by what is found")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of a CPU worker.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Over all passes; medians count.")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer passes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
+    _check_output(output)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from cluster.profiling.measure import Measuring, find_device, measure
+
+    found = find_device(device, device_name)
+    settings = Measuring(model, found, threads=threads, dtype=dtype, rounds=rounds, quick=quick)
+    with _progress("measuring") as progress:
+        document = measure(settings, progress)
+    output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    _show_profile(document, as_json=as_json)
+
+
+def _check_output(path: Path | None) -> None:
+    """Before the work whose result could not be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise BadConfig("output", str(path), "must be a file in a directory that exists")
+
+
+def _objective(name: str) -> Objective:
+    from placement.optimizer import Objective
+
+    names = [objective.value for objective in Objective]
+    if name not in names:
+        raise unknown_name("objective", name, names)
+    return Objective(name)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, told how much of how much is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), refresh_per_second=2) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _show_plan(found: Plan, *, as_json: bool) -> None:
+    import yaml
+    from rich.console import Console
+
+    from cluster.cli.plan_table import alternatives_table, figures_table, pools_table
+
+    if as_json:
+        print(json.dumps(yaml.safe_load(found.to_yaml()), allow_nan=False))
+        return
+    console = Console()
+    console.print(pools_table(found), figures_table("predicted", found.predicted))
+    if found.alternatives:
+        console.print(alternatives_table(found))
+    console.print(found.reason, highlight=False)
+    _note_extrapolation(found.predicted)
+
+
+def _show_figures(figures: dict[str, Any], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from cluster.cli.plan_table import figures_table
+
+    if as_json:
+        print(json.dumps(figures, allow_nan=False))
+        return
+    Console().print(figures_table("simulated", figures))
+    _note_extrapolation(figures)
+
+
+def _note_extrapolation(figures: dict[str, Any]) -> None:
+    for beyond in figures.get("extrapolated", ()):
+        print(f"beyond what was measured: {beyond}", file=sys.stderr)
+
+
+def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from cluster.cli.plan_table import samples_table
+    from placement.profile import fit_link, fit_run, profile_from
+
+    if as_json:
+        print(json.dumps(document, allow_nan=False))
+        return
+    measured = profile_from(document)
+    (run,) = measured.runs
+    fit, report = fit_run(run)
+    console = Console()
+    console.print(samples_table(run.samples, [fit.step_s(one.step) for one in run.samples]))
+    print(f"{measured.model} on {measured.device}: {report}")
+    if not measured.transfers:
+        print("KV transfer was not measured: it takes two GPUs", file=sys.stderr)
+        return
+    link = fit_link(measured.transfers)
+    print(f"KV transfer: {link.latency_s * 1e6:.0f} us + {link.bytes_per_s / 1e9:.2f} GB/s")

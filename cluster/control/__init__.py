@@ -1,0 +1,1 @@
+"""The controller: keeps the fleet as it was asked to be."""

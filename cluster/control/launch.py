@@ -1,0 +1,161 @@
+"""Brings one instance up on Ray, all its workers or none, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.actors import NAMESPACE, find_worker, worker_name
+from cluster.instance.worker import Worker
+from engine.errors import DeadlineExceeded, InstanceLost
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from ray.util.placement_group import PlacementGroup
+
+    from cluster.config import Config
+    from cluster.instance.leading import Network
+    from cluster.roster import InstanceSpec
+
+GONE_POLL_S = 0.05
+GONE_S = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """An instance's actors and the resources they stand on."""
+
+    spec: InstanceSpec
+    workers: list[Any] = field(default_factory=list)
+    group: PlacementGroup | None = None
+    stage: str = "placing"
+    """placing, starting, loading or up; for the person who waits."""
+    condemned: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """Fails as soon as somebody knows better than Ray that the instance is lost."""
+
+    def condemn(self, why: str) -> None:
+        if not self.condemned.done():
+            self.condemned.set_exception(InstanceLost(why))
+
+    async def ended(self) -> None:
+        """Returns when a worker has stopped; raises InstanceLost when one is gone."""
+        await self.unless_condemned(*(_ended(worker) for worker in self.workers))
+
+    async def unless_condemned(self, *works: Coroutine[None, None, None]) -> None:
+        """Waits for the first of the works, or raises as soon as the instance is condemned."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        try:
+            done, _ = await asyncio.wait(
+                [*tasks, self.condemned], return_when=asyncio.FIRST_COMPLETED
+            )
+            for one in done:
+                one.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def take_down(self) -> None:
+        """Kills what is left of the instance and waits until Ray has forgotten it."""
+        for worker in self.workers:
+            ray.kill(worker)
+        for rank in range(self.spec.workers):
+            await _until_gone(self.spec.name, rank)
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+async def _ended(worker: Any) -> None:
+    try:
+        await worker.ended.remote()
+    except RayActorError as error:
+        raise InstanceLost(str(error).splitlines()[0]) from error
+
+
+async def _until_gone(instance: str, rank: int) -> None:
+    """A name can be given again only after its former bearer is dead."""
+    for _ in range(int(GONE_S / GONE_POLL_S)):
+        try:
+            find_worker(instance, rank)
+        except InstanceLost:
+            return
+        await asyncio.sleep(GONE_POLL_S)
+    raise DeadlineExceeded(f"{worker_name(instance, rank)} does not die")
+
+
+def stage_bundles(spec: InstanceSpec) -> list[dict[str, float]]:
+    """A bundle per pipeline stage: Ray keeps a bundle on one node, and stages may part."""
+    worker = {name: amount for name, amount in spec.resources if amount > 0}
+    stage = {name: amount * spec.tensor_parallel for name, amount in worker.items()}
+    return [stage] * spec.pipeline_parallel
+
+
+class Launcher:
+    def __init__(self, config: Config, network: Network) -> None:
+        self._config, self._network = config, network
+
+    async def launch(self, instance: Launched) -> None:
+        """Fills `instance` in as it comes up; on failure nothing of it is left."""
+        try:
+            async with asyncio.timeout(self._config.limits.start_s):
+                await self._launch(instance)
+        except BaseException:
+            await instance.take_down()
+            raise
+
+    async def _launch(self, instance: Launched) -> None:
+        spec = instance.spec
+        if bundles := stage_bundles(spec):
+            strategy = "STRICT_PACK" if spec.pipeline_parallel == 1 else "PACK"
+            instance.group = placement_group(
+                bundles, strategy=strategy, name=f"tandem-{spec.name}", lifetime="detached"
+            )
+            await instance.group.ready()
+        instance.stage = "starting"
+        for rank in range(spec.workers):
+            instance.workers.append(self._actor(instance, rank))
+        leader, *followers = instance.workers
+        meeting = await leader.meeting.remote() if followers else ""
+        instance.stage = "loading"
+        seats = await asyncio.gather(*(w.load.remote(meeting) for w in instance.workers))
+        for follower in followers:
+            await follower.follow.remote()
+        await leader.lead.remote(tuple(seats))
+        instance.stage = "up"
+
+    def _actor(self, instance: Launched, rank: int) -> Any:
+        spec = instance.spec
+        resources = dict(spec.resources)
+        options: dict[str, Any] = {}
+        if instance.group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                instance.group, placement_group_bundle_index=rank // spec.tensor_parallel
+            )
+        actor = ray.remote(Worker).options(
+            name=worker_name(spec.name, rank),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=0,
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            memory=resources.pop("memory", None),
+            resources=resources,
+            **options,
+        )
+        return actor.remote(self._config.model_dump_json(), spec, rank, self._network)
+
+
+def adopt(spec: InstanceSpec) -> Launched:
+    """An instance that was up before this controller was."""
+    workers = [find_worker(spec.name, rank) for rank in range(spec.workers)]
+    group = ray.util.get_placement_group(f"tandem-{spec.name}") if stage_bundles(spec) else None
+    return Launched(spec, workers, group, "up")

@@ -1,0 +1,212 @@
+"""The controller's loop that keeps the fleet as a policy asks: look, decide, carry out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.policy_file import parse_policy
+from placement.allotment import Start, Stop, Switch
+from placement.autoscaler import Autoscaler
+from placement.signals import Observation, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cluster.control.balancing import Note
+    from engine.clock import Clock
+    from engine.messages import Role
+    from placement.allotment import Action
+    from placement.policy import Policy
+    from placement.signals import Unit
+
+log = logging.getLogger(__name__)
+
+MOST_SHARES = 10_000
+"""Latencies kept between two looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a gateway saw since it last told, and the policy that it knows of."""
+
+    waiting_requests: int = 0
+    ttft_shares: tuple[float, ...] = ()
+    tpot_shares: tuple[float, ...] = ()
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    policy: str | None = None
+
+
+class Fleet(Protocol):
+    """What the loop may do; each returns at once."""
+
+    def units(self) -> tuple[Unit, ...]: ...
+
+    def grow(self, role: Role) -> str:
+        """The name of what starts."""
+        ...
+
+    def retire(self, name: str) -> None: ...
+
+    def turn(self, name: str, role: Role) -> None: ...
+
+
+@dataclass(slots=True)
+class _InForce:
+    policy: Policy
+    version: str
+    scaler: Autoscaler
+    told: tuple[Action, ...] = ()
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Usage summed until the next look."""
+
+    waiting: dict[str, int] = field(default_factory=dict)
+    ttft_shares: list[float] = field(default_factory=list)
+    tpot_shares: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    def add(self, gateway: str, usage: Usage) -> None:
+        self.waiting[gateway] = usage.waiting_requests
+        self.ttft_shares += usage.ttft_shares[: MOST_SHARES - len(self.ttft_shares)]
+        self.tpot_shares += usage.tpot_shares[: MOST_SHARES - len(self.tpot_shares)]
+        self.prompt_tokens += usage.prompt_tokens
+        self.output_tokens += usage.output_tokens
+
+
+class Scaling:
+    def __init__(
+        self, fleet: Fleet, accelerators: Mapping[Role, int], note: Note, clock: Clock
+    ) -> None:
+        self._fleet, self._accelerators, self._note = fleet, accelerators, note
+        self._clock = clock
+        self._tally = _Tally()
+        self._in_force: _InForce | None = None
+        self._applied = asyncio.Event()
+        self._closed = False
+        self._starting: dict[str, Role] = {}
+        """What this loop has started and is not up yet."""
+
+    @property
+    def version(self) -> str | None:
+        return None if self._in_force is None else self._in_force.version
+
+    def apply(self, text: str) -> list[str]:
+        """Puts a policy in force; a bad one is refused and the running one stays."""
+        policy = parse_policy(text)
+        version = hashlib.sha256(text.encode()).hexdigest()[:12]
+        before = self._in_force
+        lines = changes(None if before is None else before.policy, policy)
+        self._in_force = _InForce(policy, version, Autoscaler(policy, self._accelerators))
+        self._applied.set()
+        self._note("policy", policy.name, "applied", version=version, dry_run=policy.dry_run)
+        return [f"version: {version}", *lines]
+
+    def told(self, gateway: str, usage: Usage) -> None:
+        """A gateway's report; after its own restart a controller learns the policy from it."""
+        self._tally.add(gateway, usage)
+        if self._in_force is None and usage.policy is not None:
+            self.apply(usage.policy)
+
+    def up(self, name: str) -> None:
+        role = self._starting.pop(name, None)
+        if role is not None and self._in_force is not None:
+            self._in_force.scaler.placed(role)
+
+    def failed(self, name: str) -> bool:
+        """An instance did not come up; whether it was this loop's, which then decides anew."""
+        role = self._starting.pop(name, None)
+        if role is None:
+            return False
+        if self._in_force is not None and self._in_force.scaler.failed(role, self._clock.now()):
+            pause_s = self._in_force.policy.placement_retry_s
+            self._note("scale", role.value, "no more starts for a while", pause_s=pause_s)
+        return True
+
+    def close(self) -> None:
+        """The cluster shuts down: nothing is decided any more."""
+        self._closed = True
+
+    async def run(self) -> None:
+        while not self._closed:
+            await self._applied.wait()
+            await self.look()
+            assert self._in_force is not None
+            await asyncio.sleep(self._in_force.policy.metrics_interval_s)
+
+    async def look(self) -> None:
+        """One decision; it is dropped if the fleet has changed while it was made."""
+        in_force = self._in_force
+        assert in_force is not None
+        seen = self._observe()
+        # Off the event loop: a seasonal forecast takes a while.
+        decision = await asyncio.to_thread(in_force.scaler.decide, seen)
+        changed = _gist(self._fleet.units()) != _gist(seen.units)
+        if self._closed or changed or in_force is not self._in_force:
+            return
+        if in_force.policy.dry_run:
+            self._tell(in_force, decision.actions)
+            return
+        why = {want.role: want.why for want in decision.wants}
+        for action in decision.actions:
+            self._carry_out(action, why)
+
+    def _observe(self) -> Observation:
+        tally, self._tally = self._tally, _Tally(dict(self._tally.waiting))
+        return Observation(
+            self._clock.now(),
+            self._fleet.units(),
+            sum(tally.waiting.values()),
+            tuple(tally.ttft_shares),
+            tuple(tally.tpot_shares),
+            tally.prompt_tokens,
+            tally.output_tokens,
+        )
+
+    def _carry_out(self, action: Action, why: Mapping[Role, str]) -> None:
+        match action:
+            case Start(role):
+                name = self._fleet.grow(role)
+                self._starting[name] = role
+                self._note("scale", name, "start", role=role.value, why=why[role])
+            case Stop(name, role):
+                self._starting.pop(name, None)
+                self._fleet.retire(name)
+                self._note("scale", name, "stop", role=role.value, why=why[role])
+            case Switch(name, source, target):
+                self._fleet.turn(name, target)
+                roles = f"{source.value} to {target.value}"
+                self._note("scale", name, "switch", roles=roles, why=why[target])
+
+    def _tell(self, in_force: _InForce, actions: tuple[Action, ...]) -> None:
+        """A dry run says the same thing once."""
+        if actions == in_force.told:
+            return
+        in_force.told = actions
+        for action in actions:
+            self._note("scale", in_force.policy.name, "would act", action=str(action))
+
+
+def changes(before: Policy | None, after: Policy) -> list[str]:
+    """A line for each top-level field that differs."""
+    if before is None:
+        return [f"name: {after.name}"]
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    lines = []
+    for name, value in new.items():
+        if old[name] == value:
+            continue
+        shown = "changed" if isinstance(value, dict) else f"{old[name]} -> {value}"
+        lines.append(f"{name}: {shown}")
+    return lines
+
+
+def _gist(units: tuple[Unit, ...]) -> list[tuple[str, Role, Phase]]:
+    return [(unit.name, unit.role, unit.phase) for unit in units]

@@ -1,0 +1,1 @@
+"""The owner of requests: their journal, their route, their answers."""

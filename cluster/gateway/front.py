@@ -1,0 +1,179 @@
+"""A gateway's process: the gateway, its doors, its link, and its place in the roster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.actors import ControllerSync
+from cluster.doors.both import HttpServer, host_in_url
+from cluster.doors.grpc_door import GrpcDoor
+from cluster.doors.http import HttpDoor, HttpSettings
+from cluster.doors.keys import Keyring
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.operate import ClusterOperator
+from cluster.membership import Membership
+from cluster.policy_file import starting_policy
+from cluster.roster import CONTROLLER, Kind, Member, Roster
+from cluster.settings import gateway_settings
+from cluster.watching.everything import Watching
+from cluster.watching.observer import Observers
+from cluster.watching.reporter import Reporter
+from cluster.watching.usage import UsageReporter
+from cluster.zmq_link import ZmqLink
+from engine.clock import SystemClock
+from engine.messages import InstanceState, Lost
+
+if TYPE_CHECKING:
+    from cluster.config import Config
+    from cluster.instance.leading import Network
+    from cluster.watching.observer import Observer
+    from engine.grammar import GrammarCompiler
+    from engine.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+GATEWAY_NAME = "gateway-0"
+LAST_ANSWERS_S = 5.0
+"""How long open calls may take over their last bytes when the doors close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a gateway needs of a checkpoint: its texts, not its weights."""
+
+    name: str
+    context_tokens: int
+    tokenizer: Tokenizer
+    grammars: GrammarCompiler
+
+
+def read_model(config: Config) -> Future[Model]:
+    """Reads it meanwhile: libraries and files take a second that Ray's start can hide."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+    reading = pool.submit(_read_model, config)
+    pool.shutdown(wait=False)
+    return reading
+
+
+def _read_model(config: Config) -> Model:
+    from engine.checkpoint import open_checkpoint
+    from engine.grammar import GrammarCompiler
+    from engine.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(config.model, config.engine.max_length)
+    tokenizer = Tokenizer.open(checkpoint.directory, checkpoint.config.vocab)
+    grammars = GrammarCompiler(tokenizer)
+    return Model(config.served_name, checkpoint.max_length, tokenizer, grammars)
+
+
+class Front:
+    """Must be made on the event loop that it runs on."""
+
+    def __init__(self, config: Config, network: Network, model: Model, controller: Any) -> None:
+        self._config = config
+        self._clock = SystemClock()
+        self._watching = Watching(config, self._clock)
+        self._link = ZmqLink(
+            GATEWAY_NAME, network.bind(GATEWAY_NAME), network.key, config.limits.links
+        )
+        policy = starting_policy(config.autoscaling.policy)
+        self.usage = UsageReporter(GATEWAY_NAME, controller, policy)
+        reporters: list[Observer] = [Reporter(controller), self.usage]
+        self.gateway = Gateway(
+            self._link,
+            model.tokenizer,
+            self._clock,
+            model=model.name,
+            context_tokens=model.context_tokens,
+            settings=gateway_settings(config),
+            grammars=model.grammars,
+            observers=Observers([*self._watching.observers(), *reporters]),
+        )
+        me = Member(GATEWAY_NAME, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
+        self.membership = Membership(me, self._link, self, ControllerSync())
+        self._open_doors(ClusterOperator(self, controller))
+
+    def _open_doors(self, operator: ClusterOperator) -> None:
+        gateway = self._config.gateway
+        path = gateway.api_keys_file
+        keys = None if path is None else Keyring(path, self._clock.now())
+        door = HttpDoor(
+            self.gateway,
+            HttpSettings(model_root=self._config.model),
+            keys=keys,
+            metrics=self._watching.metrics.page,
+            extra=self._watching.routes(keys),
+        )
+        self._http = HttpServer(door.app, gateway)
+        self._grpc = GrpcDoor(
+            self.gateway,
+            operator,
+            host=gateway.host,
+            port=gateway.grpc_port,
+            keys=keys,
+            tls=gateway.tls,
+        )
+        self.http_url = self._http.url
+        self.grpc_address = f"{host_in_url(gateway.host)}:{self._grpc.port}"
+        self.drain_s = self._config.limits.drain_s + LAST_ANSWERS_S
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.gateway.run())
+            tasks.create_task(self.membership.run())
+            tasks.create_task(self.usage.run(self._waiting_requests))
+
+    def _waiting_requests(self) -> int:
+        return sum(request.state == "waiting" for request in self.gateway.requests())
+
+    def ready(self) -> bool:
+        """Whether every instance that was asked for takes requests."""
+        wanted = {spec.name for spec in self.membership.roster.desired}
+        loads = self.gateway.loads()
+        seen = {load.instance for load in loads if load.state is InstanceState.READY}
+        return bool(wanted) and wanted <= seen
+
+    def slo_document(self) -> dict[str, float | None]:
+        slo = self._config.slo
+        return {
+            "ttft_s": slo.ttft_s,
+            "tpot_s": slo.tpot_s,
+            "attainment": self._watching.slo.attainment(self._clock.now()),
+            "window_s": self._watching.slo.window_s,
+        }
+
+    async def open_doors(self) -> None:
+        await self._http.open()
+        await self._grpc.start()
+        await self._grpc.set_ready(ready=True)
+
+    async def drain(self) -> None:
+        """Admits nothing more and waits for what is under way, within a limit."""
+        await self._grpc.set_ready(ready=False)
+        try:
+            async with asyncio.timeout(self._config.limits.drain_s):
+                await self.gateway.drain()
+        except TimeoutError:
+            log.warning("drain incomplete requests=%d", len(self.gateway.requests()))
+
+    async def close(self) -> None:
+        await self._grpc.stop(LAST_ANSWERS_S)
+        await self._http.close()
+        await asyncio.to_thread(self._watching.close)
+        self._link.close()
+
+    # Following the roster.
+
+    async def joined(self, member: Member) -> None:
+        log.info("member joined member=%s", member.name)
+
+    def lost(self, member: Member) -> None:
+        self.gateway.receive(CONTROLLER, Lost(member.name))
+
+    def updated(self, roster: Roster) -> None:
+        """The gateway learns of instances from their loads."""

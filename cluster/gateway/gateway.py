@@ -1,0 +1,427 @@
+"""The one path of a request, whichever door it came through.
+
+validate -> tokenize -> admit -> route -> journal -> tokens -> deltas of text. The gateway that
+holds the client's stream owns the request; instances send their tokens straight to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cluster.gateway.call import RequestLimits
+from cluster.gateway.intake import Intake
+from cluster.gateway.journal import Deliver, Fail, Journal, JournalSettings, Reroute, Send
+from cluster.gateway.view import RequestStatus, Sightings, status_of
+from cluster.watching.observer import Ended, Observers, Opened, Rerouted
+from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
+from engine.messages import Dropped, Load, Lost, Migrated, Resume, Tokens
+from engine.request import FinishReason
+from engine.slo import Slo
+from placement.admission import Admission, AdmissionSettings, Forecast
+from placement.router import Router, RouterSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cluster.gateway.answer import Answer, Choice
+    from cluster.gateway.call import Call
+    from cluster.gateway.intake import GrammarCheck
+    from cluster.gateway.journal import Action
+    from cluster.links import Link
+    from engine.clock import Clock
+    from engine.errors import TandemError
+    from engine.messages import Message, Token
+    from engine.request import Request
+    from engine.tokenizer import Tokenizer
+    from placement.router import Route
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    journal: JournalSettings = field(default_factory=JournalSettings)
+    routing: RouterSettings = field(default_factory=RouterSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    slo: Slo = field(default_factory=Slo)
+    """Targets of requests that state none."""
+    queue_s: float = 120.0
+    """The longest that a request may wait before it is sent anywhere."""
+    request_s: float = 3600.0
+    """The longest that a request may take."""
+    silence_s: float = 2.0
+    """After so long without a heartbeat an instance is only sent what nobody else can take."""
+    sweep_s: float = 0.1
+    """How often time limits are looked at."""
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A request of the journal that waits for a route."""
+
+    avoid: tuple[str, ...]
+    why: str
+
+
+class Gateway:
+    """Owns its link, its journal and every client's answer; lives on one event loop."""
+
+    def __init__(
+        self,
+        link: Link,
+        tokenizer: Tokenizer,
+        clock: Clock,
+        *,
+        model: str,
+        context_tokens: int,
+        settings: GatewaySettings | None = None,
+        grammars: GrammarCheck | None = None,
+        observers: Observers | None = None,
+    ) -> None:
+        self.settings = settings or GatewaySettings()
+        self.link, self.tokenizer, self.clock, self.model = link, tokenizer, clock, model
+        self.observers = observers or Observers()
+        self.intake = Intake(
+            tokenizer,
+            self.settings.limits,
+            context_tokens=context_tokens,
+            slo=self.settings.slo,
+            grammars=grammars,
+        )
+        self.draining = False
+        self._journal = Journal(self.settings.journal)
+        self._router = Router(self.settings.routing)
+        self._admission = Admission(self.settings.admission)
+        self._sightings = Sightings()
+        self._choices: dict[str, Choice] = {}
+        self._traces: dict[str, str] = {}
+        self._answers: dict[str, Answer] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._changed = asyncio.Event()
+
+    # For the doors.
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be served."""
+        view = self._sightings.view(self.clock.now())
+        return not self.draining and any(one.takes_requests for one in view.instances)
+
+    async def open(self, call: Call) -> Answer:
+        """Admit a call; its deltas come from `Answer.next`, and `close` must follow.
+
+        Raises BadRequest, or Overloaded when it is refused now.
+        """
+        if self.draining:
+            raise Overloaded("the server is shutting down", 5.0)
+        answer = await self.intake.answer(call, self.clock.now())
+        if answer.id in self._answers:
+            raise BadRequest("request_id", answer.id, "is under way already")
+        self._submit(answer, strict=call.targets.ttft_s is not None)
+        if call.trace is not None:
+            self._traces[answer.id] = call.trace
+        self._dispatch()
+        return answer
+
+    def close(self, answer: Answer) -> None:
+        """The reader is gone or has read everything: whatever still runs is aborted."""
+        for choice in answer.choices:
+            if choice.request.id in self._choices:
+                self._abort(choice, FinishReason.ABORT)
+        self._answers.pop(answer.id, None)
+        self._traces.pop(answer.id, None)
+
+    def abort(self, request_id: str, tenant: str | None = None) -> None:
+        """End a call for another client; `tenant` restricts whose. Raises NotFound."""
+        answer = self._answers.get(request_id)
+        if answer is None or (tenant is not None and answer.tenant != tenant):
+            raise NotFound(f"request {request_id!r} is not under way")
+        for choice in answer.choices:
+            if choice.request.id in self._choices:
+                self._abort(choice, FinishReason.ABORT)
+                choice.end(FinishReason.ABORT)
+
+    def requests(self) -> list[RequestStatus]:
+        """Every request under way, in order of arrival."""
+        return [status_of(choice) for choice in self._choices.values()]
+
+    def loads(self) -> list[Load]:
+        """The instances' latest loads, in order of id."""
+        return [one.load for one in self._sightings.view(self.clock.now()).instances]
+
+    async def drain(self) -> None:
+        """Admit nothing more and wait for what is under way."""
+        self.draining = True
+        while self._choices:
+            self._changed.clear()
+            await self._changed.wait()
+
+    # The loops.
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            tasks.create_task(self._sweep())
+
+    async def _receive(self) -> None:
+        while True:
+            sender, message = await self.link.receive()
+            self.receive(sender, message)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.sweep_s)
+            self.sweep()
+
+    def receive(self, sender: str, message: Message) -> None:
+        now = self.clock.now()
+        match message:
+            case Tokens(tokens):
+                self._tokens(sender, tokens, now)
+            case Load():
+                self._sightings.heard(message, now)
+                self.observers.loaded(message, now)
+                self._act(self._journal.load(message, now), now)
+                self._dispatch()
+            case Lost(name):
+                self._lost(name, now)
+            case Dropped():
+                self._note_failed_handoff(message, now)
+                self._act(self._journal.dropped(sender, message, now), now)
+            case Migrated():
+                self.observers.migrated(message, now)
+            case _:
+                self._act(self._journal.receive(sender, message, now), now)
+
+    def sweep(self) -> None:
+        now = self.clock.now()
+        self._act(self._journal.tick(now), now)
+        for choice in list(self._choices.values()):
+            self._charge(choice)
+            if choice.request.id in self._choices:
+                self._check_time(choice, now)
+        self._dispatch()
+
+    def _charge(self, choice: Choice) -> None:
+        """Let the tenant's share pay for the tokens since the last time."""
+        new = choice.output_tokens - choice.charged_tokens
+        if new:
+            self._admission.charge(choice.request.tenant, new)
+            choice.charged_tokens = choice.output_tokens
+
+    # Admission and routing.
+
+    def _submit(self, answer: Answer, *, strict: bool) -> None:
+        """All of an answer's requests or none."""
+        submitted: list[Choice] = []
+        try:
+            for choice in answer.choices:
+                forecast = self._forecast(choice.request)
+                self._admission.submit(choice.request, forecast, strict=strict)
+                submitted.append(choice)
+        except Overloaded as error:
+            for choice in submitted:
+                self._admission.ended(choice.request.id)
+            for choice in answer.choices:
+                self._tell_ended(choice, "refused", error, self.clock.now())
+            raise
+        self._answers[answer.id] = answer
+        for choice in answer.choices:
+            self._choices[choice.request.id] = choice
+
+    def _forecast(self, request: Request) -> Forecast | None:
+        """None while too little has been seen to predict anything."""
+        if not self._router.measured:
+            return None
+        route = self._router.choose(request, self._sightings.view(self.clock.now()))
+        if route is None:
+            return None
+        alone_s = self._router.alone_s(route, len(request.prompt))
+        queue_s = self._router.queue_s(self._admission.waiting_tokens)
+        return Forecast(route.ttft_s + queue_s, alone_s)
+
+    def _dispatch(self) -> None:
+        """Send what may go, as far as instances can take it."""
+        if not (self._admission.waiting_requests or self._pending):
+            return
+        now = self.clock.now()
+        for request_id in list(self._pending):
+            self._restart(request_id, now)
+        view = self._sightings.view(now)
+        takers = [one for one in view.instances if one.takes_requests]
+        prefilling = sum(one.role.prefills for one in takers) or min(len(takers), 1)
+        while (request := self._admission.next(prefilling)) is not None:
+            route = self._router.choose(request, view, self._silent(now))
+            assert route is not None, "there are instances that take requests"
+            self._start(self._choices[request.id], route, now)
+
+    def _silent(self, now: float) -> tuple[str, ...]:
+        return self._sightings.silent_since(now - self.settings.silence_s)
+
+    def _start(self, choice: Choice, route: Route, now: float) -> None:
+        request = choice.request
+        self._router.dispatched(request, route, now)
+        trace = self._traces.get(choice.answer.id)
+        self.observers.opened(
+            Opened(
+                request.id,
+                now,
+                len(request.prompt),
+                request.slo,
+                route.prefill,
+                route.decode,
+                trace,
+            )
+        )
+        actions = self._journal.open(request, route, now)
+        choice.entry = self._journal.find(request.id)
+        self._act(actions, now)
+
+    def _restart(self, request_id: str, now: float) -> None:
+        """Send a request that lost its owner along a new route, if there is one."""
+        choice, pending = self._choices[request_id], self._pending[request_id]
+        entry = self._journal.find(request_id)
+        assert entry is not None
+        whole = replace(choice.request, prompt=(*choice.request.prompt, *entry.output))
+        avoid = (*pending.avoid, *self._silent(now))
+        route = self._router.choose(whole, self._sightings.view(now), avoid)
+        if route is None:
+            return
+        del self._pending[request_id]
+        self._router.dispatched(whole, route, now)
+        LOG.warning("request replayed request=%s why=%s", request_id, pending.why)
+        self.observers.rerouted(
+            Rerouted(request_id, now, route.prefill, route.decode, "replayed", pending.why)
+        )
+        self._act(self._journal.restart(request_id, route, now), now)
+
+    # What the journal wants done.
+
+    def _tokens(self, sender: str, tokens: Sequence[Token], now: float) -> None:
+        gaps_s: list[float] = []
+        for token in tokens:
+            for action in self._journal.token(sender, token, now):
+                if type(action) is Deliver:
+                    self._deliver(action.token, now, gaps_s)
+                else:
+                    self._act((action,), now)
+        if gaps_s:
+            self.observers.streamed(gaps_s)
+
+    def _act(self, actions: Iterable[Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case Send(to, message):
+                    self._send(to, message, now)
+                case Deliver(token):
+                    self._deliver(token, now, [])
+                case Reroute(request_id, avoid, why) if request_id in self._choices:
+                    self._pending[request_id] = _Pending(avoid, why)
+                    self._restart(request_id, now)
+                case Fail(request_id, error) if request_id in self._choices:
+                    self._fail(self._choices[request_id], error, now)
+                case Reroute() | Fail():
+                    pass  # Its call has just ended with another of its answers.
+
+    def _send(self, to: str, message: Message, now: float) -> None:
+        if isinstance(message, Resume):
+            why = "the migration's target was lost"
+            self.observers.rerouted(Rerouted(message.request_id, now, to, None, "resumed", why))
+        try:
+            self.link.send(to, message)
+        except InstanceLost as error:
+            LOG.warning("send failed to=%s error=%s", to, error)
+            asyncio.get_running_loop().call_soon(self._lost, to, now)
+
+    def _deliver(self, token: Token, now: float, gaps_s: list[float]) -> None:
+        choice = self._choices.get(token.request_id)
+        if choice is None:
+            # A stop string in the token before, which the same message carried, ended it.
+            return
+        first = choice.output_tokens == 0
+        if not first:
+            gaps_s.append(now - choice.last_s)
+        finish = choice.push(token, now)
+        if first:
+            self._admission.prefilled(token.request_id)
+            self._router.prefilled(token.request_id, now)
+        if finish is not None:
+            if token.finish is None:
+                self._act(self._journal.abort(token.request_id), now)
+            self._ended(choice, finish.value, None, now)
+        if first:
+            self._dispatch()
+
+    # Ends.
+
+    def _ended(self, choice: Choice, outcome: str, error: TandemError | None, now: float) -> None:
+        """Forget a request that the journal has closed, and tell whoever watches."""
+        request = choice.request
+        del self._choices[request.id]
+        self._pending.pop(request.id, None)
+        self._charge(choice)
+        self._admission.ended(request.id)
+        output = [] if choice.entry is None else choice.entry.output
+        self._router.ended(request.id, (*request.prompt, *output), request.tenant)
+        choice.timeline.finished_s = now
+        self._tell_ended(choice, outcome, error, now)
+        self._changed.set()
+
+    def _tell_ended(
+        self, choice: Choice, outcome: str, error: TandemError | None, now: float
+    ) -> None:
+        choice.timeline.finished_s = now
+        request = choice.request
+        self.observers.ended(
+            Ended(
+                request.id,
+                outcome,
+                choice.timeline,
+                len(request.prompt),
+                choice.output_tokens,
+                request.slo,
+                choice.kv_bytes,
+                None if error is None else type(error).__name__,
+            )
+        )
+
+    def _abort(self, choice: Choice, finish: FinishReason) -> None:
+        now = self.clock.now()
+        self._act(self._journal.abort(choice.request.id), now)
+        self._ended(choice, finish.value, None, now)
+
+    def _fail(self, choice: Choice, error: TandemError, now: float) -> None:
+        """One answer that cannot be given ends the whole call."""
+        LOG.error("request failed request=%s error=%s", choice.request.id, error)
+        self._ended(choice, FinishReason.ERROR.value, error, now)
+        choice.answer.fail(error)
+        for other in choice.answer.choices:
+            if other.request.id in self._choices:
+                self._abort(other, FinishReason.ABORT)
+
+    def _lost(self, name: str, now: float) -> None:
+        if self._sightings.lost(name):
+            LOG.warning("instance lost instance=%s", name)
+            self.observers.lost(name, now)
+        self._act(self._journal.lost(name, now), now)
+
+    def _note_failed_handoff(self, dropped: Dropped, now: float) -> None:
+        entry = self._journal.find(dropped.request_id)
+        if entry is not None and entry.grant is not None and entry.knows(dropped.epoch):
+            self.observers.handoff_failed(dropped.request_id, dropped.error, now)
+
+    def _check_time(self, choice: Choice, now: float) -> None:
+        request, settings = choice.request, self.settings
+        if now - request.arrival_s > settings.request_s:
+            error: TandemError = DeadlineExceeded(f"not done within {settings.request_s:g} s")
+        elif choice.entry is None and now - request.arrival_s > settings.queue_s:
+            error = Overloaded(f"no room within {settings.queue_s:g} s", 1.0)
+        else:
+            return
+        self._act(self._journal.abort(request.id), now)
+        self._fail(choice, error, now)

@@ -1,0 +1,1 @@
+"""One instance of the model: its decider, the host that drives it, and its ranks."""

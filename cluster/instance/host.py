@@ -1,0 +1,186 @@
+"""Drives a pure instance in real time: its messages, its batches, its copies and its clock.
+
+The event loop owns the instance; batches run in a thread of their own, so that messages, leases
+and heartbeats go on meanwhile. Whatever fails here ends the host: an instance is never half alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from engine.errors import InstanceLost
+from engine.messages import Lost
+from kvtransfer.transfer import PullCancel, PullOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from cluster.instance.instance import Instance
+    from cluster.links import Link
+    from engine.batch import Batch, Executor, StepResult
+    from engine.clock import Clock
+    from engine.errors import TransferError
+    from engine.messages import Load
+
+    Finished = Callable[[PullOrder, TransferError | None], None]
+
+log = logging.getLogger(__name__)
+
+
+class Mover(Protocol):
+    """Carries out an instance's copies: in this process, or in all of its ranks."""
+
+    def start(self, order: PullOrder, finished: Finished) -> None:
+        """`finished` is called once, on the event loop."""
+        ...
+
+    def cancel(self, order: PullCancel) -> None:
+        """Fences the transfer's copies; each still reports its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    tick_s: float = 0.1
+    heartbeat_s: float = 0.25
+    change_s: float = 0.02
+    """A changed load is told this often at most."""
+
+
+class Host:
+    def __init__(
+        self,
+        instance: Instance,
+        *,
+        executor: Executor,
+        link: Link,
+        mover: Mover,
+        clock: Clock,
+        settings: HostSettings | None = None,
+    ) -> None:
+        self.instance = instance
+        self._executor, self._link, self._mover, self._clock = executor, link, mover, clock
+        self._settings = settings or HostSettings()
+        self._listeners: tuple[str, ...] = ()
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._told: tuple[object, ...] = ()
+
+    async def run(self) -> None:
+        """Until cancelled; raises what broke, and then the instance must be given up."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="execute")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._step(thread))
+                tasks.create_task(self._tick())
+                tasks.create_task(self._tell_load())
+        finally:
+            thread.shutdown(wait=False)
+
+    def tell(self, listeners: Iterable[str]) -> None:
+        """Who hears the load from now on: the gateways and the controller."""
+        self._listeners = tuple(listeners)
+        self._told = ()
+        self._changed.set()
+
+    def lost(self, name: str) -> None:
+        """The controller says that a peer is gone."""
+        self.instance.receive("controller", Lost(name), self._clock.now())
+        self.pump()
+
+    def pump(self) -> None:
+        """Carries out what the instance has decided, and wakes what may go on now."""
+        for order in self.instance.take_pulls():
+            if isinstance(order, PullCancel):
+                self._mover.cancel(order)
+            else:
+                self._mover.start(order, self._pulled)
+        while envelopes := self.instance.take_outbox():
+            for envelope in envelopes:
+                self._send(envelope.to, envelope.message)
+        self._wake.set()
+        self._changed.set()
+
+    def _send(self, to: str, message: object) -> None:
+        try:
+            self._link.send(to, message)  # type: ignore[arg-type]
+        except InstanceLost as lost:
+            log.warning("peer lost peer=%s reason=%s", to, lost)
+            self.instance.receive("controller", Lost(to), self._clock.now())
+
+    async def _receive(self) -> None:
+        while True:
+            sender, message = await self._link.receive()
+            self.instance.receive(sender, message, self._clock.now())
+            self.pump()
+
+    async def _step(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+
+        def group_done(group: int) -> None:
+            loop.call_soon_threadsafe(self._group_done, group)
+
+        while True:
+            batch = self.instance.next_batch(self._clock.now())
+            self.pump()
+            if batch is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            result = await loop.run_in_executor(thread, self._execute, batch, group_done)
+            self.instance.finish(batch, result, self._clock.now())
+            self.pump()
+
+    def _execute(self, batch: Batch, group_done: Callable[[int], None]) -> StepResult:
+        return self._executor.execute(batch, group_done)
+
+    def _group_done(self, group: int) -> None:
+        self.instance.layer_group_done(group, self._clock.now())
+        self.pump()
+
+    def _pulled(self, order: PullOrder, error: TransferError | None) -> None:
+        self.instance.pull_finished(order.transfer, order.number, error, self._clock.now())
+        self.pump()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.tick_s)
+            self.instance.tick(self._clock.now())
+            self.pump()
+
+    async def _tell_load(self) -> None:
+        """At every change of what policies look at, and as a heartbeat when nothing changes."""
+        while True:
+            load = self.instance.load()
+            for listener in self._listeners:
+                self._tell(listener, load)
+            self._told = _gist(load)
+            await asyncio.sleep(self._settings.change_s)
+            try:
+                async with asyncio.timeout(self._settings.heartbeat_s):
+                    await self._until_changed()
+            except TimeoutError:
+                continue
+
+    async def _until_changed(self) -> None:
+        while _gist(self.instance.load()) == self._told:
+            self._changed.clear()
+            await self._changed.wait()
+            await asyncio.sleep(self._settings.change_s)
+
+    def _tell(self, listener: str, load: Load) -> None:
+        try:
+            self._link.send(listener, load)
+        except InstanceLost as lost:
+            log.warning("load not told listener=%s reason=%s", listener, lost)
+
+
+def _gist(load: Load) -> tuple[object, ...]:
+    """What makes a load worth telling before its heartbeat is due."""
+    names = tuple((running.request_id, running.state) for running in load.sequences)
+    return load.role, load.state, load.queue_requests, names

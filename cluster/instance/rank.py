@@ -1,0 +1,135 @@
+"""One accelerator's part of an instance: its weights, its KV pool and its way to other pools."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.instance.mover import RankMover, rank_name
+from engine.errors import BadConfig
+
+if TYPE_CHECKING:
+    from cluster.config import Config
+    from cluster.roster import InstanceSpec
+    from engine.batch import Executor
+    from engine.checkpoint import Checkpoint
+    from engine.layout import KvLayout
+    from engine.runner import Runner
+    from engine.sampler import Sampler
+    from kvtransfer.transport import Transport
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 1 << 30
+GPU_WORKSPACE_BYTES = 1 << 30
+"""Left free on a GPU for activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    runner: Runner
+    transport: Transport
+    mover: RankMover
+    checkpoint: Checkpoint
+    blocks: int
+    device: str
+
+
+def load_rank(
+    config: Config, spec: InstanceSpec, rank: int, meeting: str, *, one_host: bool
+) -> LoadedRank:
+    """Loads this rank's weights; with several ranks all must call it, to meet at `meeting`."""
+    os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
+    import torch
+
+    from cluster.instance.transports import open_transport
+    from engine.checkpoint import open_checkpoint
+    from engine.parallel import join
+    from engine.runner import Runner, resolve_dtype
+
+    checkpoint = open_checkpoint(config.model, config.engine.max_length)
+    device = torch.device(spec.device)
+    dtype = resolve_dtype(config.engine.dtype, checkpoint.config.dtype, device)
+    layout = checkpoint.layout(
+        block_tokens=config.engine.block_tokens,
+        dtype=dtype,
+        tensor_parallel=spec.tensor_parallel,
+        pipeline_parallel=spec.pipeline_parallel,
+    )
+    blocks = count_blocks(config, checkpoint, layout, device.type)
+    parallel = join(
+        rank,
+        tensor_size=spec.tensor_parallel,
+        stages=spec.pipeline_parallel,
+        init_method=meeting,
+        device=device,
+    )
+    runner = Runner(
+        checkpoint,
+        sampler=make_sampler(checkpoint),
+        device=spec.device,
+        dtype=dtype,
+        parallel=parallel,
+        blocks=blocks,
+        block_tokens=config.engine.block_tokens,
+        host_slots=config.engine.host_slots,
+        layer_groups=config.transfer.layer_groups,
+        threads=config.engine.threads,
+        deterministic=config.engine.deterministic,
+    )
+    me = rank_name(spec.name, rank)
+    transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
+    copy_share = config.transfer.copy_share if device.type == "cpu" else 1.0
+    mover = RankMover(runner.layout, rank, transport, copy_share)
+    return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
+
+
+def lead_ranks(runner: Runner) -> Executor:
+    """What runs batches on the whole instance; waits until the other ranks follow."""
+    from engine.parallel_runner import ParallelRunner
+
+    return runner if runner.parallel.size == 1 else ParallelRunner(runner)
+
+
+def make_sampler(checkpoint: Checkpoint) -> Sampler:
+    from engine.grammar import GrammarCompiler
+    from engine.sampler import Sampler
+    from engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(checkpoint.directory, checkpoint.config.vocab)
+    grammars = GrammarCompiler(tokenizer)
+    return Sampler(tokenizer.vocab_size, grammars, checkpoint.eos_token_ids)
+
+
+def count_blocks(config: Config, checkpoint: Checkpoint, layout: KvLayout, device: str) -> int:
+    """The same in every rank: what fits the tightest one, and no more than can be used."""
+    most = max(layout.block_bytes(rank) for rank in range(layout.ranks))
+    kv_bytes = config.engine.kv_bytes or _free_bytes(config, checkpoint, layout, device)
+    longest = -(-checkpoint.max_length // layout.block_tokens)
+    useful = longest * config.engine.decode.max_sequences
+    blocks = min(kv_bytes // most, useful)
+    if blocks < 2:
+        rule = f"a block of this model takes {most} bytes in a worker"
+        raise BadConfig("engine.kv_bytes", kv_bytes, rule)
+    return int(blocks)
+
+
+def _free_bytes(config: Config, checkpoint: Checkpoint, layout: KvLayout, device: str) -> int:
+    if device == "cpu":
+        return CPU_KV_BYTES
+    import torch
+
+    files = checkpoint.directory.glob("*.safetensors")
+    weights = sum(path.stat().st_size for path in files) // layout.ranks
+    _, total = torch.cuda.mem_get_info()
+    return max(int(total * config.engine.kv_share) - weights - GPU_WORKSPACE_BYTES, 0)
+
+
+def free_meeting(host: str) -> str:
+    """Where the ranks of one instance meet: a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"tcp://{host}:{probe.getsockname()[1]}"

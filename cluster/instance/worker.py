@@ -1,0 +1,183 @@
+"""One Ray actor per accelerator: a rank of an instance; rank 0 leads and hosts the instance."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import ray
+
+from cluster.actors import answer, find_worker
+from cluster.config import Config
+from cluster.instance.leading import Leading
+from cluster.instance.mover import rank_name
+from cluster.instance.rank import free_meeting, lead_ranks, load_rank
+from cluster.roster import Roster, Seat
+from cluster.watching.logs import set_up_logging
+from engine.errors import InstanceLost
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from cluster.instance.leading import Network
+    from cluster.instance.rank import LoadedRank
+    from cluster.roster import InstanceSpec
+    from engine.messages import Role
+    from kvtransfer.transfer import PullOrder
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_S = 0.5
+"""Between telling the controller of a failure and ending the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a controller that has just started learns from a worker that it finds."""
+
+    spec: InstanceSpec
+    rank: int
+    leads: bool
+    roster: Roster
+
+
+class Worker:
+    """The actor. Every method but `ended` returns soon or within its caller's bound."""
+
+    def __init__(self, config: str, spec: InstanceSpec, rank: int, network: Network) -> None:
+        set_up_logging()
+        self._config = Config.model_validate_json(config)
+        self._spec, self._rank, self._network = spec, rank, network
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
+        self._loaded: LoadedRank | None = None
+        self._leading: Leading | None = None
+        self._work: asyncio.Future[None] | None = None
+        self._over = asyncio.Event()
+        self._failure: InstanceLost | None = None
+
+    # Starting.
+
+    async def meeting(self) -> str:
+        return free_meeting(ray.util.get_node_ip_address())
+
+    async def load(self, meeting: str) -> Seat:
+        loop = asyncio.get_running_loop()
+        one_host = self._network.directory is not None
+        load = partial(load_rank, self._config, self._spec, self._rank, meeting, one_host=one_host)
+        self._loaded = await loop.run_in_executor(self._thread, load)
+        node = ray.get_runtime_context().get_node_id()
+        return Seat(self._rank, os.getpid(), node, self._loaded.device)
+
+    async def lead(self, seats: tuple[Seat, ...]) -> None:
+        """Rank 0: hosts the instance from now on."""
+        loop = asyncio.get_running_loop()
+        runner = self._rank_loaded.runner
+        executor = await loop.run_in_executor(self._thread, lead_ranks, runner)
+        self._leading = Leading(
+            self._config,
+            self._spec,
+            self._rank_loaded,
+            executor=executor,
+            seats=seats,
+            network=self._network,
+        )
+        self._start(self._leading.run(self))
+
+    async def follow(self) -> None:
+        """The other ranks: run the leader's batches from now on."""
+        from engine.parallel_runner import follow
+
+        loop = asyncio.get_running_loop()
+        runner = self._rank_loaded.runner
+        self._start(loop.run_in_executor(self._thread, follow, runner))
+
+    # Watching.
+
+    async def ended(self) -> None:
+        """Returns when this worker has stopped; raises what broke it."""
+        await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def ping(self) -> None:
+        """An answer is all that is asked for."""
+
+    async def describe(self) -> Description:
+        roster = self._leading.membership.roster if self._leading else Roster(0)
+        return Description(self._spec, self._rank, self._leading is not None, roster)
+
+    # Operating.
+
+    async def drain(self) -> None:
+        """Returns once nothing is left to do here."""
+        await self._leader.drain()
+
+    async def set_role(self, role: Role) -> None:
+        self._leader.set_role(role)
+
+    async def stop(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+    # KV, called by the leader of this instance and by ranks of others.
+
+    async def metadata(self, peer: str) -> bytes:
+        return self._rank_loaded.transport.metadata(peer)
+
+    async def meet(self, instance: str, ranks: int) -> None:
+        """Makes the pools of another instance's ranks reachable."""
+        for rank in range(ranks):
+            peer = rank_name(instance, rank)
+            me = rank_name(self._spec.name, self._rank)
+            call = find_worker(instance, rank).metadata.remote(me)
+            metadata = await answer(call, self._config.limits.answer_s)
+            await asyncio.to_thread(self._rank_loaded.transport.connect, peer, metadata)
+
+    async def part(self, instance: str, ranks: int) -> None:
+        for rank in range(ranks):
+            peer = rank_name(instance, rank)
+            await asyncio.to_thread(self._rank_loaded.transport.disconnect, peer)
+
+    async def pull(self, order: PullOrder) -> None:
+        await self._rank_loaded.mover.pull(order)
+
+    async def cancel(self, transfer: str) -> None:
+        await self._rank_loaded.mover.cancel(transfer)
+
+    @property
+    def _rank_loaded(self) -> LoadedRank:
+        assert self._loaded is not None, "not loaded"
+        return self._loaded
+
+    @property
+    def _leader(self) -> Leading:
+        assert self._leading is not None, "does not lead"
+        return self._leading
+
+    def _start(self, work: Awaitable[None]) -> None:
+        self._work = asyncio.ensure_future(self._until_the_end(work))
+
+    async def _until_the_end(self, work: Awaitable[None]) -> None:
+        """The process's boundary: whatever ends the work ends the worker."""
+        try:
+            await work
+        except asyncio.CancelledError:
+            log.info("worker stopped instance=%s rank=%d", self._spec.name, self._rank)
+        except Exception as error:
+            log.exception("worker failed instance=%s rank=%d", self._spec.name, self._rank)
+            self._failure = InstanceLost(f"{self._spec.name}/{self._rank}: {error!r}")
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+        finally:
+            self._close()
+            self._over.set()
+
+    def _close(self) -> None:
+        if self._leading is not None:
+            self._leading.close()
+        self._rank_loaded.transport.close()
+        self._rank_loaded.runner.kv.close()

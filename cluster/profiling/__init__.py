@@ -1,0 +1,1 @@
+"""Measures what a machine's engine and copies take, for the planner."""

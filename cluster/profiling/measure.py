@@ -1,0 +1,167 @@
+"""Measures one rank of a model on this machine: passes of its engine, and copies of its KV."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cluster.config import Config
+from cluster.instance.rank import count_blocks
+from cluster.profiling.copies import copy_times
+from cluster.profiling.passes import passes_of, profile_entry
+from engine.batch import Batch, Chunk, Draw
+from engine.blocks import blocks_for
+from engine.checkpoint import open_checkpoint
+from engine.errors import BadConfig, Unsupported
+from engine.request import Sampling
+from engine.runner import Runner, resolve_dtype
+from engine.sampler import Sampler
+from placement.catalog import device_names
+from placement.catalog import find_device as find_in_catalog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cluster.profiling.passes import Pass
+    from engine.checkpoint import Checkpoint
+
+    Progress = Callable[[int, int], None]
+
+GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
+MOST_KV_BYTES = 1 << 30
+"""Of the pool that is measured; passes that need more are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    torch_name: str
+    """cpu or cuda."""
+    catalog_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    model: str
+    device: Device
+    threads: int = 1
+    dtype: str = "auto"
+    rounds: int = 7
+    quick: bool = False
+
+
+def find_device(wanted: str, catalog_name: str | None) -> Device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise BadConfig("device", wanted, "must be auto, cpu or cuda")
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise Unsupported("device cuda: this machine has no GPU that torch can use")
+    name = "cpu" if wanted == "cpu" or not has_gpu else "cuda"
+    if catalog_name is not None:
+        return Device(name, find_in_catalog(catalog_name).name)
+    return Device(name, "cpu-core" if name == "cpu" else _gpu_name(torch.cuda.get_device_name()))
+
+
+def _gpu_name(reported: str) -> str:
+    """The catalog's name all parts of which the driver's name holds; the longest if several do."""
+    parts = reported.lower().replace("-", " ").split()
+    known = [name for name in device_names() if set(name.split("-")) <= set(parts)]
+    if not known:
+        rule = f"not in the catalog: name one of {', '.join(device_names())} with --device-name"
+        raise BadConfig("device-name", reported, rule)
+    return max(known, key=len)
+
+
+def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
+    """The profile as it is written to a file."""
+    checkpoint = open_checkpoint(settings.model)
+    torch.set_num_threads(settings.threads)
+    rank = _Rank(settings, checkpoint)
+    try:
+        grid = passes_of(checkpoint.max_length, quick=settings.quick)
+        passes = [one for one in grid if rank.holds(one)]
+        steps = len(passes) * (settings.rounds + 1)
+        seconds = rank.run(passes, settings.rounds, lambda done: progress(done, steps))
+        transfer = copy_times(rank.runner.kv, settings.rounds)
+    finally:
+        rank.runner.close()
+    layout = rank.layout
+    run: dict[str, Any] = {
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        "kv_capacity_tokens": rank.capacity_tokens,
+        "prefill": [],
+        "decode": [],
+        "mixed": [],
+    }
+    for one, median_s in zip(passes, seconds, strict=True):
+        run[one.kind].append(profile_entry(one, median_s))
+    return {
+        "model": _name_of(settings.model),
+        "device": settings.device.catalog_name,
+        "dtype": layout.dtype,
+        "threads": settings.threads,
+        "kv_bytes_per_token": layout.block_bytes(0) // layout.block_tokens,
+        "runs": [run],
+        "transfer": transfer,
+    }
+
+
+def _name_of(model: str) -> str:
+    """As the planner calls the model."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() and model != "demo" else Path(model).name.lower()
+
+
+class _Rank:
+    """A runner whose pool holds every pass at once, its blocks given out from the start."""
+
+    def __init__(self, settings: Measuring, checkpoint: Checkpoint) -> None:
+        config = Config(model=settings.model)
+        device = settings.device.torch_name
+        dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
+        self._vocab = checkpoint.config.vocab
+        self.layout = checkpoint.layout(block_tokens=config.engine.block_tokens, dtype=dtype)
+        most = count_blocks(config, checkpoint, self.layout, device)
+        self.capacity_tokens = most * self.layout.block_tokens
+        self.blocks = min(most, MOST_KV_BYTES // self.layout.block_bytes(0))
+        self.runner = Runner(
+            checkpoint,
+            sampler=Sampler(self._vocab),
+            device=device,
+            dtype=dtype,
+            blocks=self.blocks,
+            block_tokens=self.layout.block_tokens,
+            threads=settings.threads,
+        )
+
+    def holds(self, one: Pass) -> bool:
+        block_tokens = self.layout.block_tokens
+        return sum(blocks_for(sum(length), block_tokens) for length in one.lengths) <= self.blocks
+
+    def run(
+        self, passes: Sequence[Pass], rounds: int, progress: Callable[[int], None]
+    ) -> list[float]:
+        """Medians over rounds that take the passes in turn, so that noise falls on all alike."""
+        seconds: list[list[float]] = [[] for _ in passes]
+        for turn in range(rounds + 1):
+            for number, one in enumerate(passes):
+                duration_s = self.runner.execute(self._batch(one)).duration_s
+                if turn:  # the first round only warms up
+                    seconds[number].append(duration_s)
+                progress(turn * len(passes) + number + 1)
+        return [statistics.median(times) for times in seconds]
+
+    def _batch(self, one: Pass) -> Batch:
+        chunks, given = [], 0
+        for number, (count, start) in enumerate(one.lengths):
+            needed = blocks_for(count + start, self.layout.block_tokens)
+            blocks = tuple(range(given, given + needed))
+            given += needed
+            tokens = tuple((number * 7919 + i * 104_729) % self._vocab for i in range(count))
+            draw = Draw(GREEDY, 0, start + count, ())
+            chunks.append(Chunk(str(number), tokens, start, blocks, draw))
+        return Batch(tuple(chunks))

@@ -1,0 +1,1 @@
+"""What is seen of a cluster: metrics, traces, the live page, logs."""

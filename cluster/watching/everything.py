@@ -1,0 +1,53 @@
+"""All that watches a gateway, put together: metrics, traces, the live page, attainment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.watching.dashboard import Dashboard
+from cluster.watching.live import Live
+from cluster.watching.metrics import Metrics
+from cluster.watching.slo_window import SloWindow
+from cluster.watching.tracing import open_tracing
+from engine.slo import Slo
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.routing import BaseRoute
+
+    from cluster.config import Config
+    from cluster.doors.keys import Keyring
+    from cluster.watching.observer import Observer
+    from engine.clock import Clock
+
+
+class Watching:
+    """Unsupported where traces are asked for and cannot be had."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._clock = clock
+        self.slo = SloWindow()
+        self.metrics = Metrics(self.slo, clock.now)
+        target = Slo(config.slo.ttft_s, config.slo.tpot_s)
+        self._live = Live(config.served_name, target, config.slo.attainment, config.predicted)
+        self._tracing = open_tracing()
+
+    def observers(self) -> list[Observer]:
+        watchers: list[Observer] = [self.slo, self.metrics, self._live]
+        return watchers if self._tracing is None else [*watchers, self._tracing]
+
+    def routes(self, keys: Keyring | None) -> list[BaseRoute]:
+        """The live page's, with the same keys as the API."""
+
+        def admit(request: Request) -> None:
+            if keys is None:
+                return
+            scheme, _, key = request.headers.get("authorization", "").partition(" ")
+            keys.caller(key.strip() if scheme.lower() == "bearer" else None, self._clock.now())
+
+        return Dashboard(self._live, self._clock.now, admit).routes()
+
+    def close(self) -> None:
+        """Sends the last spans."""
+        if self._tracing is not None:
+            self._tracing.close()

@@ -1,0 +1,217 @@
+"""What the live page shows: an observer that remembers the last minutes, and no prompt ever."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from cluster.watching.history import History
+from cluster.watching.tracing import phases
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cluster.watching.observer import Ended, Opened, Rerouted
+    from engine.messages import Load, Migrated
+    from engine.slo import Slo
+
+MOST_REQUESTS = 10_000
+SHOWN_REQUESTS = 60
+SHOWN_ENDED = 40
+SHOWN_MOVES = 60
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A request on its way through the cluster."""
+
+    id: str
+    arrived_s: float
+    prompt_tokens: int
+    slo: Slo
+    at: str
+    decode: str | None
+    output_tokens: int = 0
+    moves: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Live:
+    """An observer; `snapshot` is the page's one document."""
+
+    def __init__(
+        self, model: str, slo: Slo, attainment: float, predicted: Mapping[str, Any] | None = None
+    ) -> None:
+        self._about = {
+            "model": model,
+            "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "attainment": attainment},
+            "predicted": None if predicted is None else dict(predicted),
+        }
+        self._loads: dict[str, Load] = {}
+        self._requests: OrderedDict[str, Tracked] = OrderedDict()
+        self._ended: deque[dict[str, Any]] = deque(maxlen=SHOWN_ENDED)
+        self._moves: deque[dict[str, Any]] = deque(maxlen=SHOWN_MOVES)
+        self._numbers = count(1)
+        self._history = History()
+        self._now_s = 0.0
+        self._totals = {"requests": 0, "failed": 0, "migrations": 0, "failovers": 0}
+
+    # What is observed.
+
+    def opened(self, event: Opened) -> None:
+        self._now_s = event.at_s
+        self._requests[event.request_id] = Tracked(
+            event.request_id,
+            event.at_s,
+            event.prompt_tokens,
+            event.slo,
+            event.prefill,
+            event.decode,
+        )
+        if len(self._requests) > MOST_REQUESTS:
+            self._requests.popitem(last=False)
+
+    def streamed(self, gaps_s: Sequence[float]) -> None:
+        self._history.step(self._now_s).tokens += len(gaps_s)
+
+    def loaded(self, load: Load, at_s: float) -> None:
+        self._now_s = at_s
+        self._loads[load.instance] = load
+        for running in load.sequences:
+            one = self._requests.get(running.request_id)
+            if one is None:
+                continue
+            one.output_tokens = max(one.output_tokens, running.output_tokens)
+            if one.decode == load.instance and one.at != load.instance:
+                self._move("handoff", one, one.at, load.instance, at_s)
+
+    def lost(self, instance: str, at_s: float) -> None:
+        self._now_s = at_s
+        self._loads.pop(instance, None)
+
+    def rerouted(self, event: Rerouted) -> None:
+        self._totals["failovers"] += 1
+        one = self._requests.get(event.request_id)
+        if one is not None:
+            one.decode = event.decode
+            about = {"outcome": event.outcome, "why": event.why}
+            self._move("failover", one, one.at, event.prefill, event.at_s, **about)
+
+    def migrated(self, event: Migrated, at_s: float) -> None:
+        self._totals["migrations"] += event.outcome == "committed"
+        one = self._requests.get(event.request_id)
+        if one is None:
+            return
+        about = {"outcome": event.outcome, "why": event.reason, "pause_s": event.pause_s}
+        self._move("migration", one, event.source, event.target, at_s, **about)
+        if event.outcome == "committed":
+            one.decode = event.target
+        else:
+            one.at = event.source
+
+    def handoff_failed(self, request_id: str, reason: str, at_s: float) -> None:
+        one = self._requests.get(request_id)
+        if one is not None:
+            target = one.decode or one.at
+            self._move("handoff", one, one.at, target, at_s, outcome=reason)
+
+    def ended(self, event: Ended) -> None:
+        now = event.timeline.finished_s or event.timeline.arrived_s
+        self._now_s = max(self._now_s, now)
+        one = self._requests.pop(event.request_id, None)
+        met = self._history.ended(event, self._now_s)
+        self._totals["requests"] += 1
+        self._totals["failed"] += event.outcome in ("error", "refused")
+        self._ended.appendleft(_ended(event, one, met=met))
+
+    def _move(
+        self, kind: str, one: Tracked, source: str, target: str, at_s: float, **about: object
+    ) -> None:
+        one.at = target
+        move = {
+            "number": next(self._numbers),
+            "kind": kind,
+            "at_s": at_s,
+            "request": one.id,
+            "source": source,
+            "target": target,
+            "outcome": "committed",
+            **about,
+        }
+        self._moves.append(move)
+        one.moves.append(move)
+
+    # What the page asks for.
+
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Numbers, names and moments; small enough to send every second."""
+        running = list(self._requests.values())
+        return {
+            "now_s": now,
+            **self._about,
+            "instances": [_instance(self._loads[name]) for name in sorted(self._loads)],
+            "totals": {**self._totals, "running": len(running), "waiting": self._waiting()},
+            "observed": self._history.observed(now),
+            "history": self._history.points(now),
+            "requests": [_running(one, now) for one in running[-SHOWN_REQUESTS:][::-1]],
+            "ended": list(self._ended),
+            "moves": list(self._moves),
+        }
+
+    def _waiting(self) -> int:
+        return sum(load.queue_requests for load in self._loads.values())
+
+
+def _instance(load: Load) -> dict[str, Any]:
+    cached = min(load.cached_blocks, load.free_blocks)
+    return {
+        "id": load.instance,
+        "role": load.role.value,
+        "state": load.state.value,
+        "queue_requests": load.queue_requests,
+        "queued_tokens": load.queued_tokens,
+        "running_sequences": load.running_sequences,
+        "step_s": load.step_s,
+        "blocks": {
+            "total": load.total_blocks,
+            "used": max(load.total_blocks - load.free_blocks - load.pinned_blocks, 0),
+            "pinned": load.pinned_blocks,
+            "cached": cached,
+        },
+    }
+
+
+def _running(one: Tracked, now: float) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "at": one.at,
+        "decode": one.decode,
+        "prompt_tokens": one.prompt_tokens,
+        "output_tokens": one.output_tokens,
+        "age_s": max(now - one.arrived_s, 0.0),
+        "moves": one.moves,
+    }
+
+
+def _ended(event: Ended, one: Tracked | None, *, met: bool) -> dict[str, Any]:
+    timeline, arrived_s = event.timeline, event.timeline.arrived_s
+    return {
+        "id": event.request_id,
+        "at": None if one is None else one.at,
+        "outcome": event.outcome,
+        "error": event.error,
+        "prompt_tokens": event.prompt_tokens,
+        "output_tokens": event.output_tokens,
+        "arrived_s": arrived_s,
+        "ttft_s": timeline.ttft_s,
+        "tpot_s": timeline.tpot_s(event.output_tokens),
+        "e2e_s": None if timeline.finished_s is None else timeline.finished_s - arrived_s,
+        "met": met,
+        "slo": {"ttft_s": event.slo.ttft_s, "tpot_s": event.slo.tpot_s},
+        "phases": [
+            {"name": name, "start_s": start_s - arrived_s, "end_s": end_s - arrived_s}
+            for name, start_s, end_s in phases(timeline)
+        ],
+        "moves": [] if one is None else one.moves,
+    }

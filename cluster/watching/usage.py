@@ -1,0 +1,72 @@
+"""Tells the controller what a gateway sees of the load, for the autoscaler."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from cluster.control.scaling import MOST_SHARES, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cluster.watching.observer import Ended, Opened, Rerouted
+    from engine.messages import Load, Migrated
+
+TELL_S = 1.0
+
+
+class UsageReporter:
+    """An observer that counts between two reports."""
+
+    def __init__(self, gateway: str, controller: Any, policy: str | None) -> None:
+        self._gateway, self._controller = gateway, controller
+        self.policy = policy
+        """The text of what is in force, which outlives the controller."""
+        self._ttft_shares: list[float] = []
+        self._tpot_shares: list[float] = []
+        self._prompt_tokens = self._output_tokens = 0
+
+    async def run(self, waiting_requests: Callable[[], int]) -> None:
+        while True:
+            usage = self.take(waiting_requests())
+            self._controller.used.remote(self._gateway, usage)
+            await asyncio.sleep(TELL_S)
+
+    def take(self, waiting_requests: int) -> Usage:
+        usage = Usage(
+            waiting_requests,
+            tuple(self._ttft_shares),
+            tuple(self._tpot_shares),
+            self._prompt_tokens,
+            self._output_tokens,
+            self.policy,
+        )
+        self._ttft_shares, self._tpot_shares = [], []
+        self._prompt_tokens = self._output_tokens = 0
+        return usage
+
+    def opened(self, event: Opened) -> None:
+        self._prompt_tokens += event.prompt_tokens
+
+    def streamed(self, gaps_s: Sequence[float]) -> None:
+        self._output_tokens += len(gaps_s)
+
+    def ended(self, event: Ended) -> None:
+        ttft_s = event.timeline.ttft_s
+        if ttft_s is None or len(self._ttft_shares) >= MOST_SHARES:
+            return
+        self._ttft_shares.append(ttft_s / event.slo.ttft_s)
+        tpot_s = event.timeline.tpot_s(event.output_tokens)
+        if tpot_s is not None:
+            self._tpot_shares.append(tpot_s / event.slo.tpot_s)
+
+    def rerouted(self, event: Rerouted) -> None: ...
+
+    def migrated(self, event: Migrated, at_s: float) -> None: ...
+
+    def handoff_failed(self, request_id: str, reason: str, at_s: float) -> None: ...
+
+    def loaded(self, load: Load, at_s: float) -> None: ...
+
+    def lost(self, instance: str, at_s: float) -> None: ...
