@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 
 from engine.attention import KvLayer
 from engine.errors import BadConfig
+from engine.shared_file import shared_file
 
 if TYPE_CHECKING:
     from engine.batch import Swap
@@ -73,9 +73,8 @@ class KvCache:
     def _allocate(self, size: int, device: torch.device) -> torch.Tensor:
         if device.type != "cpu":
             return torch.zeros(size, dtype=torch.uint8, device=device)
-        self.fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        return torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
+        self.fd, memory = shared_file(size)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def _views(self) -> dict[int, KvLayer]:
         layout, rank = self.layout, self.rank

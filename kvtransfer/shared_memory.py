@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.errors import BadMessage, PeerLost, TransportError, Unsupported
+from engine.shared_file import shared_file
 from kvtransfer.copier import Copier
 from kvtransfer.copying import copy_routine
 from kvtransfer.transport import (
@@ -64,9 +65,8 @@ def started_ticks(pid: int) -> int:
 
 def shared_pool(nbytes: int) -> Pool:
     """Fresh zeroed memory that other processes of the host can map."""
-    fd = os.memfd_create("tandem-kv")
-    os.ftruncate(fd, nbytes)
-    return Pool.of_array(np.frombuffer(mmap.mmap(fd, nbytes), np.uint8), fd)
+    fd, memory = shared_file(nbytes)
+    return Pool.of_array(np.frombuffer(memory, np.uint8), fd)
 
 
 class PeerPool:
@@ -117,7 +117,8 @@ def _map(found: SharedPool) -> mmap.mmap:
             found.nbytes,
         ):
             raise PeerLost(f"descriptor {found.fd} of process {found.pid} is not the pool meant")
-        return mmap.mmap(fd, found.nbytes, prot=mmap.PROT_READ)
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        return mmap.mmap(fd, found.nbytes, flags=flags, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
 
