@@ -1,6 +1,7 @@
 """What a prompt's first decode step waits for its hand-off, between two real hosts.
 
-    python scripts/bench/handoff_wait.py [--shape 0.6b] [--tokens 2048] [--rounds 3] [--json]
+    python scripts/bench/handoff_wait.py [--shape 0.6b] [--tokens 2048] [--rounds 3]
+        [--transport auto] [--json]
 
 A prefill instance computes the prompt and streams its first token; a decode instance in another
 process pulls layer groups meanwhile and draws the second. The wait is what passes between the
@@ -60,7 +61,15 @@ async def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any
     write_model(options.shape, directory / "model")
     blocks = 2 * options.tokens // BLOCK_TOKENS
     plans = [
-        HostPlan(name, role, str(directory / "model"), str(directory), blocks, core=core)
+        HostPlan(
+            name,
+            role,
+            str(directory / "model"),
+            str(directory),
+            blocks,
+            transport=options.transport,
+            core=core,
+        )
         for core, (name, role) in enumerate(
             (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE))
         )
