@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import TransportError, Unsupported
-from kvtransfer.choose import TRANSPORTS, Offered, choose
+from kvtransfer.choose import Offered, choose
 from kvtransfer.shared_memory import SharedMemoryTransport, host_identity
 from kvtransfer.transport import TransportLimits, decode_metadata, encode_metadata
 
@@ -30,8 +30,12 @@ class AutoMetadata:
     parts: tuple[Part, ...]
 
 
+EVERYWHERE = ("shared_memory", "nixl")
+"""What `auto` opens: NCCL is used only when asked for."""
+
+
 class AutoTransport:
-    """Every transport that can be opened here; `preference` narrows them to one."""
+    """Every transport of `among` that can be opened here; `preference` narrows them to one."""
 
     name = "auto"
 
@@ -42,10 +46,12 @@ class AutoTransport:
         limits: TransportLimits | None = None,
         *,
         preference: str = "auto",
+        among: tuple[str, ...] = EVERYWHERE,
     ) -> None:
         self._me = me
         self._preference = preference
-        self._open = open_transports(me, pool, limits or TransportLimits(), preference)
+        names = among if preference == "auto" else (preference,)
+        self._open = open_transports(me, pool, limits or TransportLimits(), names)
         self._offered = Offered(host_identity(), pool.device, tuple(sorted(self._open)))
         self._used: dict[str, Transport] = {}
 
@@ -78,6 +84,9 @@ class AutoTransport:
     def serve(self, peer: str, copies: Copies) -> Pull:
         return self._way_to(peer).serve(peer, copies)
 
+    def two_sided(self, peer: str) -> bool:
+        return self._way_to(peer).two_sided(peer)
+
     def uses(self, peer: str) -> str:
         """The name of the transport that joins this rank to a peer."""
         return self._way_to(peer).name
@@ -99,14 +108,13 @@ class AutoTransport:
 
 
 def open_transports(
-    me: str, pool: Pool, limits: TransportLimits, preference: str
+    me: str, pool: Pool, limits: TransportLimits, names: tuple[str, ...]
 ) -> dict[str, Transport]:
-    """The preferred one, or all that work here but NCCL, which is used only when asked for."""
-    wanted = [name for name in TRANSPORTS if name != "nccl"]
-    if preference != "auto":
-        return {preference: _open(preference, me, pool, limits)}
+    """Those of several that work here; the only one must."""
+    if len(names) == 1:
+        return {names[0]: _open(names[0], me, pool, limits)}
     opened: dict[str, Transport] = {}
-    for name in wanted:
+    for name in names:
         try:
             opened[name] = _open(name, me, pool, limits)
         except Unsupported as why:

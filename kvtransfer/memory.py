@@ -138,6 +138,9 @@ class MemoryTransport:
         self._network.start(pull)
         return pull
 
+    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
+        return False
+
     def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
         return Served()
 

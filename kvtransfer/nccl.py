@@ -17,6 +17,7 @@ from kvtransfer.copier import Copier
 from kvtransfer.transport import (
     TransportLimits,
     check_bounds,
+    check_source_bounds,
     decode_metadata,
     encode_metadata,
 )
@@ -152,13 +153,17 @@ class NcclPull:
 
 
 @dataclass(frozen=True, slots=True)
-class _Peer:
+class _Source:
+    """A peer that is read."""
+
     nbytes: int
-    incoming: _Lane
-    outgoing: _Lane
+    lane: _Lane
 
 
 class NcclTransport:
+    """Each direction is a lane of its own: `metadata` opens the one in which the peer reads this
+    rank, `connect` the one in which this rank reads the peer. Either replaces its lane only."""
+
     name = "nccl"
 
     def __init__(
@@ -166,17 +171,18 @@ class NcclTransport:
     ) -> None:
         if pool.device == "cpu":
             raise Unsupported(f"{me}: NCCL moves between GPUs, and this pool lies on the CPU")
-        self._me = me
         self._pool = pool
         self._library = library
         self._limits = limits or TransportLimits()
-        self._offered: dict[str, UniqueId] = {}
-        self._peers: dict[str, _Peer] = {}
+        self._sources: dict[str, _Source] = {}
+        self._readers: dict[str, _Lane] = {}
 
     def metadata(self, peer: str) -> bytes:
-        """Good for one connection: ask again, on both sides, to connect again."""
-        self._offered[peer] = self._library.unique_id()
-        mine = NcclMetadata(self._pool.nbytes, self._limits.slice_bytes, self._offered[peer])
+        """Good for one connection."""
+        unique_id = self._library.unique_id()
+        self._drop_reader(peer)
+        self._readers[peer] = self._lane(peer, unique_id, SOURCE_RANK)
+        mine = NcclMetadata(self._pool.nbytes, self._limits.slice_bytes, unique_id)
         return encode_metadata(self.name, mine)
 
     def connect(self, peer: str, metadata: bytes) -> None:
@@ -185,14 +191,9 @@ class NcclTransport:
             raise TransportError(
                 f"slice_bytes: {peer} has {found.slice_bytes}, this rank {self._limits.slice_bytes}"
             )
-        if peer not in self._offered:
-            raise TransportError(f"{peer} has not been given this rank's metadata")
-        self.disconnect(peer)
-        self._peers[peer] = _Peer(
-            found.nbytes,
-            self._lane(peer, found.unique_id, TARGET_RANK),
-            self._lane(peer, self._offered.pop(peer), SOURCE_RANK),
-        )
+        self._drop_source(peer)
+        lane = self._lane(peer, found.unique_id, TARGET_RANK)
+        self._sources[peer] = _Source(found.nbytes, lane)
 
     def _lane(self, peer: str, unique_id: UniqueId, rank: int) -> _Lane:
         def join() -> Communicator:
@@ -201,28 +202,37 @@ class NcclTransport:
         return _Lane(peer, join, self._pool, self._limits, sending=rank == SOURCE_RANK)
 
     def pull(self, peer: str, copies: Copies) -> Pull:
-        connected = self._connected(peer)
-        check_bounds(copies, connected.nbytes, self._pool.nbytes)
-        return connected.incoming.submit(copies)
+        if peer not in self._sources:
+            raise TransportError(f"not connected to {peer!r}")
+        source = self._sources[peer]
+        check_bounds(copies, source.nbytes, self._pool.nbytes)
+        return source.lane.submit(copies)
+
+    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
+        return True
 
     def serve(self, peer: str, copies: Copies) -> Pull:
-        connected = self._connected(peer)
-        check_bounds(copies, self._pool.nbytes, connected.nbytes)
-        return connected.outgoing.submit(copies)
-
-    def _connected(self, peer: str) -> _Peer:
-        if peer not in self._peers:
-            raise TransportError(f"not connected to {peer!r}")
-        return self._peers[peer]
+        if peer not in self._readers:
+            raise TransportError(f"{peer!r} has not been given this rank's metadata")
+        check_source_bounds(copies, self._pool.nbytes)
+        return self._readers[peer].submit(copies)
 
     def disconnect(self, peer: str) -> None:
-        if peer in self._peers:
-            self._peers[peer].incoming.stop()
-            self._peers[peer].outgoing.stop()
-            del self._peers[peer]
+        self._drop_source(peer)
+        self._drop_reader(peer)
+
+    def _drop_source(self, peer: str) -> None:
+        if peer in self._sources:
+            self._sources[peer].lane.stop()
+            del self._sources[peer]
+
+    def _drop_reader(self, peer: str) -> None:
+        if peer in self._readers:
+            self._readers[peer].stop()
+            del self._readers[peer]
 
     def close(self) -> None:
-        for peer in sorted(self._peers):
+        for peer in sorted({*self._sources, *self._readers}):
             self.disconnect(peer)
 
 

@@ -211,6 +211,9 @@ class NixlTransport:
         check_bounds(copies, connected.found.nbytes, self._pool.nbytes)
         return connected.copier.submit(copies)
 
+    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
+        return False
+
     def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
         return Served()
 

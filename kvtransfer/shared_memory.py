@@ -177,6 +177,9 @@ class SharedMemoryTransport:
         check_bounds(copies, connected.source.nbytes, self._pool.nbytes)
         return connected.copier.submit(copies)
 
+    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
+        return False
+
     def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
         return Served()
 

@@ -124,6 +124,10 @@ class Transport(Protocol):
 
     def pull(self, peer: str, copies: Copies) -> Pull: ...
 
+    def two_sided(self, peer: str) -> bool:
+        """Whether this peer must `serve` what is pulled from it."""
+        ...
+
     def serve(self, peer: str, copies: Copies) -> Pull:
         """The source's half of `pull`, in the same order as the peer's pulls."""
         ...
@@ -232,17 +236,23 @@ def decode_metadata(transport: str, kind: type[Record], metadata: bytes) -> Reco
 
 def check_bounds(copies: Copies, source_bytes: int, target_bytes: int) -> None:
     """A copy that leaves either pool is refused before anything moves."""
-    for side, offsets, limit in (
-        ("source", copies.source_offsets, source_bytes),
-        ("target", copies.target_offsets, target_bytes),
-    ):
-        outside = (offsets < 0) | (copies.nbytes < 0) | (offsets + copies.nbytes > limit)
-        if outside.any():
-            at = int(np.flatnonzero(outside)[0])
-            raise TransportError(
-                f"copy of {copies.nbytes[at]} bytes at offset {offsets[at]} "
-                f"lies outside the {side}'s pool of {limit} bytes"
-            )
+    check_source_bounds(copies, source_bytes)
+    _check_side("target", copies.target_offsets, copies.nbytes, target_bytes)
+
+
+def check_source_bounds(copies: Copies, source_bytes: int) -> None:
+    """What a source can check of the copies that it serves."""
+    _check_side("source", copies.source_offsets, copies.nbytes, source_bytes)
+
+
+def _check_side(side: str, offsets: Offsets, nbytes: Offsets, limit: int) -> None:
+    outside = (offsets < 0) | (nbytes < 0) | (offsets + nbytes > limit)
+    if outside.any():
+        at = int(np.flatnonzero(outside)[0])
+        raise TransportError(
+            f"copy of {nbytes[at]} bytes at offset {offsets[at]} "
+            f"lies outside the {side}'s pool of {limit} bytes"
+        )
 
 
 def checksum(pool: Pool, offsets: Offsets, nbytes: Offsets) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvtransfer.auto import AutoTransport
+from kvtransfer.auto import EVERYWHERE, AutoTransport
 from kvtransfer.transport import Pool
 
 if TYPE_CHECKING:
@@ -16,7 +16,5 @@ if TYPE_CHECKING:
 def open_transport(me: str, kv: KvCache, settings: TransferConfig, *, one_host: bool) -> Transport:
     """What the config names. On a single host CPU workers need no more than shared memory."""
     pool = Pool.of_tensor(kv.memory, kv.fd)
-    preference: str = settings.transport
-    if preference == "auto" and one_host and pool.fd is not None:
-        preference = "shared_memory"
-    return AutoTransport(me, pool, settings.copies, preference=preference)
+    among = ("shared_memory",) if one_host and pool.fd is not None else EVERYWHERE
+    return AutoTransport(me, pool, settings.copies, preference=settings.transport, among=among)

@@ -121,3 +121,12 @@ def test_an_explicit_preference_opens_nothing_else():
     end.close()
     with pytest.raises(Unsupported, match="needs a pool on a memfd"):
         AutoTransport("a", Pool.of_array(np.zeros(8, np.uint8)), preference="shared_memory")
+
+
+def test_what_is_chosen_among_fewer_was_not_asked_for(caplog):
+    ends = [AutoTransport(name, shared_pool(4096), among=("shared_memory",)) for name in "ab"]
+    with caplog.at_level(logging.INFO, logger="kvtransfer.auto"):
+        ends[1].connect("a", ends[0].metadata("b"))
+    assert "transport=shared_memory why=both pools lie in one host's memory" in caplog.text
+    for end in ends:
+        end.close()

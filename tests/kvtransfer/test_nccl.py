@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import queue
 import threading
 
 import numpy as np
@@ -15,60 +12,11 @@ from kvtransfer.nccl import NcclMetadata, NcclTransport
 from kvtransfer.shared_memory import shared_pool
 from kvtransfer.transport import Pool, TransportLimits, decode_metadata
 from tests.kvtransfer.peers import pattern, pieces
+from tests.kvtransfer.two_sided import FakeNccl
 
 NBYTES = 1 << 16
 LIMITS = TransportLimits(slice_bytes=1 << 12, slice_timeout_s=0.3)
 WAIT_S = 20
-
-
-class FakeNccl:
-    """Two-rank communicators within one process: a queue of groups for each."""
-
-    def __init__(self):
-        self._numbers = itertools.count()
-        self._queues = {}
-        self._lock = threading.Lock()
-        self.aborted = []
-
-    def unique_id(self):
-        return (next(self._numbers),)
-
-    def join(self, unique_id, rank, device):
-        with self._lock:
-            groups = self._queues.setdefault(unique_id, queue.SimpleQueue())
-        return FakeCommunicator(self, unique_id, groups)
-
-
-class FakeCommunicator:
-    def __init__(self, library, unique_id, groups):
-        self._library, self._id, self._groups = library, unique_id, groups
-        self._sent = None
-
-    def start(self, pieces, *, sending):
-        if sending:
-            taken = threading.Event()
-            self._groups.put(
-                ([ctypes.string_at(address, nbytes) for address, nbytes in pieces], taken)
-            )
-            return taken.is_set
-        return lambda: self._receive(pieces)
-
-    def _receive(self, pieces):
-        try:
-            sent, taken = self._groups.get_nowait()
-        except queue.Empty:
-            return False
-        assert [len(piece) for piece in sent] == [nbytes for _, nbytes in pieces]
-        for (address, nbytes), piece in zip(pieces, sent, strict=True):
-            ctypes.memmove(address, piece, nbytes)
-        taken.set()
-        return True
-
-    def failure(self):
-        return "the other rank aborted" if self._id in self._library.aborted else None
-
-    def abort(self):
-        self._library.aborted.append(self._id)
 
 
 @pytest.fixture
@@ -153,20 +101,34 @@ def test_a_peer_that_cuts_slices_otherwise_is_refused(pair):
     other = NcclTransport("c", pool, FakeNccl(), TransportLimits(slice_bytes=77))
     with pytest.raises(TransportError, match="slice_bytes: c has 77, this rank 4096"):
         a.connect("c", other.metadata("a"))
+    other.close()
 
 
-def test_a_peer_that_was_not_told_of_us_cannot_be_connected(pair):
-    a, b, _ = pair
+def test_a_reader_that_was_given_no_metadata_is_not_served(pair):
+    a, _, _ = pair
     with pytest.raises(TransportError, match="has not been given"):
-        a.connect("stranger", b.metadata("stranger"))
+        a.serve("stranger", pieces((0, 0, 1)))
+
+
+def test_one_direction_is_met_anew_without_the_other(pair):
+    a, b, pools = pair
+    cut_off = b.pull("a", pieces((0, 0, 8)))
+    cut_off.cancel()
+    b.connect("a", a.metadata("b"))
+    copies = pieces((5, 50, 500))
+    a.serve("b", copies)
+    b.pull("a", copies).wait(WAIT_S)
+    b.serve("a", copies)
+    a.pull("b", copies).wait(WAIT_S)
+    assert np.array_equal(pools[1].bytes()[50:550], pattern(NBYTES, 0)[5:505])
 
 
 def test_copies_outside_the_pools_and_foreign_metadata_are_refused(pair):
     a, b, _ = pair
     with pytest.raises(TransportError, match="outside the source's pool"):
         b.pull("a", pieces((NBYTES, 0, 1)))
-    with pytest.raises(TransportError, match="outside the target's pool"):
-        a.serve("b", pieces((0, NBYTES, 1)))
+    with pytest.raises(TransportError, match="outside the source's pool"):
+        a.serve("b", pieces((NBYTES - 1, 0, 2)))
     with pytest.raises(TransportError, match="not connected"):
         a.pull("nobody", pieces((0, 0, 1)))
     with pytest.raises(BadMessage):

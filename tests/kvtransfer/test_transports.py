@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engine.errors import BadMessage, ChecksumMismatch, PeerLost, TransportError
 from kvtransfer.memory import MemoryNetwork, MemoryTransport
+from kvtransfer.nccl import NcclTransport
 from kvtransfer.shared_memory import shared_pool
 from kvtransfer.transport import TransportLimits, checksum, compare_checksums
 from tests.kvtransfer.peers import TRANSPORTS, Peer, pattern, pieces
+from tests.kvtransfer.two_sided import FakeNccl, ServedTarget
 
 POOL_BYTES = 1 << 20
 LIMITS = TransportLimits(slice_bytes=1 << 16, queued_pulls=64)
@@ -37,22 +40,45 @@ class MemoryPeer:
     close = kill
 
 
+class NcclPeer:
+    """A source that must serve what is pulled from it."""
+
+    def __init__(self, library, seed):
+        self.content = pattern(POOL_BYTES, seed)
+        pool = shared_pool(POOL_BYTES)
+        pool.bytes()[:] = self.content
+        self.transport = NcclTransport("source", replace(pool, device="cuda:1"), library, LIMITS)
+
+    def metadata(self):
+        return self.transport.metadata("target")
+
+    def kill(self):
+        self.transport.close()
+
+    close = kill
+
+
 class Bench:
     """A target, and sources made on demand."""
 
     def __init__(self, kind):
         self.pool = shared_pool(POOL_BYTES)
         self._kind = kind
-        self._network = MemoryNetwork()
+        self._network, self._nccl = MemoryNetwork(), FakeNccl()
         self._sources = []
         if kind == "memory":
             self.target = MemoryTransport("target", self.pool, self._network, LIMITS)
+        elif kind == "nccl":
+            on_gpu = replace(self.pool, device="cuda:0")
+            self.target = ServedTarget(NcclTransport("target", on_gpu, self._nccl, LIMITS))
         else:
             self.target = TRANSPORTS[kind]("target", self.pool, LIMITS)
 
     def source(self, seed=1):
         if self._kind == "memory":
             made = MemoryPeer(self._network, seed)
+        elif self._kind == "nccl":
+            made = NcclPeer(self._nccl, seed)
         else:
             made = Peer(self._kind, nbytes=POOL_BYTES, seed=seed)
         self._sources.append(made)
@@ -60,8 +86,18 @@ class Bench:
 
     def connected(self, name="source", seed=1):
         made = self.source(seed)
-        self.target.connect(name, made.metadata())
+        self.meet(name, made)
         return made
+
+    def meet(self, name, source):
+        self.target.connect(name, source.metadata())
+        if self._kind == "nccl":
+            self.target.sources[name] = source.transport
+
+    def mend(self, name, source):
+        """Where both sides take part, a pull that was cancelled has cost the connection."""
+        if self.target.two_sided(name):
+            self.meet(name, source)
 
     def close(self):
         self.target.close()
@@ -69,7 +105,7 @@ class Bench:
             source.close()
 
 
-@pytest.fixture(params=["memory", *TRANSPORTS])
+@pytest.fixture(params=["memory", "nccl", *TRANSPORTS])
 def bench(request):
     made = Bench(request.param)
     yield made
@@ -105,6 +141,8 @@ def test_a_pull_of_nothing_is_done(bench):
 
 def test_serving_asks_nothing_of_a_source_that_is_read_one_sidedly(bench):
     bench.connected()
+    if bench.target.two_sided("source"):
+        pytest.skip("both sides take part")
     assert bench.target.serve("source", pieces((0, 0, 1))).done()
 
 
@@ -132,11 +170,12 @@ def test_checksums_agree_on_both_sides_and_tell_an_altered_byte(bench):
 
 
 def test_after_cancel_no_byte_is_written(bench):
-    bench.connected()
+    source = bench.connected()
     pulls = [bench.target.pull("source", pieces((0, 0, POOL_BYTES))) for _ in range(8)]
     for pull in reversed(pulls):
         pull.cancel()
     bench.pool.bytes()[:] = 0
+    bench.mend("source", source)
     bench.target.pull("source", pieces((0, 0, 1))).wait(WAIT_S)
     assert not bench.pool.bytes()[1:].any()
 
@@ -201,7 +240,7 @@ def test_truncated_or_foreign_metadata_is_refused(bench):
     for end in range(len(metadata)):
         with pytest.raises(BadMessage):
             bench.target.connect("source", metadata[:end])
-    for kind in ("memory", *TRANSPORTS):
+    for kind in ("memory", "nccl", *TRANSPORTS):
         other = Bench(kind)
         if other.target.name != bench.target.name:
             with pytest.raises(BadMessage, match=f"of transport '{kind}'"):
