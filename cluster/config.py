@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.config_errors import first_error
 from cluster.gateway.call import RequestLimits
-from cluster.gateway.journal import JournalSettings
+from cluster.gateway.entry import JournalSettings
 from cluster.yaml_file import read_yaml
 from cluster.zmq_link import LinkLimits
 from decode.scheduler import DecodeSettings
@@ -260,6 +260,9 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
         role = pool.get("role") if isinstance(pool, dict) else None
         if role not in pools:
             raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
+        if pools[role] != {"instances": 0}:
+            rule = "one cluster serves one pool of a role: serve each kind of device as its own"
+            raise BadConfig(f"pools[{number}].role", role, rule)
         kept = ("instances", "tensor_parallel", "pipeline_parallel", "resources")
         pools[role] = {key: pool[key] for key in kept if pool.get(key) is not None}
         devices.add("cpu" if str(pool.get("device", "")).lower().startswith("cpu") else "cuda")

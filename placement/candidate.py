@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from placement.plan import Plan, PoolPlan, Target
     from placement.workload import Workload
 
-AGGREGATED, DISAGGREGATED, HYBRID = "aggregated", "disaggregated", "hybrid"
+AGGREGATED, DISAGGREGATED, HYBRID, MIX = "aggregated", "disaggregated", "hybrid", "mix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Candidate:
     @property
     def kind(self) -> str:
         roles = {pool.role for pool in self.pools}
+        if len(self.pools) > len(roles):
+            return MIX
         if roles == {Role.MIXED}:
             return AGGREGATED
         return HYBRID if Role.MIXED in roles else DISAGGREGATED
@@ -70,6 +72,8 @@ class Scored:
     copies: int
     """How many fit the fleet."""
     power_w: float
+    most_rps: float
+    """In the long run, by mean loads."""
 
     @property
     def per_accelerator(self) -> float:
@@ -91,6 +95,7 @@ class Trial:
     overheads: Overheads
     guess_rps: float
     worth_rps: float
+    most_rps: float
     copies: int
     resolution: float = RESOLUTION
 
@@ -103,11 +108,11 @@ def score(trial: Trial) -> Scored:
         trial.target.attainment,
         trial.guess_rps,
         worth_rps=trial.worth_rps,
+        most_rps=trial.most_rps,
         resolution=trial.resolution,
     )
-    return Scored(
-        trial.candidate, found, trial.copies, power_of(trial.book, trial.candidate, found)
-    )
+    power_w = power_of(trial.book, trial.candidate, found)
+    return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps)
 
 
 def deployment_of(

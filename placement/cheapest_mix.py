@@ -6,7 +6,7 @@ bucket, and an instance's time is shared out among buckets. As in Mélange.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import highspy
@@ -15,7 +15,7 @@ import numpy as np
 from engine.errors import NoFeasiblePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InstanceType:
-    """What one instance costs an hour, how many there may be, and its rate for each bucket."""
+    """A unit of deployment: its price, its rate for each bucket, and what it takes of the fleet."""
 
     name: str
-    cost_per_hour: float
+    price: float
+    """Of one, in whatever is to be least: dollars an hour, accelerators, watts."""
     most: int
     bucket_rps: tuple[float, ...]
     """Zero where it cannot meet the targets."""
+    uses: Mapping[str, float] = field(default_factory=dict)
+    """Of each limited resource, such as devices of a kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +48,31 @@ class Bucket:
 @dataclass(frozen=True, slots=True)
 class Mix:
     counts: dict[str, int]
-    cost_per_hour: float
+    price: float
     shares: dict[tuple[str, int], float]
     """Of each bucket's load, by instance type."""
 
 
 def size_buckets(workload: Workload, rate_rps: float, edges: int = 3) -> list[Bucket]:
-    """Quantile bins of prompt and output lengths, each stood for by its means."""
+    """Requests of like sizes, each stood for by its means."""
+    return [
+        Bucket(
+            rate_rps * len(rows) / len(workload),
+            int(workload.prompt_tokens[rows].mean()),
+            int(workload.output_tokens[rows].mean()),
+        )
+        for rows in size_bins(workload, edges)
+    ]
+
+
+def size_bins(workload: Workload, edges: int = 3) -> list[NDArray[np.intp]]:
+    """The rows in each quantile bin of prompt and output lengths that has any."""
     prompts = _bins(workload.prompt_tokens, edges)
     outputs = _bins(workload.output_tokens, edges)
-    buckets = []
-    for p in range(edges):
-        for o in range(edges):
-            inside = (prompts == p) & (outputs == o)
-            if inside.any():
-                share = float(inside.mean())
-                prompt = int(workload.prompt_tokens[inside].mean())
-                output = int(workload.output_tokens[inside].mean())
-                buckets.append(Bucket(rate_rps * share, prompt, output))
-    return buckets
+    bins = [
+        np.flatnonzero((prompts == p) & (outputs == o)) for p in range(edges) for o in range(edges)
+    ]
+    return [rows for rows in bins if len(rows)]
 
 
 def _bins(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -72,15 +81,15 @@ def _bins(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return bins
 
 
-def cheapest_mix(types: Sequence[InstanceType], buckets: Sequence[Bucket]) -> Mix:
-    """Least cost such that every bucket's load is carried and no instance is more than busy."""
+def cheapest_mix(
+    types: Sequence[InstanceType],
+    buckets: Sequence[Bucket],
+    limits: Mapping[str, float] | None = None,
+) -> Mix:
+    """Least price such that every bucket's load is carried and no instance is more than busy."""
     _check_carriable(types, buckets)
     model = highspy.Highs()
-    model.setOptionValue("output_flag", False)  # noqa: FBT003  (the solver's own signature)
-    counts = [
-        model.addVariable(lb=0, ub=kind.most, type=highspy.HighsVarType.kInteger, name=kind.name)
-        for kind in types
-    ]
+    counts = _counts(model, types, limits or {})
     shares = {
         (t, b): model.addVariable(lb=0, ub=1)
         for t, kind in enumerate(types)
@@ -97,15 +106,50 @@ def cheapest_mix(types: Sequence[InstanceType], buckets: Sequence[Bucket]) -> Mi
         ]
         if busy:
             model.addConstr(sum(busy) <= counts[t])
-    cost = sum(n * kind.cost_per_hour for n, kind in zip(counts, types, strict=True))
-    model.minimize(cost)
+    model.minimize(sum(n * kind.price for n, kind in zip(counts, types, strict=True)))
     if model.getModelStatus() != highspy.HighsModelStatus.kOptimal:
         raise _too_few(types, buckets)
     values = model.getSolution().col_value
-    numbers = {kind.name: round(values[n.index]) for kind, n in zip(types, counts, strict=True)}
-    total = sum(numbers[kind.name] * kind.cost_per_hour for kind in types)
     used = {(types[t].name, b): values[v.index] for (t, b), v in shares.items()}
-    return Mix(numbers, total, {key: value for key, value in used.items() if value > 1e-9})
+    return _mix(types, counts, values, {key: value for key, value in used.items() if value > 1e-9})
+
+
+def fullest_mix(types: Sequence[InstanceType], limits: Mapping[str, float]) -> Mix:
+    """The most that all kinds together serve of one bucket within the limits."""
+    model = highspy.Highs()
+    counts = _counts(model, types, limits)
+    model.maximize(sum(n * kind.bucket_rps[0] for n, kind in zip(counts, types, strict=True)))
+    return _mix(types, counts, model.getSolution().col_value, {})
+
+
+def _counts(
+    model: highspy.Highs, types: Sequence[InstanceType], limits: Mapping[str, float]
+) -> list[highspy.highs.highs_var]:
+    """A whole number of each kind, together within every limit."""
+    model.setOptionValue("output_flag", False)  # noqa: FBT003  (the solver's own signature)
+    counts = [
+        model.addVariable(lb=0, ub=kind.most, type=highspy.HighsVarType.kInteger, name=kind.name)
+        for kind in types
+    ]
+    for resource, limit in limits.items():
+        taken = [
+            n * kind.uses[resource]
+            for n, kind in zip(counts, types, strict=True)
+            if resource in kind.uses
+        ]
+        if taken:
+            model.addConstr(sum(taken) <= limit)
+    return counts
+
+
+def _mix(
+    types: Sequence[InstanceType],
+    counts: Sequence[highspy.highs.highs_var],
+    values: Sequence[float],
+    shares: dict[tuple[str, int], float],
+) -> Mix:
+    numbers = {kind.name: round(values[n.index]) for kind, n in zip(types, counts, strict=True)}
+    return Mix(numbers, sum(numbers[kind.name] * kind.price for kind in types), shares)
 
 
 def _check_carriable(types: Sequence[InstanceType], buckets: Sequence[Bucket]) -> None:

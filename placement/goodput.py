@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,8 @@ STEP_UP, STEP_DOWN = 1.4, 0.65
 """Until a rate is found that meets the targets, and one that does not."""
 MOST_TIMES_GUESS = 4.0
 """A few requests at once may meet their targets at any rate; that says nothing."""
+THROUGHPUT = "throughput: no more can be computed in the long run, whatever waits meanwhile"
+"""The limit of what meets its targets up to the rate that mean loads allow."""
 LEAST_RATE_SHARE = 1 / 256
 """Of the first guess; what cannot meet its targets even there is given up."""
 
@@ -42,16 +45,19 @@ def find_goodput(
     guess_rps: float,
     *,
     worth_rps: float = 0.0,
+    most_rps: float = inf,
     resolution: float = RESOLUTION,
 ) -> Goodput:
-    """Bisection over one sequence of requests, stretched in time.
+    """Bisection over one sequence of requests, stretched in time; never beyond `most_rps`.
 
     A rate of 0 means that not even `worth_rps` can be served.
     """
+    if worth_rps > most_rps:
+        return Goodput(0.0, None, 0, THROUGHPUT)
     runs = _Runs(deployment, workload, attainment)
     low, high = 0.0, None
-    rate, best, limit = worth_rps or guess_rps, None, "nothing"
-    highest = max(rate, guess_rps) * MOST_TIMES_GUESS
+    highest = min(max(worth_rps, guess_rps) * MOST_TIMES_GUESS, most_rps)
+    rate, best, limit = min(worth_rps or guess_rps, highest), None, THROUGHPUT
     while high is None or high - low > resolution * high:
         outcome = runs.at(rate)
         if outcome.attainment >= attainment:

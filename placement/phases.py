@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import NoFeasiblePlan
 from placement.costbook import Cut
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from placement.plan import Target
     from placement.workload import Workload
 
+Tokens = NDArray[np.int64]
 MOST_DECODES = 256
 GIGABYTE = 1e9
 
@@ -93,34 +95,42 @@ def _no_memory(book: CostBook, cuts: list[Cut], longest: int) -> NoFeasiblePlan:
 
 def phase_of(book: CostBook, cut: Cut, workload: Workload, target: Target) -> Phase:
     latency = book.latency(cut)
-    prompts = workload.prompt_tokens
+    prompts = _computed_tokens(workload)
     at_quantile = int(np.quantile(prompts, target.attainment))
     seconds = [latency.stage_s(prefill_step([(int(n), 0)])) for n in _sample(prompts)]
     context = _mean_context(workload)
     outputs = float(np.maximum(workload.output_tokens - 1, 0).mean())
     return Phase(
         cut,
-        1 / float(np.mean(seconds)) if book.pipelined else _batched_rps(latency, workload),
+        1 / float(np.mean(seconds)) if book.pipelined else _batched_rps(latency, prompts),
         _decode_rps(latency, context, outputs, book.kv_tokens(cut), target.tpot_s),
         latency.prefill_s([(at_quantile, 0)]),
         latency.decode_s([int(context)]),
     )
 
 
-def _sample(values: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> list[int]:
+def _computed_tokens(workload: Workload) -> Tokens:
+    """Of each prompt, if every prefix that others share were cached: the least there may be."""
+    if workload.prefix_id is None or workload.prefix_tokens is None:
+        return workload.prompt_tokens
+    shared = np.where(workload.prefix_id >= 0, workload.prefix_tokens, 0)
+    return np.maximum(workload.prompt_tokens - shared, 1)
+
+
+def _sample(values: Tokens) -> list[int]:
     step = max(1, len(values) // 200)
     sample: list[int] = np.sort(values)[::step].tolist()
     return sample
 
 
-def _batched_rps(latency: LatencyModel, workload: Workload) -> float:
+def _batched_rps(latency: LatencyModel, prompts: Tokens) -> float:
     """Prompts a second when each pass carries enough of them to be worth its fixed cost."""
-    tokens = float(workload.prompt_tokens.mean())
-    pairs = float(np.mean([pairs_of(int(n), 0) for n in _sample(workload.prompt_tokens)]))
+    tokens = float(prompts.mean())
+    pairs = float(np.mean([pairs_of(int(n), 0) for n in _sample(prompts)]))
     rates = []
-    for prompts in (1, 4, 16):
-        step = Step(int(prompts * tokens), prompts, int(prompts * pairs))
-        rates.append(prompts / latency.stage_s(step))
+    for count in (1, 4, 16):
+        step = Step(int(count * tokens), count, int(count * pairs))
+        rates.append(count / latency.stage_s(step))
     return max(rates)
 
 

@@ -69,13 +69,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A candidate the plan beat, in the objective's own figure."""
+    """What the plan beat, in as many copies as the question takes."""
 
     pools: tuple[PoolPlan, ...]
     kind: str
     goodput_rps: float
     goodput_rps_per_gpu: float
     cost_per_hour: float
+    power_w: float
     limit: str
     """What keeps it from serving more."""
 
@@ -201,6 +202,7 @@ def _alternative_entry(other: Alternative) -> dict[str, Any]:
         "goodput_rps": round(other.goodput_rps, 4),
         "goodput_rps_per_gpu": round(other.goodput_rps_per_gpu, 4),
         "cost_per_hour": round(other.cost_per_hour, 4),
+        "power_w": round(other.power_w, 1),
         "limit": other.limit,
     }
 

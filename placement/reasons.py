@@ -4,72 +4,125 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from placement.candidate import AGGREGATED, DISAGGREGATED, HYBRID
+from placement.candidate import AGGREGATED, DISAGGREGATED, HYBRID, MIX
+from placement.question import Objective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from placement.candidate import Scored
+    from placement.choice import Choice
+    from placement.costbook import CostBook
+    from placement.question import Question
 
 CLOSE = 0.02
 """What simulations of this length cannot tell apart."""
+NAMES = {
+    AGGREGATED: "aggregated candidate",
+    DISAGGREGATED: "split candidate",
+    HYBRID: "hybrid candidate",
+    MIX: "mix",
+}
+EXPLANATIONS = {
+    "TTFT": "TTFT: prompts wait too long for their turn",
+    "TPOT": "TPOT: its batches take too long per token",
+}
 
 
-def explain(winner: Scored, others: Sequence[Scored], objective: str) -> str:
-    best = {other.candidate.kind: other for other in reversed(others)}
-    parts = [_headline(winner, best)]
-    parts += [
-        _comparison(winner, best[kind])
-        for kind in (AGGREGATED, DISAGGREGATED, HYBRID)
-        if kind in best and kind not in _told(winner)
-    ]
-    parts.append(f"Beyond its goodput the first thing to give way is {winner.goodput.limit}.")
-    if objective != "goodput":
-        parts.append(f"Chosen for least {objective} at the rate asked for.")
-    return " ".join(parts)
+class Reasons:
+    """Compares in the terms of what was asked for."""
 
+    def __init__(self, book: CostBook, question: Question) -> None:
+        self._book, self._question = book, question
 
-def _told(winner: Scored) -> set[str]:
-    """Kinds that need no sentence of their own: the winner's, and what its headline speaks of."""
-    kind = winner.candidate.kind
-    return {kind, DISAGGREGATED} if kind == AGGREGATED else {kind}
+    def explain(self, winner: Choice, rivals: Sequence[Choice]) -> str:
+        """`rivals` in order of preference; those that cannot answer the question come last."""
+        best: dict[str, Choice] = {}
+        for rival in rivals:
+            best.setdefault(rival.candidate.kind, rival)
+        kind = winner.candidate.kind
+        best.pop(kind, None)
+        parts = []
+        if kind == AGGREGATED:
+            parts.append(self._against_splitting(winner, best.pop(DISAGGREGATED, None)))
+        parts.append(f"{winner.candidate} {self._achieves(winner)}.")
+        parts += [self._comparison(winner, best[name]) for name in NAMES if name in best]
+        limit = winner.scored.goodput.limit
+        parts.append(f"Beyond its goodput the first thing to give way is {limit}.")
+        return " ".join(parts)
 
-
-def _headline(winner: Scored, best: dict[str, Scored]) -> str:
-    kind, candidate = winner.candidate.kind, winner.candidate
-    serves = f"{candidate} serves {winner.per_accelerator:.4g} requests/s per accelerator"
-    split = best.get(DISAGGREGATED)
-    if kind == AGGREGATED and split is not None:
-        more = winner.per_accelerator / split.per_accelerator - 1
-        if more < 0:
+    def _against_splitting(self, winner: Choice, split: Choice | None) -> str:
+        if split is None:
+            return "Do not disaggregate: no split pools meet the targets on this fleet."
+        if not split.serves(self._question):
+            return f"Do not disaggregate: {self._shortfall(split)}."
+        difference = self._difference(winner, split)
+        if difference is None:
             return (
-                f"Do not disaggregate: {serves}; the best split pools, {split.candidate}, serve "
-                f"{-more:.0%} more per accelerator but suit this fleet or objective worse."
+                f"Do not disaggregate: aggregated is as good as the best split pools, "
+                f"{split.candidate} (within {CLOSE:.0%}), and simpler."
             )
         return (
-            f"Do not disaggregate: aggregated serves {more:.0%} more here because the best split "
-            f"pools, {split.candidate}, are limited by {_because(split)}. {serves}."
+            f"Do not disaggregate: aggregated {difference} here because the best split pools, "
+            f"{split.candidate}, are limited by {_because(split)}."
         )
-    if kind == AGGREGATED:
-        return f"Do not disaggregate: no split pools meet the targets on this fleet. {serves}."
-    return f"{serves}."
+
+    def _comparison(self, winner: Choice, rival: Choice) -> str:
+        what = f"the best {NAMES[rival.candidate.kind]}, {rival.candidate}"
+        if not rival.serves(self._question):
+            shortfall = self._shortfall(rival)
+            return f"{shortfall[0].upper()}{shortfall[1:]}."
+        difference = self._difference(winner, rival)
+        if difference is None:
+            return f"It is as good as {what} (within {CLOSE:.0%})."
+        return (
+            f"It {difference} than {what}, which {self._achieves(rival)} and is limited by "
+            f"{_because(rival)}."
+        )
+
+    def _shortfall(self, rival: Choice) -> str:
+        what = f"the best {NAMES[rival.candidate.kind]}, {rival.scored.candidate},"
+        if rival.copies < 1:
+            return f"{what} draws {rival.scored.power_w:.0f} W, over the power cap"
+        return (
+            f"{what} serves {rival.rate_rps:.4g} requests/s in all {rival.copies} of its copies "
+            f"that fit, not the {self._question.rate_rps:g} asked for"
+        )
+
+    def _difference(self, winner: Choice, rival: Choice) -> str | None:
+        """How much better, in the objective's own terms; None for what cannot be told apart."""
+        objective = self._question.objective
+        prices = (one.price(self._book, objective) for one in (winner, rival))
+        ours, theirs = prices
+        change = ours / theirs - 1
+        if abs(change) < CLOSE:
+            return None
+        size = f"{abs(change):.0%}"
+        match objective:
+            case Objective.GOODPUT:
+                return f"serves {size} more"
+            case Objective.PER_ACCELERATOR:
+                return f"serves {size} more per accelerator"
+            case Objective.ACCELERATORS:
+                return f"needs {size} fewer accelerators"
+            case Objective.COST:
+                return f"costs {size} less"
+            case Objective.POWER:
+                return f"draws {size} less power"
+
+    def _achieves(self, choice: Choice) -> str:
+        share = choice.scored.per_accelerator
+        serves = f"serves {choice.rate_rps:.4g} requests/s ({share:.4g} per accelerator)"
+        match self._question.objective:
+            case Objective.COST:
+                return f"{serves} for ${choice.candidate.cost_per_hour(self._book):.2f} an hour"
+            case Objective.POWER:
+                return f"{serves} at {choice.power_w:.0f} W"
+            case Objective.ACCELERATORS:
+                return f"{serves} and takes {choice.candidate.accelerators} of the accelerators"
+            case _:
+                return serves
 
 
-def _comparison(winner: Scored, other: Scored) -> str:
-    ratio = winner.per_accelerator / other.per_accelerator - 1
-    name = {AGGREGATED: "aggregated", DISAGGREGATED: "split", HYBRID: "hybrid"}
-    what = f"the best {name[other.candidate.kind]} candidate, {other.candidate}"
-    if abs(ratio) < CLOSE:
-        return f"It is as good as {what} (within {CLOSE:.0%})."
-    if ratio > 0:
-        return f"That is {ratio:.0%} more than {what}, which is limited by {_because(other)}."
-    return f"That is {-ratio:.0%} less than {what}, which fits this objective or fleet worse."
-
-
-def _because(other: Scored) -> str:
-    limit = other.goodput.limit
-    explanations = {
-        "TTFT": "TTFT: prompts wait too long for their turn",
-        "TPOT": "TPOT: its batches take too long per token",
-    }
-    return explanations.get(limit, limit)
+def _because(choice: Choice) -> str:
+    limit = choice.scored.goodput.limit
+    return EXPLANATIONS.get(limit, limit)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from placement.candidate import Candidate, Scored, Trial, score
-from placement.goodput import RESOLUTION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from placement.costbook import CostBook
     from placement.deployment import Overheads
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from placement.search import Prospect, Search
     from placement.workload import Workload
 
+ScoreAll = Callable[[list[Trial]], Iterator[Scored]]
+"""Scores trials in order."""
 GUESSED_SHARE = 0.7
 """Of a candidate's bound: where its bisection starts."""
 ROUGH = 0.08
 """Resolution at which candidates are compared before the leaders are measured finely."""
 LEADERS = 8
 ANSWERS_LONG = 4
+FIRST_TOKENS_LONG = 10
+OVER_BOUND = 1.2
+"""Times the rate that mean loads allow: targets that some may miss leave a little more."""
 TYPICAL_TPOT_SHARE = 0.5
 WORTHLESS_SHARE = 0.8
 """A candidate whose bound is under this share of the best one found is not simulated."""
@@ -43,29 +48,52 @@ class Setting:
     requests: int
     """Simulated at least."""
 
+    def trial(
+        self,
+        candidate: Candidate,
+        guess_rps: float,
+        *,
+        worth_rps: float,
+        most_rps: float,
+        copies: int = 1,
+    ) -> Trial:
+        """Of one that is to serve about so much."""
+        return Trial(
+            book=self.book,
+            candidate=candidate,
+            workload=self.sample_for(guess_rps),
+            target=self.target,
+            overheads=self.overheads,
+            guess_rps=guess_rps,
+            worth_rps=worth_rps,
+            most_rps=most_rps,
+            copies=copies,
+        )
+
     def sample_for(self, rate_rps: float) -> Workload:
-        """Long enough for batches to fill: arrivals last several times as long as an answer."""
+        """Arrivals last several times as long as an answer, so that batches fill, and as a first
+        token may take, so that a burst is not mistaken for a rate."""
         tokens = float(self.sample.output_tokens.mean())
         answer_s = tokens * self.target.tpot_s * TYPICAL_TPOT_SHARE
-        return self.sample.first(max(self.requests, int(rate_rps * ANSWERS_LONG * answer_s)))
+        lasting_s = max(ANSWERS_LONG * answer_s, FIRST_TOKENS_LONG * self.target.ttft_s)
+        return self.sample.first(max(self.requests, int(rate_rps * lasting_s)))
 
 
 def score_prospects(
-    setting: Setting, search: Search, progress: Callable[[int, int], None]
+    setting: Setting, search: Search, score_all: ScoreAll, progress: Callable[[int, int], None]
 ) -> list[Scored]:
     """`progress` is told how many prospects of how many are done."""
     prospects, best = search.prospects(), _Best()
     total = len(prospects) + LEADERS
     rough: list[Scored] = []
-    with _scoring(setting.processes) as score_all:
-        for done, batch in _batches(prospects, setting.processes):
-            for scored in score_all(list(_rough_trials(setting, search, batch, best))):
-                best.learn(scored)
-                rough.append(scored)
-            progress(done, total)
-        leaders = _leaders(rough)
-        fine = list(score_all([_fine_trial(setting, leader) for leader in leaders]))
-        progress(total, total)
+    for done, batch in _batches(prospects, setting.processes):
+        for scored in score_all(list(_rough_trials(setting, search, batch, best))):
+            best.learn(scored)
+            rough.append(scored)
+        progress(done, total)
+    leaders = _leaders(rough)
+    fine = list(score_all([_fine_trial(setting, leader) for leader in leaders]))
+    progress(total, total)
     return fine + [one for one in rough if one not in leaders]
 
 
@@ -73,34 +101,27 @@ def _rough_trials(
     setting: Setting, search: Search, batch: Sequence[Prospect], best: _Best
 ) -> Iterator[Trial]:
     for prospect in batch:
-        copies = search.copies(prospect.candidate)
+        candidate, copies = prospect.candidate, search.copies(prospect.candidate)
         if best.may_beat(prospect, copies):
-            yield Trial(
-                book=setting.book,
-                candidate=prospect.candidate,
-                workload=setting.sample_for(prospect.bound_rps),
-                target=setting.target,
-                overheads=setting.overheads,
-                guess_rps=prospect.bound_rps * GUESSED_SHARE,
-                worth_rps=best.worth(prospect.candidate, copies),
+            trial = setting.trial(
+                candidate,
+                prospect.bound_rps,
+                worth_rps=best.worth(candidate, copies),
+                most_rps=prospect.bound_rps * OVER_BOUND,
                 copies=copies,
-                resolution=ROUGH,
             )
+            yield replace(trial, guess_rps=prospect.bound_rps * GUESSED_SHARE, resolution=ROUGH)
 
 
 def _fine_trial(setting: Setting, scored: Scored) -> Trial:
     """From the rough rate; it may lie a little lower over more requests."""
-    rate = scored.goodput.rate_rps
-    return Trial(
-        book=setting.book,
-        candidate=scored.candidate,
-        workload=setting.sample_for(rate),
-        target=setting.target,
-        overheads=setting.overheads,
-        guess_rps=rate,
+    rate_rps = scored.goodput.rate_rps
+    return setting.trial(
+        scored.candidate,
+        rate_rps,
         worth_rps=0.0,
+        most_rps=scored.most_rps,
         copies=scored.copies,
-        resolution=RESOLUTION,
     )
 
 
@@ -152,7 +173,7 @@ def _batches(
 
 
 @contextmanager
-def _scoring(processes: int) -> Iterator[Callable[[list[Trial]], Iterator[Scored]]]:
+def scoring(processes: int) -> Iterator[ScoreAll]:
     """Scores trials in order, here or in processes of their own."""
     if processes == 1:
         yield lambda trials: map(score, trials)

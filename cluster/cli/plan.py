@@ -18,8 +18,8 @@ from engine.errors import BadConfig, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from placement.optimizer import Objective
     from placement.plan import Plan
+    from placement.question import Objective
 
 Workload = Annotated[
     Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
@@ -46,7 +46,10 @@ def plan(
     tpot: Annotated[float, typer.Option(help="Target in seconds.")],
     attainment: Annotated[float, typer.Option(help="The share that must meet both.")] = 0.9,
     objective: Annotated[
-        str, typer.Option(help="goodput, or for a rate least accelerators, cost or power.")
+        str,
+        typer.Option(
+            help="goodput, goodput-per-accelerator, or least accelerators, cost or power."
+        ),
     ] = "goodput",
     rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
     power_cap: Annotated[float | None, typer.Option(help="Watts of all accelerators.")] = None,
@@ -63,13 +66,11 @@ def plan(
 ) -> None:
     """The pools that serve most within the targets, and what they beat."""
     from cluster.cli.planning import cost_book, fleet_with
-    from placement.optimizer import Question
     from placement.optimizer import plan as find_plan
     from placement.plan import Target
+    from placement.question import Question
     from placement.workload_files import read_workload
 
-    if power_cap is not None and power_cap <= 0:
-        raise BadConfig("power-cap", power_cap, "must be positive")
     _check_output(output)
     question = Question(
         Target(ttft, tpot, attainment),
@@ -156,7 +157,7 @@ def _check_output(path: Path | None) -> None:
 
 
 def _objective(name: str) -> Objective:
-    from placement.optimizer import Objective
+    from placement.question import Objective
 
     names = [objective.value for objective in Objective]
     if name not in names:

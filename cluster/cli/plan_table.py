@@ -49,12 +49,13 @@ def figure_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def alternatives_table(plan: Plan) -> Table:
-    columns = ("kind", "pools", "goodput (1/s)", "per accelerator", "limited by")
-    table = Table(*columns, title="One copy of each alternative")
+    columns = ("kind", "pools", "goodput (1/s)", "per accelerator", "$ an hour", "W", "limited by")
+    table = Table(*columns, title="What it beat")
     for other in plan.alternatives:
         pools = " + ".join(str(pool) for pool in other.pools)
         rates = (f"{other.goodput_rps:.3f}", f"{other.goodput_rps_per_gpu:.3f}")
-        table.add_row(other.kind, pools, *rates, other.limit)
+        prices = (f"{other.cost_per_hour:.2f}", f"{other.power_w:.0f}")
+        table.add_row(other.kind, pools, *rates, *prices, other.limit)
     return table
 
 

@@ -11,6 +11,7 @@ from cluster.cli.planning import cost_book, find_shape
 from cluster.config import load_config
 from cluster.profiling.passes import Pass, passes_of, profile_entry
 from engine.checkpoint import open_checkpoint
+from engine.errors import BadConfig
 from placement.costbook import Cut
 from placement.latency import mixed_step
 from placement.profile import Measured, profile_from
@@ -120,6 +121,33 @@ def test_the_plan_as_json_is_the_file(tandem, files):
     status, out, _ = tandem(*arguments, "--json")
     assert status == 0
     assert json.loads(out) == yaml.safe_load((files / "plan.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"objective": "goodput"}, "serves"),
+        ({"objective": "goodput-per-accelerator"}, "per accelerator"),
+        ({"objective": "accelerators", "rate": 1.0}, "takes 1 of the accelerators"),
+        ({"objective": "cost", "rate": 1.0}, "an hour"),
+        ({"objective": "power", "rate": 1.0}, " W"),
+        ({"power-cap": 1000.0}, "serves"),
+    ],
+)
+def test_every_objective_can_be_asked_for_and_is_explained_in_its_terms(tandem, files, asked, says):
+    status, out, _ = tandem(*plan_arguments(files, hardware=files / "two.yaml", **asked), "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert says in answer["reason"]
+    assert answer["alternatives"]
+    assert answer["predicted"]["power_w"] <= asked.get("power-cap", float("inf"))
+
+
+def test_a_plan_with_two_pools_of_a_role_is_not_served_as_if_it_had_one(files):
+    pools = [{"role": "mixed", "device": "l4"}, {"role": "mixed", "device": "h100-80gb"}]
+    path = write(files / "mix.yaml", yaml.safe_dump({**SPLIT_PLAN, "pools": pools}))
+    with pytest.raises(BadConfig, match=r"pools\[1\].role.*one pool of a role"):
+        load_config(str(path))
 
 
 def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from engine.errors import NoFeasiblePlan
-from placement.cheapest_mix import Bucket, InstanceType, cheapest_mix, size_buckets
+from placement.cheapest_mix import (
+    Bucket,
+    InstanceType,
+    cheapest_mix,
+    fullest_mix,
+    size_buckets,
+)
 from placement.workload import Workload
 
 SMALL, LARGE = Bucket(10.0, 100, 50), Bucket(4.0, 4000, 500)
@@ -23,7 +29,7 @@ def large(most: int = 9) -> InstanceType:
 def test_each_size_goes_where_it_is_cheap() -> None:
     mix = cheapest_mix([small(), large()], [SMALL, LARGE])
     assert mix.counts == {"small": 2, "large": 1}
-    assert mix.cost_per_hour == 8.0
+    assert mix.price == 8.0
     assert mix.shares["large", 1] == pytest.approx(1.0)
 
 
@@ -51,3 +57,21 @@ def test_buckets_split_the_rate_by_size() -> None:
     buckets = size_buckets(Workload(np.arange(900.0), lengths[0], lengths[1]), 30.0)
     assert sum(bucket.rate_rps for bucket in buckets) == pytest.approx(30.0)
     assert len(buckets) == 9
+
+
+def test_kinds_that_share_devices_take_no_more_than_there_are() -> None:
+    pair = InstanceType("pair", 2.0, 9, (7.0, 0.0), {"gpu": 2})
+    one = InstanceType("one", 2.5, 9, (3.0, 0.0), {"gpu": 1})
+    load = Bucket(10.0, 100, 50)
+    assert cheapest_mix([pair, one], [load], {"gpu": 4}).counts == {"pair": 2, "one": 0}
+    assert cheapest_mix([pair, one], [load], {"gpu": 3}).counts == {"pair": 1, "one": 1}
+    with pytest.raises(NoFeasiblePlan):
+        cheapest_mix([pair, one], [load], {"gpu": 2})
+
+
+def test_the_fullest_mix_leaves_no_device_idle_that_could_serve() -> None:
+    pair = InstanceType("pair", 2.0, 9, (7.0,), {"fast": 2, "power_w": 600})
+    slow = InstanceType("slow", 1.0, 9, (1.0,), {"slow": 1, "power_w": 70})
+    limits = {"fast": 5, "slow": 3}
+    assert fullest_mix([pair, slow], limits).counts == {"pair": 2, "slow": 3}
+    assert fullest_mix([pair, slow], {**limits, "power_w": 1300}).counts == {"pair": 2, "slow": 1}

@@ -12,14 +12,16 @@ from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
 from placement.catalog import Hardware, find_device, find_link, find_model, one_kind
 from placement.costbook import CostBook, Cut
-from placement.optimizer import Objective, Question, plan
+from placement.optimizer import plan
 from placement.plan import Plan, PoolPlan, Target, plan_from, read_plan
+from placement.question import Objective, Question
 from placement.workload import Workload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TARGET = Target(2.0, 0.09)
+TIGHT = Target(1.0, 0.09)
 SLACK = 0.1
 """Bisection and requests drawn leave so much open."""
 
@@ -90,21 +92,50 @@ def test_a_rate_is_served_by_the_fewest_accelerators_that_can(answer: Plan) -> N
     assert served(least) >= served(answer) / 4
 
 
-def two_kinds() -> CostBook:
-    groups = (one_kind("h100-80gb", 1, 1).groups[0], one_kind("l4", 1, 2).groups[0])
+def l40s_and_l4() -> CostBook:
+    groups = (one_kind("l40s", 1, 1).groups[0], one_kind("l4", 1, 2).groups[0])
     return CostBook(find_model("llama-3.1-8b"), Hardware(groups, find_link("infiniband-ndr")))
 
 
 def test_the_cheapest_plan_costs_no_more_than_the_smallest() -> None:
     loose = Target(4.0, 0.09)
     by = {
-        objective: plan(two_kinds(), chat(), question(loose, objective=objective, rate_rps=0.5))
+        objective: plan(l40s_and_l4(), chat(), question(loose, objective=objective, rate_rps=0.5))
         for objective in (Objective.COST, Objective.ACCELERATORS)
     }
     cheapest, smallest = by[Objective.COST], by[Objective.ACCELERATORS]
     assert cheapest.predicted["cost_per_hour"] <= smallest.predicted["cost_per_hour"]
     assert smallest.accelerators <= cheapest.accelerators
     assert {pool.cut.device for pool in cheapest.pools} == {"l4"}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Plan:
+    """The larger device by itself."""
+    return plan(book(1, "l40s"), chat(), question(TIGHT))
+
+
+def test_two_kinds_of_devices_together_serve_more_than_the_larger(alone: Plan) -> None:
+    both = plan(l40s_and_l4(), chat(), question(TIGHT))
+    assert {pool.cut.device for pool in both.pools} == {"l40s", "l4"}
+    assert served(both) > served(alone) * (1 + SLACK)
+
+
+def test_what_no_single_kind_carries_is_carried_by_the_cheapest_mix(alone: Plan) -> None:
+    rate = served(alone) * 1.1
+    mix = plan(l40s_and_l4(), chat(), question(TIGHT, objective=Objective.COST, rate_rps=rate))
+    assert served(mix) >= rate
+    assert {pool.cut.device for pool in mix.pools} == {"l40s", "l4"}
+    prices = [one.cost_per_hour for one in mix.alternatives if one.goodput_rps >= rate]
+    assert mix.predicted["cost_per_hour"] <= min(prices)
+    assert f"not the {rate:g} asked for" in mix.reason
+
+
+def test_the_rest_of_a_fleet_may_stay_idle_for_the_most_per_accelerator() -> None:
+    best = plan(l40s_and_l4(), chat(), question(TIGHT, objective=Objective.PER_ACCELERATOR))
+    per = best.predicted["goodput_rps_per_gpu"]
+    assert per >= max(one.goodput_rps_per_gpu for one in best.alternatives)
+    assert "per accelerator" in best.reason
 
 
 def test_a_power_cap_is_kept(answer: Plan) -> None:
