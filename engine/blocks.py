@@ -49,6 +49,8 @@ def prefix_hashes(
     A cryptographic hash, because a collision would answer with another prompt's KV.
     """
     hashes = list(known)
+    if len(tokens) < (len(hashes) + 1) * block_tokens:
+        return hashes
     previous = hashes[-1] if hashes else salt.encode()
     unhashed = array("I", tokens[len(hashes) * block_tokens :])
     block_bytes = block_tokens * unhashed.itemsize
@@ -84,6 +86,10 @@ class BlockPool:
         blocks = self._take(count)
         self._owners.update(blocks)
         return blocks
+
+    def hashes(self, tokens: Sequence[int], tenant: str) -> list[bytes]:
+        """What full blocks of these tokens are found by; none where prefixes are not cached."""
+        return prefix_hashes(tokens, self.block_tokens, tenant) if self._cache_prefixes else []
 
     def cached_prefix(self, hashes: Sequence[bytes]) -> int:
         """How many leading blocks of this chain are in the pool, owned or cached."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from placement.outcome import Outcome
+from placement.outcome import Outcome, binned
 from placement.simulator import simulate
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _merged(outcomes: Iterable[Outcome], count: int, cells: int) -> Outcome:
             if isinstance(values, np.ndarray) and not column.name.startswith("gap"):
                 whole = columns.setdefault(column.name, np.empty(count, dtype=values.dtype))
                 whole[cell::cells] = values
-        gaps.append(_summed_gaps(outcome))
+        gaps.append(binned(np.column_stack([outcome.gaps_s, outcome.gap_counts])))
         busy_s |= {f"cell-{cell}/{name}": busy for name, busy in outcome.busy_s.items()}
         preemptions += outcome.preemptions
         beyond |= dict.fromkeys(outcome.beyond)
@@ -64,16 +64,3 @@ def _merged(outcomes: Iterable[Outcome], count: int, cells: int) -> Outcome:
         preemptions=preemptions,
         beyond=tuple(beyond),
     )
-
-
-def _summed_gaps(outcome: Outcome, bins: int = 2000) -> Any:
-    """A histogram of the gaps: as many rows however long the simulation was."""
-    if len(outcome.gaps_s) <= bins:
-        return np.column_stack([outcome.gaps_s, outcome.gap_counts])
-    order = np.argsort(outcome.gaps_s)
-    groups = np.array_split(order, bins)
-    rows = [
-        (np.average(outcome.gaps_s[g], weights=outcome.gap_counts[g]), outcome.gap_counts[g].sum())
-        for g in groups
-    ]
-    return np.array(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SHARPNESS = 3.0
 """Where compute and memory balance, a kernel takes longer than either: (c^p + m^p)^(1/p)."""
+MOST_FIXED = 65_536
+"""Sizes of passes whose cost is kept."""
 ACTIVATION_PASSES = 8
 """Times a layer's small kernels read or write the hidden state."""
 
@@ -133,7 +135,7 @@ class Roofline(LatencyModel):
         """The same model and device at another parallelism."""
         return replace(self, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
 
-    @property
+    @cached_property
     def pair_s(self) -> float:
         """Flash attention: two multiply-adds per head dimension and pair."""
         flops = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim
@@ -151,7 +153,13 @@ class Roofline(LatencyModel):
         return shape.layers * max(memory_s, flops / (device.bf16_flops * device.attention))
 
     def fixed_s(self, tokens: int, draws: int) -> float:
-        return _roofline_fixed_s(self, tokens, draws)
+        key = tokens, draws
+        known = self._fixed.get(key)
+        if known is None:
+            if len(self._fixed) >= MOST_FIXED:
+                self._fixed.clear()
+            known = self._fixed[key] = self._fixed_s(tokens, draws)
+        return known
 
     def flops(self, tokens: int, draws: int) -> float:
         """Of the weights, per device."""
@@ -182,6 +190,11 @@ class Roofline(LatencyModel):
         memory_s = read * each / (device.memory_bytes_per_s * device.memory)
         return float((compute_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS))
 
+    @cached_property
+    def _fixed(self) -> dict[tuple[int, int], float]:
+        """What has been worked out of `fixed_s`."""
+        return {}
+
     def _layer_s(self, tokens: int) -> float:
         shape, tensor = self.shape, self.tensor_parallel
         query_value = shape.attention_parameters / 2 / tensor
@@ -205,11 +218,6 @@ class Roofline(LatencyModel):
         sends_s = (self.pipeline_parallel - 1) * between.transfer_s(tokens * shape.hidden * 2)
         layers_s = shape.layers * self._layer_s(tokens)
         return layers_s + self.matrix_s(draws, head, head) + sends_s + self.device.step_overhead_s
-
-
-@lru_cache(maxsize=65536)
-def _roofline_fixed_s(roofline: Roofline, tokens: int, draws: int) -> float:
-    return roofline._fixed_s(tokens, draws)  # noqa: SLF001  (the cache of its own method)
 
 
 def power_w(device: Device, compute_share: float, memory_share: float) -> float:

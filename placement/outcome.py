@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
-from math import isnan
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from placement.workload import Workload
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+GAP_BINS = 2000
+MOST_GAPS = 100_000
+"""Kept apart before neighbours are added up."""
 MOMENTS = (
     "prefill_started_s",
     "first_token_s",
@@ -156,11 +160,13 @@ class Ledger:
         self.workload = workload
         self.slo_ttft_s = _targets(workload.slo_ttft_s, slo_ttft_s, count)
         self.slo_tpot_s = _targets(workload.slo_tpot_s, slo_tpot_s, count)
-        nan = float("nan")
-        self.moments = {name: [nan] * count for name in MOMENTS}
-        self._arrival_s: list[float] = workload.arrival_s.tolist()
+        nothing = array("d", [nan]) * count
+        self.moments = {name: array("d", nothing) for name in MOMENTS}
+        self._firsts, self._ends = self.moments["first_token_s"], self.moments["finished_s"]
+        self.arrival_s: list[float] = workload.arrival_s.tolist()
+        self.output_tokens: list[int] = workload.output_tokens.tolist()
         self._later: list[int] = np.maximum(workload.output_tokens - 1, 1).tolist()
-        self.gaps: list[tuple[float, int]] = []
+        self._gaps: list[tuple[float, float]] = []
         self.missed = 0
         self.ended = 0
         self._may_miss = count if may_miss is None else may_miss
@@ -171,13 +177,13 @@ class Ledger:
 
     def look_ahead(self, now: float, arrived: int) -> None:
         """Count what has not ended but has run out of time for either target."""
-        firsts, ends = self.moments["first_token_s"], self.moments["finished_s"]
+        firsts, ends = self._firsts, self._ends
         missed = 0
         for index in range(arrived):
             first_s = firsts[index]
             if isnan(first_s):
-                missed += now - self._arrival_s[index] > self.slo_ttft_s[index]
-            elif first_s - self._arrival_s[index] > self.slo_ttft_s[index]:
+                missed += now - self.arrival_s[index] > self.slo_ttft_s[index]
+            elif first_s - self.arrival_s[index] > self.slo_ttft_s[index]:
                 missed += 1
             else:
                 end_s = ends[index]
@@ -186,29 +192,37 @@ class Ledger:
         self.missed = max(self.missed, missed)
 
     def first_token(self, index: int, now: float) -> None:
-        self.moments["first_token_s"][index] = now
-        if now - self.workload.arrival_s[index] > self.slo_ttft_s[index]:
+        """Of a request that is answered anew after a failure, only the first time counts."""
+        if not isnan(self._firsts[index]):
+            return
+        self._firsts[index] = now
+        if now - self.arrival_s[index] > self.slo_ttft_s[index]:
             self.missed += 1
 
     def finished(self, index: int, now: float) -> None:
-        first_s = self.moments["first_token_s"][index]
-        self.moments["finished_s"][index] = now
+        first_s = self._firsts[index]
+        self._ends[index] = now
         self.ended += 1
-        later = int(self.workload.output_tokens[index]) - 1
-        in_time = first_s - self.workload.arrival_s[index] <= self.slo_ttft_s[index]
+        later = self.output_tokens[index] - 1
+        in_time = first_s - self.arrival_s[index] <= self.slo_ttft_s[index]
         if in_time and later and (now - first_s) / later > self.slo_tpot_s[index]:
             self.missed += 1
 
+    def gap(self, seconds: float, count: float) -> None:
+        self._gaps.append((seconds, count))
+        if len(self._gaps) >= MOST_GAPS:
+            self._gaps = list(map(tuple, binned(np.array(self._gaps)).tolist()))
+
     def failed(self, index: int) -> None:
-        first_s = self.moments["first_token_s"][index]
-        late = first_s - self.workload.arrival_s[index] > self.slo_ttft_s[index]
+        first_s = self._firsts[index]
+        late = first_s - self.arrival_s[index] > self.slo_ttft_s[index]
         self.ended += 1
         self.missed += not late
 
     def outcome(
         self, busy_s: dict[str, float], preemptions: int, beyond: tuple[str, ...]
     ) -> Outcome:
-        gaps = np.array(self.gaps, dtype=float).reshape(-1, 2)
+        gaps = np.array(self._gaps, dtype=float).reshape(-1, 2)
         return Outcome(
             arrived_s=self.workload.arrival_s,
             output_tokens=self.workload.output_tokens,
@@ -222,6 +236,15 @@ class Ledger:
             stopped=self.hopeless,
             **{name: np.array(values) for name, values in self.moments.items()},
         )
+
+
+def binned(gaps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(seconds, count) rows of neighbours added up: as many however many there were."""
+    if len(gaps) <= GAP_BINS:
+        return gaps
+    groups = np.array_split(gaps[np.argsort(gaps[:, 0], kind="stable")], GAP_BINS)
+    rows = [(np.average(g[:, 0], weights=g[:, 1]), g[:, 1].sum()) for g in groups]
+    return np.array(rows)
 
 
 def _targets(own: NDArray[np.float64] | None, default: float, count: int) -> list[float]:

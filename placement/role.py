@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from engine.blocks import BlockPool
 
 
+GAIN = 0.2
+"""How much of its difference to the smoothed duration a new one adds."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoleSettings:
     prefill: PrefillSettings = field(default_factory=PrefillSettings)
@@ -55,11 +59,15 @@ class RoleBatcher:
         batch = Batch(decodes + prefills, tuple(decode_step.swaps))
         return Step(batch, prefills, decodes, decode_step)
 
+    def tightest_tpot_s(self) -> float:
+        """Of those that decode here, of which there must be some."""
+        return min(sequence.request.slo.tpot_s for sequence in self.decode.running)
+
     def measured(self, step: Step, duration_s: float) -> None:
         """Learn what decodes cost by themselves, and prompt tokens beyond that."""
         prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
         if not step.prefills:
-            gain = 0.2 if self.decode_step_s else 1.0
+            gain = GAIN if self.decode_step_s else 1.0
             self.decode_step_s += gain * (duration_s - self.decode_step_s)
         elif step.decodes:
             self.prefill.measured(prompt_tokens, duration_s - self.decode_step_s)
@@ -70,7 +78,6 @@ class RoleBatcher:
         budget = self.settings.prefill.token_budget
         if not decodes:
             return budget
-        target_s = min(s.request.slo.tpot_s for s in self.decode.running)
-        spare_s = target_s * self.settings.tpot_share - self.decode_step_s
+        spare_s = self.tightest_tpot_s() * self.settings.tpot_share - self.decode_step_s
         fits = int(spare_s * self.prefill.tokens_per_s)
         return min(budget, max(fits, self.settings.min_chunk))

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.request import start_sequence
+from placement.simulated_listing import offered
 
 if TYPE_CHECKING:
+    from engine.messages import Running
     from engine.request import Sequence
     from placement.deployment import Deployment
     from placement.simulated_instance import SimulatedInstance, World
@@ -20,6 +22,7 @@ class Handoff:
 
     sequence: Sequence
     source: SimulatedInstance
+    target: SimulatedInstance
     prefill_started_s: float
     computed_s: float
     tail_share: float
@@ -36,15 +39,18 @@ class Inbox:
         self._deployment = deployment
         self._world = world
         self._offers: deque[Handoff] = deque()
-        self._coming = 0
-        self._ingress_free_s = 0.0
+        self._coming: dict[str, Handoff] = {}
 
     def __len__(self) -> int:
-        return len(self._offers) + self._coming
+        return len(self._offers) + len(self._coming)
 
     @property
     def waits(self) -> bool:
         return bool(self._offers)
+
+    @property
+    def listed(self) -> tuple[Running, ...]:
+        return tuple([offered(handoff.sequence) for handoff in self._offers])
 
     def add(self, handoff: Handoff, now: float) -> None:
         self._offers.append(handoff)
@@ -62,8 +68,23 @@ class Inbox:
                 return
             handoff = self._offers.popleft()
             handoff.blocks = pool.reserve(blocks)
-            self._coming += 1
+            self._coming[handoff.sequence.id] = handoff
             self._pull(handoff, now)
+
+    def forget(self, handoff: Handoff) -> None:
+        """Its source is gone."""
+        if self._coming.pop(handoff.sequence.id, None) is not None:
+            self._target.pool.unreserve(handoff.blocks)
+        else:
+            self._offers.remove(handoff)
+
+    def abandon(self, now: float) -> None:
+        """The target is gone: the sources go on by themselves."""
+        left = [*self._coming.values(), *self._offers]
+        self._coming.clear()
+        self._offers.clear()
+        for handoff in left:
+            handoff.source.keep(handoff, now)
 
     def _refuse(self, handoff: Handoff, now: float) -> None:
         self._world.failed(handoff.sequence.id)
@@ -71,23 +92,25 @@ class Inbox:
 
     def _pull(self, handoff: Handoff, now: float) -> None:
         """Layers computed early crossed while the links were free; the rest crosses now."""
-        source = handoff.source
+        source, target = handoff.source, self._target
         tokens = len(handoff.sequence.tokens) - 1
-        copy_s = self._deployment.copy_s(source.model, self._target.model, tokens)
-        free_s = max(source.egress_free_s, self._ingress_free_s)
+        copy_s = self._deployment.copy_s(source.model, target.model, tokens)
+        free_s = max(source.egress_free_s, target.ingress_free_s)
         idle_s = max(0.0, handoff.computed_s - max(free_s, handoff.prefill_started_s))
         hidden_s = min(idle_s, copy_s * (1 - handoff.tail_share))
         end_s = max(now, free_s) + copy_s - hidden_s
-        source.egress_free_s = self._ingress_free_s = end_s
-        settled_s = end_s + self._deployment.overheads.handoff_s
-        self._world.at(settled_s, lambda then: self._commit(handoff, then))
+        source.egress_free_s = target.ingress_free_s = end_s
+        self._world.at(end_s + self._deployment.overheads.handoff_s, self._commit, handoff)
 
     def _commit(self, handoff: Handoff, now: float) -> None:
         """The target owns a copy and goes on with it; the source lets go."""
         request = handoff.sequence.request
-        self._coming -= 1
+        if self._coming.get(request.id) is not handoff:
+            return
+        del self._coming[request.id]
         self._world.moment("transferred_s", request.id, now)
-        sequence = start_sequence(request, 1, tuple(handoff.sequence.output))
+        output = tuple(handoff.sequence.output)
+        sequence = start_sequence(request, handoff.sequence.epoch + 1, output)
         self._target.pool.claim(handoff.blocks)
         sequence.blocks = handoff.blocks
         sequence.computed = len(sequence.tokens) - 1

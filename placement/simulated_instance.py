@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.blocks import BlockPool
 from engine.errors import OutOfBlocks
-from engine.messages import InstanceState, Load, Running
-from engine.request import SequenceState, start_sequence
+from engine.messages import InstanceState, Load
+from engine.request import SequenceState
 from placement.latency import Step, pairs_of, steps_to_reach
 from placement.simulated_handoff import Handoff, Inbox
+from placement.simulated_listing import Listing
 from placement.steady import Flow, SteadyBatcher
 from placement.view import InstanceView
 
@@ -18,23 +18,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from engine.batch import Chunk
-    from engine.request import Request, Sequence
+    from engine.blocks import BlockPool
+    from engine.messages import Role, Running
+    from engine.request import Sequence
     from placement.deployment import Deployment, InstanceModel
     from placement.role import RoleSettings
     from placement.role import Step as RoleStep
-
-LEARNED_STEPS = 40
-"""The last of a run; what the batcher learned before them no longer counts."""
 
 
 class World(Protocol):
     """What an instance tells about its requests, and who calls it back later."""
 
-    def at(self, time_s: float, action: Callable[[float], None]) -> None: ...
+    tpot_s: float | None
+    """Where all requests have the same target."""
+
+    def pool(self, blocks: int) -> BlockPool: ...
+    def at(self, time_s: float, action: Callable[[Any, float], None], subject: Any) -> None: ...
     def moment(self, name: str, request_id: str, now: float) -> None: ...
     def first_token(self, request_id: str, now: float) -> None: ...
     def finished(self, request_id: str, now: float) -> None: ...
     def failed(self, request_id: str) -> None: ...
+    def lost(self, sequence: Sequence, now: float) -> None: ...
     def gap(self, seconds: float, count: int) -> None: ...
 
 
@@ -63,57 +67,111 @@ class SimulatedInstance:
     ) -> None:
         self.name = name
         self.model = model
+        self.role: Role = model.role
+        self.state = InstanceState.READY
         self._deployment = deployment
         self._world = world
-        self.pool = BlockPool(deployment.blocks(model), deployment.block_tokens)
-        self.batcher = SteadyBatcher(self.pool, _with_speed(model))
+        self.pool = world.pool(deployment.blocks(model))
+        self.batcher = SteadyBatcher(self.pool, _with_speed(model), world.tpot_s)
+        self._reserve = int(self.pool.total_blocks * model.settings.decode.watermark)
         self._flow = Flow(self.pool)
         self._steady = True
         """Whether all decodes are in the flow; else the batcher decides every step."""
         self.busy_s = 0.0
         self.most_tokens = self.most_kv_read_tokens = 0
-        self.egress_free_s = 0.0
-        self._inbox = Inbox(self, deployment, world)
+        self.egress_free_s = self.ingress_free_s = 0.0
+        self.inbox = Inbox(self, deployment, world)
         self._targets: dict[str, SimulatedInstance | None] = {}
         self._started_s: dict[str, float] = {}
         self._fresh: dict[str, None] = {}
         """Decoding sequences that have not taken a step here."""
+        self._draining: dict[str, Sequence] = {}
+        """Prompts in the last stages of a pipeline."""
+        self._held: dict[str, Handoff] = {}
         self._run: _Run | None = None
         self._run_number = 0
-        self._listed: dict[str, Running] = {}
+        self._ending = False
+        self._between: list[Callable[[float], None]] = []
+        """To be done before the next run."""
+        self._listing = Listing()
         self._view: InstanceView | None = None
 
     # What others ask of it.
 
-    def submit(self, request: Request, target: SimulatedInstance | None, now: float) -> None:
-        """Prefill a request here; with a target, hand it off afterwards."""
-        sequence = start_sequence(request, 0)
+    def submit(self, sequence: Sequence, target: SimulatedInstance | None, now: float) -> None:
+        """Prefill here; with a target, hand it off afterwards."""
         try:
             self.batcher.prefill.add(sequence)
         except OutOfBlocks:
-            self._world.failed(request.id)
+            self._world.failed(sequence.id)
             return
-        self._targets[request.id] = target
-        self._list(sequence)
+        self._targets[sequence.id] = target
+        self._listing.add(sequence)
         self._poke(now)
-
-    def offer(self, handoff: Handoff, now: float) -> None:
-        self._inbox.add(handoff, now)
 
     def freed(self, handoff: Handoff, now: float) -> None:
         """The target has the KV: the source may reuse its blocks."""
-        self.pool.release(handoff.sequence.blocks)
-        handoff.sequence.blocks = []
-        self._unlist(handoff.sequence.id)
-        self._inbox.take(now)
+        del self._held[handoff.sequence.id]
+        self._release(handoff.sequence)
+        self.inbox.take(now)
         self._poke(now)
 
-    def join(self, sequence: Sequence, now: float) -> None:
+    def keep(self, handoff: Handoff, now: float) -> None:
+        """The target is gone: decode here."""
+        del self._held[handoff.sequence.id]
+        self.join(handoff.sequence, now)
+
+    def join(self, sequence: Sequence, now: float, *, fresh: bool = True) -> None:
         """Decode a sequence whose KV is here."""
         self.batcher.decode.add(sequence)
-        self._fresh[sequence.id] = None
-        self._list(sequence)
+        if fresh:
+            self._fresh[sequence.id] = None
+        self._listing.add(sequence)
         self._poke(now)
+
+    def decoding(self, request_id: str) -> Sequence | None:
+        """With as many tokens as the last run left it with."""
+        if self._steady:
+            self._flow.catch_up(request_id)
+        return self.batcher.decode.find(request_id)
+
+    def between_steps(self, action: Callable[[float], None], now: float) -> None:
+        """Once the step under way has ended."""
+        if self._run is None:
+            action(now)
+        else:
+            self._between.append(action)
+            self._poke(now)
+
+    def withdraw(self, request_id: str) -> Sequence:
+        """Decodes it no longer; its blocks are still held. Between steps only."""
+        assert self._run is None
+        if request_id in self._flow:
+            self._flow.remove(request_id)
+        self._fresh.pop(request_id, None)
+        self._listing.remove(request_id)
+        self._view = None
+        return self.batcher.decode.remove(request_id)
+
+    def fail(self, now: float) -> None:
+        """All that is here is lost, but for the tokens that have been delivered."""
+        self.state = InstanceState.STOPPED
+        run, self._run = self._run, None
+        self._run_number += 1
+        if run is not None:
+            self.busy_s += now - run.start_s
+            done = steps_to_reach(now - run.start_s, run.first_step_s, run.growth_s) - 1
+            self._flow.advance(done if run.steady else 0)
+        self._flow.release()
+        self.inbox.abandon(now)
+        for handoff in self._held.values():
+            handoff.target.inbox.forget(handoff)
+        held = [handoff.sequence for handoff in self._held.values()]
+        prompts = [*self.batcher.prefill.sequences, *self._draining.values()]
+        self._held.clear()
+        self._draining.clear()
+        for sequence in [*self.batcher.decode.sequences, *prompts, *held]:
+            self._world.lost(sequence, now)
 
     def has_room(self, blocks: int, now: float) -> bool:
         """Asked while a run goes on, only what it surely leaves is given before it ends."""
@@ -126,21 +184,31 @@ class SimulatedInstance:
         return self.batcher.decode.has_room(blocks)
 
     def view(self) -> InstanceView:
-        """As the router sees it; built anew only after a change."""
+        """As the router sees it, with the requests that are new; built only after a change."""
         if self._view is None:
-            self._view = InstanceView(
-                self._load(),
-                self.model.node,
-                self.model.device,
-                self.model.tensor_parallel,
-                self.model.pipeline_parallel,
-            )
+            self._view = self._view_of(self._listing.news())
         return self._view
+
+    def whole_view(self) -> InstanceView:
+        """As the balancer sees it."""
+        self._flow.catch_up_all()
+        return self._view_of((*self._listing.everything(), *self.inbox.listed))
+
+    def load(self) -> Load:
+        """Without what is on it."""
+        return self._load(())
+
+    def turn(self, role: Role) -> None:
+        """What is here goes on as it began; only new work follows the role."""
+        self.role, self._view = role, None
+
+    def become(self, state: InstanceState) -> None:
+        self.state, self._view = state, None
 
     @property
     def is_empty(self) -> bool:
-        idle = self._run is None and not len(self._inbox) and not len(self._flow)
-        scheduled = len(self.batcher.decode) + len(self.batcher.prefill)
+        idle = self._run is None and not len(self.inbox) and not self._held
+        scheduled = len(self.batcher.decode) + len(self.batcher.prefill) + len(self._draining)
         return idle and not scheduled and self.pool.available == self.pool.total_blocks
 
     # Running.
@@ -150,7 +218,8 @@ class SimulatedInstance:
         self._view = None
         run = self._run
         if run is None:
-            self._start(now)
+            if not self._ending:
+                self._start(now)
         elif run.steps > 1:
             steps = steps_to_reach(now - run.start_s, run.first_step_s, run.growth_s)
             if steps < run.steps:
@@ -173,33 +242,38 @@ class SimulatedInstance:
 
     def _start_steady(self, now: float) -> bool:
         """Start what is known without asking for a whole step; False if too little is known."""
-        scheduler, flow = self.batcher.steady_decode, self._flow
-        prompts = len(self.batcher.prefill)
+        flow, prompts = self._flow, len(self.batcher.prefill)
+        newcomers = self.batcher.steady_decode.has_newcomers
         open_blocks = self.pool.total_blocks // 2 if prompts else len(flow) + 1
-        if (prompts or scheduler.has_newcomers) and not self._grown_if_tight(open_blocks):
+        if (prompts or newcomers) and not self._grown_if_tight(open_blocks):
             return False
-        if scheduler.has_newcomers:
-            newcomers = scheduler.let_all_in()
-            if newcomers is None:
-                return False
-            for sequence in newcomers:
-                flow.add(sequence)
-        lasting = self._rounds_in_memory()
+        if newcomers and not self._let_in():
+            return False
+        decodes = len(flow)
+        if not decodes and not prompts:
+            return True
+        lasting = self._rounds_in_memory(decodes)
         if lasting < 1:
             return False
-        step = self.batcher.prompts_beside(now, len(flow))
+        step = self.batcher.prompts_beside(now, decodes)
         if step.prefills:
-            steps = 1
-        elif len(flow):
-            steps = min(flow.steps_to_end, lasting)
-        else:
-            return True
-        work = _with_decodes(_work_of(step.prefills), len(flow), flow.kv_read_tokens)
-        self._launch(step, len(flow), work, now, steps)
+            work = _with_decodes(_work_of(step.prefills), decodes, flow.kv_read_tokens)
+            self._launch(step, decodes, work, now, 1)
+        elif decodes:
+            work = Step(decodes, decodes, 0, flow.kv_read_tokens)
+            self._launch(step, decodes, work, now, min(flow.steps_to_end, lasting))
         return True
 
-    def _rounds_in_memory(self) -> int:
-        if not len(self._flow):
+    def _let_in(self) -> bool:
+        newcomers = self.batcher.steady_decode.let_all_in()
+        if newcomers is None:
+            return False
+        for sequence in newcomers:
+            self._flow.add(sequence)
+        return True
+
+    def _rounds_in_memory(self, decodes: int) -> int:
+        if not decodes:
             return 1
         lasting = self._flow.steps_in_memory
         if lasting < 1 and self._flow.grow():
@@ -211,14 +285,15 @@ class SimulatedInstance:
         return not self._is_tight(blocks) or self._flow.grow()
 
     def _is_tight(self, blocks: int, more_steps: int = 0) -> bool:
-        reserve = int(self.pool.total_blocks * self.model.settings.decode.watermark)
         spoken_for = self._flow.most_ungrown_blocks(more_steps)
-        return spoken_for > 0 and spoken_for + blocks + reserve > self.pool.available
+        return spoken_for > 0 and spoken_for + blocks + self._reserve > self.pool.available
 
     def _launch(self, step: RoleStep, decodes: int, work: Step, now: float, steps: int) -> None:
         self.most_tokens = max(self.most_tokens, work.tokens)
         self.most_kv_read_tokens = max(self.most_kv_read_tokens, work.kv_read_tokens)
-        first_s = self._step_s(work, decodes=decodes > 0) + self._swap_s(step)
+        first_s = self._step_s(work, decodes=decodes > 0)
+        if step.batch.swaps:
+            first_s += self._swap_s(step)
         growth_s = self._growth_s(decodes) if steps > 1 else 0.0
         run = _Run(step, decodes, now, first_s, growth_s, steps, self._steady)
         self._run = run
@@ -232,13 +307,7 @@ class SimulatedInstance:
 
     def _schedule(self, run: _Run) -> None:
         self._run_number += 1
-        number = self._run_number
-
-        def end(now: float) -> None:
-            if number == self._run_number:
-                self._end(now)
-
-        self._world.at(run.start_s + run.duration_s, end)
+        self._world.at(run.start_s + run.duration_s, self._end, self._run_number)
 
     def _mark_first_steps(self, run: _Run) -> None:
         """Everyone decodes in a steady run; else those in the step."""
@@ -282,15 +351,21 @@ class SimulatedInstance:
             return 0.0
         return run.first_step_s * (stages - 1)
 
-    def _end(self, now: float) -> None:
+    def _end(self, number: int, now: float) -> None:
+        if number != self._run_number:
+            return
         run = self._run
         assert run is not None
-        self._run, self._view = None, None
-        self.busy_s += run.duration_s
-        for number in range(max(0, run.steps - LEARNED_STEPS), run.steps):
-            self.batcher.measured(run.step, run.first_step_s + number * run.growth_s)
+        self._run = self._view = None
+        self._ending = True
+        duration_s = run.duration_s
+        self.busy_s += duration_s
+        if run.step.prefills:
+            self.batcher.measured(run.step, run.first_step_s)
+        else:
+            self.batcher.measured_run(run.first_step_s, run.growth_s, run.steps)
         if run.decodes:
-            self._world.gap(run.duration_s / run.steps, run.steps * run.decodes)
+            self._world.gap(duration_s / run.steps, run.steps * run.decodes)
         ended = self._flow.advance(run.steps) if run.steady else self._take_tokens(run)
         for sequence in ended:
             self._finish(self.batcher.decode.remove(sequence.id), now)
@@ -298,10 +373,12 @@ class SimulatedInstance:
             self._apply_prefill(chunk, now, self._drain_s(run))
         if not run.steady:
             self._try_steady()
-        if self._inbox.waits:
-            self._inbox.take(now)
-        if self._run is None:
-            self._start(now)
+        while self._between:
+            self._between.pop(0)(now)
+        if self.inbox.waits:
+            self.inbox.take(now)
+        self._ending = False
+        self._start(now)
 
     def _take_tokens(self, run: _Run) -> list[Sequence]:
         """One step as the batcher made it; those that end with it."""
@@ -328,18 +405,20 @@ class SimulatedInstance:
         self._steady = True
 
     def _finish(self, sequence: Sequence, now: float) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        self._release(sequence)
         sequence.state = SequenceState.FINISHED
-        self._unlist(sequence.id)
         self._world.finished(sequence.id, now)
 
     def _give_up(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        self._unlist(sequence.id)
+        self._release(sequence)
         self._fresh.pop(sequence.id, None)
         self._world.failed(sequence.id)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._listing.remove(sequence.id)
+        self._view = None
 
     def _apply_prefill(self, chunk: Chunk, now: float, drain_s: float) -> None:
         sequence = self.batcher.prefill.computed(chunk)
@@ -349,52 +428,50 @@ class SimulatedInstance:
         if drain_s == 0.0:
             self._prefilled(sequence, len(chunk.tokens), now)
         else:
-            count = len(chunk.tokens)
-            self._world.at(now + drain_s, lambda then: self._prefilled(sequence, count, then))
+            self._draining[sequence.id] = sequence
+            self._world.at(now + drain_s, self._drained, (sequence, len(chunk.tokens)))
+
+    def _drained(self, prompt: tuple[Sequence, int], now: float) -> None:
+        sequence, last_chunk_tokens = prompt
+        if self._draining.pop(sequence.id, None) is sequence:
+            self._prefilled(sequence, last_chunk_tokens, now)
 
     def _prefilled(self, sequence: Sequence, last_chunk_tokens: int, now: float) -> None:
-        """The first token is out: decode here, or offer the KV to who will."""
+        """The next token is out: decode here, or offer the KV to who will."""
         sequence.tokens.append(0)
         self._world.first_token(sequence.id, now)
         target = self._targets.pop(sequence.id)
         started_s = self._started_s.pop(sequence.id)
-        if sequence.request.sampling.max_tokens == 1:
+        if sequence.output_tokens >= sequence.request.sampling.max_tokens:
             self._finish(sequence, now)
-        elif target is None or target is self:
-            self._fresh[sequence.id] = None
-            self.batcher.decode.add(sequence)
-            if self._run is not None:
-                self._poke(now)
+        elif target is None or target is self or target.state is InstanceState.STOPPED:
+            self.join(sequence, now)
         else:
             sequence.state = SequenceState.HELD
             last_share = last_chunk_tokens / (len(sequence.tokens) - 1)
             tail_share = last_share / self._deployment.overheads.layer_groups
-            target.offer(Handoff(sequence, self, started_s, now, tail_share), now)
+            handoff = Handoff(sequence, self, target, started_s, now, tail_share)
+            self._held[sequence.id] = handoff
+            target.inbox.add(handoff, now)
 
-    # What the router sees.
+    # What others see.
 
-    def _list(self, sequence: Sequence) -> None:
-        self._listed[sequence.id] = Running(
-            sequence.id,
-            sequence.epoch,
-            sequence.state.value,
-            sequence.request.priority,
-            sequence.prompt_tokens,
-            sequence.output_tokens,
-            len(sequence.blocks),
+    def _view_of(self, sequences: tuple[Running, ...]) -> InstanceView:
+        model = self.model
+        return InstanceView(
+            self._load(sequences),
+            model.node,
+            model.device,
+            model.tensor_parallel,
+            model.pipeline_parallel,
         )
-        self._view = None
 
-    def _unlist(self, request_id: str) -> None:
-        self._listed.pop(request_id, None)
-        self._view = None
-
-    def _load(self) -> Load:
+    def _load(self, sequences: tuple[Running, ...]) -> Load:
         free_blocks = self.pool.available - self._flow.most_ungrown_blocks()
         return Load(
             instance=self.name,
-            role=self.model.role,
-            state=InstanceState.READY,
+            role=self.role,
+            state=self.state,
             queue_requests=len(self.batcher.prefill),
             queued_tokens=self.batcher.prefill.queued_tokens,
             running_sequences=len(self.batcher.decode),
@@ -405,7 +482,7 @@ class SimulatedInstance:
             pinned_blocks=0,
             cached_blocks=0,
             step_s=self.batcher.decode_step_s,
-            sequences=tuple(self._listed.values()),
+            sequences=sequences,
         )
 
 

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from engine.request import Request, Sampling
+from engine.blocks import BlockPool
+from engine.request import Request, Sampling, start_sequence
 from engine.slo import Slo
+from placement.counted_pool import CountedPool
 from placement.outcome import Ledger
 from placement.router import Router
 from placement.simulated_instance import SimulatedInstance
 from placement.view import View
 
 if TYPE_CHECKING:
+    from engine.request import Sequence
     from placement.deployment import Deployment
     from placement.outcome import Outcome
     from placement.workload import Workload
 
-Action = Callable[[float], None]
+Action = Callable[[Any, float], None]
 PREFIX_TOKEN = 1 << 24
-COARSE_BLOCK_TOKENS = 1 << 14
-"""Prefixes need not be told apart where no request shares one."""
+COARSE_BLOCK_TOKENS = 1 << 30
+"""Prompts need not be told apart where none shares a prefix."""
 LOOK_AHEAD_ARRIVALS = 25
 """How often it is asked whether attainment is out of reach."""
 
@@ -47,7 +51,10 @@ class Simulation:
         self._deployment = deployment
         self._workload = workload
         self.ledger = Ledger(workload, slo.ttft_s, slo.tpot_s, may_miss)
-        self._events: list[tuple[float, int, Action]] = []
+        alike = workload.slo_ttft_s is None and workload.slo_tpot_s is None
+        self._slo = slo if alike else None
+        self.tpot_s = slo.tpot_s if workload.slo_tpot_s is None else None
+        self._events: list[tuple[float, int, Action, Any]] = []
         self._scheduled = 0
         self.instances = {
             name: SimulatedInstance(name, model, deployment, self)
@@ -61,7 +68,7 @@ class Simulation:
     def run(self) -> Outcome:
         arrivals: list[float] = self._workload.arrival_s.tolist()
         delay_s, following = self._deployment.overheads.arrival_s, 0
-        while not self.ledger.hopeless:
+        while not (self._may_stop and self.ledger.hopeless):
             due_s = arrivals[following] + delay_s if following < len(arrivals) else None
             if due_s is not None and (not self._events or due_s <= self._events[0][0]):
                 self._arrive(following, due_s)
@@ -69,8 +76,8 @@ class Simulation:
                 if self._may_stop and following % LOOK_AHEAD_ARRIVALS == 0:
                     self.ledger.look_ahead(due_s, following)
             elif self._events:
-                now, _, action = heappop(self._events)
-                action(now)
+                now, _, action, subject = heappop(self._events)
+                action(subject, now)
             else:
                 break
         return self._outcome()
@@ -82,31 +89,28 @@ class Simulation:
         assert route is not None, "every simulated instance takes requests"
         self._router.dispatched(request, route, now)
         target = None if route.decode is None else self.instances[route.decode]
-        self.instances[route.prefill].submit(request, target, now)
+        self.instances[route.prefill].submit(start_sequence(request, 0), target, now)
 
     def _request(self, index: int) -> Request:
         workload, ledger = self._workload, self.ledger
-        prompt, output = int(workload.prompt_tokens[index]), int(workload.output_tokens[index])
         return Request(
             str(index),
-            self._prompt(index, prompt),
-            Sampling(max_tokens=output, ignore_eos=True),
-            Slo(ledger.slo_ttft_s[index], ledger.slo_tpot_s[index]),
+            self._prompt(index, int(workload.prompt_tokens[index])),
+            _sampling(ledger.output_tokens[index]),
+            self._slo or Slo(ledger.slo_ttft_s[index], ledger.slo_tpot_s[index]),
             0 if workload.priority is None else int(workload.priority[index]),
-            float(workload.arrival_s[index]),
+            ledger.arrival_s[index],
         )
 
     def _prompt(self, index: int, tokens: int) -> tuple[int, ...]:
         """Tokens that agree with another prompt's as far as both share a prefix."""
-        workload, shared = self._workload, 0
-        head: tuple[int, ...] = ()
-        if workload.prefix_id is not None and workload.prefix_tokens is not None:
-            prefix = int(workload.prefix_id[index])
-            shared = int(workload.prefix_tokens[index]) if prefix >= 0 else 0
-            head = (PREFIX_TOKEN + prefix,) * shared
-        if shared == tokens:
-            return head
-        return (*head, index + 1, *((0,) * (tokens - shared - 1)))
+        workload = self._workload
+        if workload.prefix_id is None or workload.prefix_tokens is None:
+            return _any_prompt(tokens)
+        prefix = int(workload.prefix_id[index])
+        shared = int(workload.prefix_tokens[index]) if prefix >= 0 else 0
+        head = (PREFIX_TOKEN + prefix,) * shared
+        return head if shared == tokens else (*head, index + 1, *_any_prompt(tokens - shared - 1))
 
     def _outcome(self) -> Outcome:
         instances = self.instances.values()
@@ -120,9 +124,16 @@ class Simulation:
 
     # What instances tell.
 
-    def at(self, time_s: float, action: Action) -> None:
+    def at(self, time_s: float, action: Action, subject: Any) -> None:
         self._scheduled += 1
-        heappush(self._events, (time_s, self._scheduled, action))
+        heappush(self._events, (time_s, self._scheduled, action, subject))
+
+    def pool(self, blocks: int) -> BlockPool:
+        """Where no request shares a prefix, which block holds what does not matter, except that
+        what had to give way is computed again from its beginning."""
+        size = self._deployment.block_tokens
+        counted = self._workload.prefix_id is None
+        return CountedPool(blocks, size) if counted else BlockPool(blocks, size)
 
     def moment(self, name: str, request_id: str, now: float) -> None:
         self.ledger.moments[name][int(request_id)] = now
@@ -139,8 +150,11 @@ class Simulation:
         self.ledger.failed(int(request_id))
         self._router.ended(request_id)
 
+    def lost(self, sequence: Sequence, now: float) -> None:
+        raise NotImplementedError
+
     def gap(self, seconds: float, count: int) -> None:
-        self.ledger.gaps.append((seconds, count))
+        self.ledger.gap(seconds, count)
 
 
 def _names(deployment: Deployment) -> list[str]:
@@ -152,3 +166,13 @@ def _names(deployment: Deployment) -> list[str]:
         names.append(f"{role}-{counts.get(role, 0)}")
         counts[role] = counts.get(role, 0) + 1
     return names
+
+
+@lru_cache(maxsize=4096)
+def _sampling(output_tokens: int) -> Sampling:
+    return Sampling(max_tokens=output_tokens, ignore_eos=True)
+
+
+@lru_cache(maxsize=4096)
+def _any_prompt(tokens: int) -> tuple[int, ...]:
+    return (0,) * tokens

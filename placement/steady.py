@@ -7,13 +7,13 @@ chunks ride along. Decodes then advance by counting rounds.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from decode.scheduler import DecodeScheduler, DecodeStep
 from engine.batch import Batch, Chunk
 from engine.blocks import blocks_for
-from placement.role import RoleBatcher, RoleSettings, Step
+from placement.role import GAIN, RoleBatcher, RoleSettings, Step
 
 if TYPE_CHECKING:
     from engine.blocks import BlockPool
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 ANY_DECODE = (Chunk("", (0,), 0, (), None),)
 """Stands for decodes where only their presence matters."""
+NO_BATCH = Batch()
+NO_PROMPTS = Step(NO_BATCH, (), (), DecodeStep())
+ONLY_DECODES = Step(NO_BATCH, (), ANY_DECODE, DecodeStep())
 
 
 class SteadyDecodeScheduler(DecodeScheduler):
@@ -44,16 +47,36 @@ class SteadyDecodeScheduler(DecodeScheduler):
 class SteadyBatcher(RoleBatcher):
     """The instance's batcher, which can also be asked for one half of a step."""
 
-    def __init__(self, pool: BlockPool, settings: RoleSettings) -> None:
+    def __init__(
+        self, pool: BlockPool, settings: RoleSettings, tpot_s: float | None = None
+    ) -> None:
+        """With a `tpot_s`, the target of every request."""
         super().__init__(pool, settings)
+        self._tpot_s = tpot_s
         self.steady_decode = SteadyDecodeScheduler(pool, settings.decode)
         self.decode = self.steady_decode
 
+    def tightest_tpot_s(self) -> float:
+        return super().tightest_tpot_s() if self._tpot_s is None else self._tpot_s
+
+    def measured_run(self, first_step_s: float, growth_s: float, steps: int) -> None:
+        """Learn from steps of decodes only, each so much longer than the one before."""
+        if not self.decode_step_s:
+            self.decode_step_s = first_step_s
+            first_step_s, steps = first_step_s + growth_s, steps - 1
+        # What is smoothed trails a line at this distance once it has caught up with it.
+        behind_s = growth_s * (1.0 - GAIN) / GAIN
+        to_catch_up_s = self.decode_step_s - (first_step_s - growth_s - behind_s)
+        last_s = first_step_s + growth_s * (steps - 1)
+        self.decode_step_s = last_s - behind_s + (1.0 - GAIN) ** steps * to_catch_up_s
+
     def prompts_beside(self, now: float, decodes: int) -> Step:
         """The step in which so many decodes take a token each, with the chunks that fit."""
-        budget = self._prompt_budget(decodes)
-        prefills = tuple(self.prefill.next_chunks(now, budget)) if len(self.prefill) else ()
-        return Step(Batch(), prefills, ANY_DECODE if decodes else (), DecodeStep())
+        alone = ONLY_DECODES if decodes else NO_PROMPTS
+        if not len(self.prefill):
+            return alone
+        prefills = tuple(self.prefill.next_chunks(now, self._prompt_budget(decodes)))
+        return Step(NO_BATCH, prefills, alone.decodes, alone.decode_step) if prefills else alone
 
 
 class Flow:
@@ -72,6 +95,9 @@ class Flow:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._members
 
     def add(self, sequence: Sequence) -> None:
         remaining = sequence.request.sampling.max_tokens - sequence.output_tokens
@@ -104,14 +130,33 @@ class Flow:
         self.kv_read_tokens += steps * len(self._members)
         ended = []
         while self._ends and self._ends[0][0] == self._round:
-            request_id = heappop(self._ends)[2]
-            sequence, since = self._members.pop(request_id)
-            self._catch_up(sequence, since)
-            self.kv_read_tokens -= sequence.computed
-            ended.append(sequence)
+            ended.append(self._leave(heappop(self._ends)[2]))
         if not self._members:
             self._grown_round = self._round
         return ended
+
+    def remove(self, request_id: str) -> Sequence:
+        """One that goes on elsewhere, up to date."""
+        self._ends = [end for end in self._ends if end[2] != request_id]
+        heapify(self._ends)
+        return self._leave(request_id)
+
+    def catch_up(self, request_id: str) -> None:
+        """Bring one's record up to date, if it is here."""
+        if request_id in self._members:
+            sequence, since = self._members[request_id]
+            self._catch_up(sequence, since)
+            self._members[request_id] = sequence, self._round
+
+    def catch_up_all(self) -> None:
+        for request_id in self._members:
+            self.catch_up(request_id)
+
+    def _leave(self, request_id: str) -> Sequence:
+        sequence, since = self._members.pop(request_id)
+        self._catch_up(sequence, since)
+        self.kv_read_tokens -= sequence.computed
+        return sequence
 
     def grow(self) -> bool:
         """Bring block tables up to date; False, and nothing done, if memory does not suffice."""

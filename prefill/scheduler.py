@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.batch import Chunk, chunk_of
-from engine.blocks import blocks_for, prefix_hashes
+from engine.blocks import blocks_for
 from engine.errors import OutOfBlocks
 from engine.request import SequenceState
 
@@ -69,9 +69,7 @@ class PrefillScheduler:
             raise OutOfBlocks(needed, self.pool.total_blocks)
         assert sequence.id not in self._sequences
         self._sequences[sequence.id] = sequence
-        self._hashes[sequence.id] = prefix_hashes(
-            sequence.tokens, self.pool.block_tokens, sequence.request.tenant
-        )
+        self._hashes[sequence.id] = self.pool.hashes(sequence.tokens, sequence.request.tenant)
 
     def remove(self, request_id: str) -> Sequence:
         """Forget a sequence; its blocks stay with the caller."""

@@ -17,29 +17,19 @@ CAPACITY = {Role.PREFILL: 1000.0, Role.DECODE: 500.0, Role.MIXED: 600.0}
 STEP_S = 2.0
 
 
-def idle_load(name: str, role: Role) -> Load:
+def load_of(name: str, role: Role, use: float) -> Load:
     return Load(
-        instance=name, role=role, state=InstanceState.READY, queue_requests=0, queued_tokens=0,
-        running_sequences=0, running_tokens=0, free_blocks=1000, total_blocks=1000,
-        block_tokens=16, pinned_blocks=0, cached_blocks=0, step_s=0.02, sequences=(),
+        instance=name, role=role, state=InstanceState.READY, queue_requests=round(use * 4),
+        queued_tokens=round(use * 2000), running_sequences=round(use * 32), running_tokens=0,
+        free_blocks=max(1000 - round(use * 800), 0), total_blocks=1000, block_tokens=16,
+        pinned_blocks=0, cached_blocks=0, step_s=0.02, sequences=(),
     )  # fmt: skip
-
-
-IDLE = idle_load("idle", Role.MIXED)
 
 
 def busy(unit: Unit, use: float) -> Unit:
     """A unit at this share of its capacity; beyond 1 its work piles up."""
-    load = replace(
-        IDLE,
-        instance=unit.name,
-        role=unit.role,
-        queued_tokens=round(use * 2000),
-        queue_requests=round(use * 4),
-        running_sequences=round(use * 32),
-        free_blocks=max(1000 - round(use * 800), 0),
-    )
-    return replace(unit, load=load)
+    load = load_of(unit.name, unit.role, use)
+    return Unit(unit.name, unit.role, unit.accelerators, unit.phase, load)
 
 
 @dataclass

@@ -9,15 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.blocks import BlockPool
 from engine.messages import Role
 from engine.slo import Slo
 from placement.catalog import Link, find_device, find_link, find_model
 from placement.deployment import Deployment, InstanceModel, Overheads
 from placement.latency import LatencyModel, Roofline, decode_step, prefill_step
 from placement.outcome import Outcome, weighted_spread
+from placement.role import RoleSettings
 from placement.router import RouterSettings
 from placement.simulated_instance import SimulatedInstance
 from placement.simulator import Simulation, simulate
+from placement.steady import ONLY_DECODES, SteadyBatcher
 from placement.workload import Workload
 
 SLOW_LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)
@@ -213,3 +216,25 @@ def test_every_request_ends_and_every_pool_is_empty_afterwards(
     for one in simulation.instances.values():
         assert one.is_empty
         one.pool.check()
+
+
+@pytest.mark.parametrize("kv_tokens", [900, 100_000])
+def test_a_counted_pool_changes_nothing(kv_tokens: int) -> None:
+    target = deployment(Role.PREFILL, Role.DECODE, kv_tokens=kv_tokens)
+    target = replace(target, router=RouterSettings(local_prompt_tokens=0))
+    load = workload(rate=80)
+    alone = replace(
+        load, prefix_id=np.full(len(load), -1), prefix_tokens=np.zeros(len(load), dtype=int)
+    )
+    counted, numbered = simulate(target, load), simulate(target, alone)
+    np.testing.assert_array_equal(counted.finished_s, numbered.finished_s)
+
+
+def test_what_is_learned_from_a_run_is_what_its_steps_would_have_taught() -> None:
+    walked_through = SteadyBatcher(BlockPool(10, 16), RoleSettings())
+    at_once = SteadyBatcher(BlockPool(10, 16), RoleSettings())
+    for first_s, growth_s, steps in ((0.01, 1e-4, 7), (0.03, 0.0, 1), (0.02, 2e-3, 30)):
+        for number in range(steps):
+            walked_through.measured(ONLY_DECODES, first_s + number * growth_s)
+        at_once.measured_run(first_s, growth_s, steps)
+        assert at_once.decode_step_s == pytest.approx(walked_through.decode_step_s)
