@@ -14,6 +14,7 @@ from engine.errors import (
     InstanceLost,
     NotFound,
     Overloaded,
+    PoisonRequest,
     TandemError,
     Unsupported,
 )
@@ -93,6 +94,7 @@ class Generation:
 KINDS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.ABORTED: PoisonRequest,
     grpc.StatusCode.UNAVAILABLE: InstanceLost,
     grpc.StatusCode.UNIMPLEMENTED: Unsupported,
 }
@@ -101,7 +103,7 @@ KINDS: dict[grpc.StatusCode, type[TandemError]] = {
 def as_error(error: grpc.RpcError) -> TandemError:
     """The server's status as an error of ours."""
     code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
+    if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
         return _bad_request(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(details, _retry_after_s(error))

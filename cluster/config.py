@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.config_errors import first_error
+from cluster.doors.limits import GrpcLimits, HttpLimits
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import JournalSettings
 from cluster.yaml_file import read_yaml
@@ -151,6 +152,10 @@ class GatewayConfig(Section):
     """Where requests go."""
     admission: AdmissionSettings = AdmissionSettings()
     """Which requests are let in, and in which order."""
+    http: HttpLimits = HttpLimits()
+    """Sizes and times of HTTP requests."""
+    grpc: GrpcLimits = GrpcLimits()
+    """Sizes and times of gRPC calls."""
 
 
 class LimitsConfig(Section):

@@ -44,7 +44,7 @@ def _section(
     rows, below = [], []
     for name, entry in section["properties"].items():
         full = f"{path}.{name}" if path else name
-        text = entry.get("description", "")
+        text = " ".join(entry.get("description", "").split())
         inner = _inner(schema, entry)
         if inner is None:
             kind = _type(schema, entry)

@@ -5,6 +5,7 @@ TandemError
 │   ├── BadConfig            a config, policy, plan or workload file
 │   ├── BadCheckpoint        a model directory that cannot be loaded
 │   ├── BadRequest           a request's field
+│   │   └── PromptTooLong    a prompt that no instance's KV pool could hold
 │   └── NoFeasiblePlan       no plan meets the targets; names the constraint that binds
 ├── Overloaded               refused now, may be accepted later (HTTP 429)
 ├── NotFound                 an unknown request or instance (HTTP 404)
@@ -20,6 +21,8 @@ TandemError
 ├── InstanceLost             an instance died with the request on it
 ├── DeadlineExceeded         a bounded wait ran out
 ├── BadLogits                a forward pass gave NaN or infinity
+├── BatchFailed              a batch gave nothing because of the request it was run for
+├── PoisonRequest            a request that brought down whatever it ran on, again and again
 └── Unsupported              this machine or build cannot do what was asked
 """
 
@@ -57,6 +60,16 @@ class BadCheckpoint(BadInput):
 
 class BadRequest(BadInput):
     pass
+
+
+class PromptTooLong(BadRequest):
+    def __init__(self, prompt_tokens: int, wanted: int, largest: int) -> None:
+        self.prompt_tokens, self.wanted, self.largest = prompt_tokens, wanted, largest
+        rule = f"needs {wanted} KV blocks; the largest pool here has {largest}"
+        super().__init__("prompt", prompt_tokens, rule)
+
+    def __reduce__(self) -> tuple[type[PromptTooLong], tuple[int, int, int]]:  # type: ignore[override]
+        return type(self), (self.prompt_tokens, self.wanted, self.largest)
 
 
 class NoFeasiblePlan(BadInput):
@@ -126,6 +139,14 @@ class DeadlineExceeded(TandemError):
 
 
 class BadLogits(TandemError):
+    pass
+
+
+class BatchFailed(TandemError):
+    pass
+
+
+class PoisonRequest(TandemError):
     pass
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from cluster.doors.http_protocol import BoundedHttp
+from cluster.doors.http_protocol import bounded_http
 from cluster.doors.tls import uvicorn_options
 from engine.errors import BadConfig
 
@@ -33,7 +33,7 @@ class HttpServer:
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
-                http=BoundedHttp,
+                http=bounded_http(config.http),
                 ws="none",
                 lifespan="off",
                 log_level="warning",

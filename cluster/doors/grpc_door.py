@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.doors.grpc_calls import call_of, chunks_of
 from cluster.doors.keys import EVERYONE, Unauthorized
+from cluster.doors.limits import GrpcLimits
 from cluster.doors.tls import grpc_credentials
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
@@ -23,7 +25,9 @@ from engine.errors import (
     DeadlineExceeded,
     InstanceLost,
     NotFound,
+    OutOfBlocks,
     Overloaded,
+    PoisonRequest,
     TandemError,
     Unsupported,
 )
@@ -46,6 +50,8 @@ CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (OutOfBlocks, grpc.StatusCode.OUT_OF_RANGE),
+    (PoisonRequest, grpc.StatusCode.ABORTED),
     (InstanceLost, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unsupported, grpc.StatusCode.UNIMPLEMENTED),
@@ -54,12 +60,6 @@ CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
 
 class NotAllowed(TandemError):
     """The key is known, but not for this."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrpcLimits:
-    message_bytes: int = 16 * 1024 * 1024
-    concurrent_calls: int = 4096
 
 
 class Door:
@@ -82,8 +82,8 @@ class Door:
 
 
 class Inference(rpc.InferenceServicer):  # type: ignore[misc]
-    def __init__(self, door: Door) -> None:
-        self._door, self._gateway = door, door.gateway
+    def __init__(self, door: Door, write_s: float) -> None:
+        self._door, self._gateway, self._write_s = door, door.gateway, write_s
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
@@ -116,12 +116,19 @@ class Inference(rpc.InferenceServicer):  # type: ignore[misc]
         answer = await self._gateway.open(replace(call, tenant=caller.tenant, trace=trace))
         try:
             while deltas := await answer.next():
-                for chunk in chunks_of(answer, deltas):
-                    await context.write(chunk)
+                await self._write(chunks_of(answer, deltas), context)
         finally:
             # Also when the client has gone: grpc cancels this coroutine.
             self._gateway.close(answer)
             caller.spend(answer.prompt_tokens + answer.output_tokens)
+
+    async def _write(self, chunks: list[pb.GenerateChunk], context: Context) -> None:
+        try:
+            async with asyncio.timeout(self._write_s):
+                for chunk in chunks:
+                    await context.write(chunk)
+        except TimeoutError:
+            raise DeadlineExceeded("the reader stopped reading") from None
 
 
 class Cluster(rpc.ClusterServicer):  # type: ignore[misc]
@@ -233,12 +240,16 @@ class GrpcDoor:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", limits.message_bytes),
+                ("grpc.max_metadata_size", limits.head_bytes),
+                ("grpc.absolute_max_metadata_size", limits.head_bytes),
+                ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(limits.keepalive_s * 1000)),
                 ("grpc.so_reuseport", 0),
             ],
             maximum_concurrent_rpcs=limits.concurrent_calls,
         )
         door = Door(gateway, keys)
-        rpc.add_InferenceServicer_to_server(Inference(door), self._server)
+        rpc.add_InferenceServicer_to_server(Inference(door, limits.write_s), self._server)
         rpc.add_ClusterServicer_to_server(Cluster(door, operator), self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -21,6 +21,7 @@ from cluster.doors.http_errors import (
     our_own_fault,
 )
 from cluster.doors.keys import EVERYONE
+from cluster.doors.limits import HttpLimits
 from cluster.doors.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from cluster.doors.openai_replies import ChatFormat, CompletionFormat, UsageOn
 from cluster.doors.openapi import openapi_document
@@ -40,15 +41,6 @@ if TYPE_CHECKING:
     from cluster.gateway.gateway import Gateway
 
     Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    body_bytes: int = 16 * 1024 * 1024
-    body_s: float = 30.0
-    """How long a request's body may take to arrive."""
-    write_s: float = 60.0
-    """How long a reader may leave a full send buffer alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,10 @@ from engine.errors import (
     DeadlineExceeded,
     InstanceLost,
     NotFound,
+    OutOfBlocks,
     Overloaded,
+    PoisonRequest,
+    PromptTooLong,
     TandemError,
 )
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
+TOO_LONG = "context_length_exceeded"
 
 
 class Refused(TandemError):
@@ -76,6 +80,8 @@ KINDS: tuple[tuple[type[TandemError], int, str, str | None], ...] = (
     (Unauthorized, 401, "authentication_error", "invalid_api_key"),
     (NotFound, 404, INVALID, "not_found"),
     (Overloaded, 429, "rate_limit_error", "overloaded"),
+    (OutOfBlocks, 400, INVALID, TOO_LONG),
+    (PoisonRequest, 500, "server_error", "poison_request"),
     (InstanceLost, 503, "server_error", "instance_lost"),
     (DeadlineExceeded, 504, "server_error", "deadline_exceeded"),
 )
@@ -103,4 +109,5 @@ def _classify(error: TandemError) -> tuple[int, str, str | None, str | None]:
 
 
 def _code_of(error: BadInput) -> str | None:
-    return "context_length_exceeded" if "context is" in error.rule else None
+    too_long = isinstance(error, PromptTooLong) or "context is" in error.rule
+    return TOO_LONG if too_long else None

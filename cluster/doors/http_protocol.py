@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.doors.http_errors import INVALID, error_body
+from cluster.doors.limits import HttpLimits
 
 if TYPE_CHECKING:
     import asyncio
 
-HEAD_S = 20.0
-"""How long a connection may take to send a request's line and headers."""
-HEAD_BYTES = 64 * 1024
 REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
+def bounded_http(limits: HttpLimits) -> type[BoundedHttp]:
+    """uvicorn makes its protocols itself and knows no limits of ours."""
+    return type("BoundedHttp", (BoundedHttp,), {"limits": limits})
+
+
 class BoundedHttp(HttpToolsProtocol):
-    head_s = HEAD_S
+    limits = HttpLimits()
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -38,8 +41,9 @@ class BoundedHttp(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > HEAD_BYTES:
-            self._refuse(431, f"A request's head may have {HEAD_BYTES} bytes.", "head_too_large")
+        limit = self.limits.head_bytes
+        if self._in_head and self._head_bytes > limit:
+            self._refuse(431, f"A request's head may have {limit} bytes.", "head_too_large")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -62,7 +66,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _await_head(self) -> None:
         self._in_head, self._head_bytes = True, 0
         self._stop_timer()
-        self._timer = self.loop.call_later(self.head_s, self._too_late)
+        self._timer = self.loop.call_later(self.limits.head_s, self._too_late)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -10,7 +10,7 @@ from engine.errors import TandemError
 from engine.request import FinishReason
 
 if TYPE_CHECKING:
-    from cluster.gateway.journal import Entry
+    from cluster.gateway.entry import Entry
     from engine.batch import Logprobs
     from engine.detokenizer import Detokenizer, StopStrings
     from engine.events import Timeline

@@ -104,7 +104,7 @@ class Front:
         keys = None if path is None else Keyring(path, self._clock.now())
         door = HttpDoor(
             self.gateway,
-            HttpSettings(model_root=self._config.model),
+            HttpSettings(gateway.http, model_root=self._config.model),
             keys=keys,
             metrics=self._watching.metrics.page,
             extra=self._watching.routes(keys),
@@ -117,6 +117,7 @@ class Front:
             port=gateway.grpc_port,
             keys=keys,
             tls=gateway.tls,
+            limits=gateway.grpc,
         )
         self.http_url = self._http.url
         self.grpc_address = f"{host_in_url(gateway.host)}:{self._grpc.port}"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.gateway.call import RequestLimits
+from cluster.gateway.entry import Deliver, Fail, JournalSettings, Reroute, Send
 from cluster.gateway.intake import Intake
-from cluster.gateway.journal import Deliver, Fail, Journal, JournalSettings, Reroute, Send
+from cluster.gateway.journal import Journal
 from cluster.gateway.view import RequestStatus, Sightings, status_of
 from cluster.watching.observer import Ended, Observers, Opened, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     from cluster.gateway.answer import Answer, Choice
     from cluster.gateway.call import Call
+    from cluster.gateway.entry import Action
     from cluster.gateway.intake import GrammarCheck
-    from cluster.gateway.journal import Action
     from cluster.links import Link
     from engine.clock import Clock
     from engine.errors import TandemError
@@ -121,6 +122,8 @@ class Gateway:
         answer = await self.intake.answer(call, self.clock.now())
         if answer.id in self._answers:
             raise BadRequest("request_id", answer.id, "is under way already")
+        for choice in answer.choices:
+            self._sightings.check_prompt(len(choice.request.prompt), self.clock.now())
         self._submit(answer, strict=call.targets.ttft_s is not None)
         if call.trace is not None:
             self._traces[answer.id] = call.trace
@@ -256,12 +259,14 @@ class Gateway:
         takers = [one for one in view.instances if one.takes_requests]
         prefilling = sum(one.role.prefills for one in takers) or min(len(takers), 1)
         while (request := self._admission.next(prefilling)) is not None:
-            route = self._router.choose(request, view, self._silent(now))
+            route = self._router.choose(request, view, self._unfit(request, now))
             assert route is not None, "there are instances that take requests"
             self._start(self._choices[request.id], route, now)
 
-    def _silent(self, now: float) -> tuple[str, ...]:
-        return self._sightings.silent_since(now - self.settings.silence_s)
+    def _unfit(self, request: Request, now: float) -> tuple[str, ...]:
+        """Instances that do not show themselves, or have too small a pool."""
+        silent = self._sightings.silent_since(now - self.settings.silence_s)
+        return silent + self._sightings.too_small(len(request.prompt) + 1, now)
 
     def _start(self, choice: Choice, route: Route, now: float) -> None:
         request = choice.request
@@ -287,8 +292,10 @@ class Gateway:
         choice, pending = self._choices[request_id], self._pending[request_id]
         entry = self._journal.find(request_id)
         assert entry is not None
+        if not self._journal.may_restart(request_id):
+            return
         whole = replace(choice.request, prompt=(*choice.request.prompt, *entry.output))
-        avoid = (*pending.avoid, *self._silent(now))
+        avoid = (*pending.avoid, *self._unfit(whole, now))
         route = self._router.choose(whole, self._sightings.view(now), avoid)
         if route is None:
             return

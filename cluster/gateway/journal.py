@@ -9,11 +9,30 @@ Verbs return what to do as data; `Reroute` asks the driver for a route and a `re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cluster.gateway.entry import (
+    Action,
+    Deliver,
+    Entry,
+    Fail,
+    Grant,
+    JournalSettings,
+    Reroute,
+    Send,
+)
 from engine import errors
-from engine.errors import BadInput, DeadlineExceeded, InstanceLost, TandemError, Unsupported
+from engine.blocks import blocks_for
+from engine.errors import (
+    BadInput,
+    BatchFailed,
+    DeadlineExceeded,
+    InstanceLost,
+    OutOfBlocks,
+    PoisonRequest,
+    TandemError,
+    Unsupported,
+)
 from engine.messages import (
     Abort,
     Accepted,
@@ -41,102 +60,7 @@ COMMITTED = "committed"
 """The state of a sequence that an instance holds only until its target is accepted."""
 ARRIVING = frozenset(("offered", "reserved", "copying"))
 """States of a sequence whose KV is on its way to the instance that lists it."""
-
-
-@dataclass(frozen=True, slots=True)
-class JournalSettings:
-    replays: int = 5
-    """Attempts in a row without a token in between; then the request fails."""
-    gap_s: float = 1.0
-    """How long a missing token is waited for while later ones arrive."""
-    vanish_s: float = 3.0
-    """How long a live owner may go without listing the request among its sequences."""
-    reroute_s: float = 30.0
-    """How long a request may wait for an instance that can take it."""
-    early_tokens: int = 512
-    """Tokens held per request while an earlier one is missing."""
-    tombstones: int = 10_000
-    """Ended requests remembered, so that instances that still list them are told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    to: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    token: Token
-
-
-@dataclass(frozen=True, slots=True)
-class Reroute:
-    """The request needs a new route; `avoid` are instances it has just failed on."""
-
-    request_id: str
-    avoid: tuple[str, ...]
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    request_id: str
-    error: TandemError
-
-
-Action = Send | Deliver | Reroute | Fail
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The owner to be: `claimed` by a migration, else fixed by the route."""
-
-    epoch: int
-    instance: str
-    claimed: bool
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One request under way. Without an owner it waits for a route."""
-
-    request: Request
-    epoch: int = 1
-    owner: str | None = None
-    grant: Grant | None = None
-    prefill: str | None = None
-    output: list[int] = field(default_factory=list)
-    early: dict[int, Token] = field(default_factory=dict)
-    replays: int = 0
-    replays_total: int = 0
-    migrations: int = 0
-    evidence_s: float = 0.0
-    """When an owner was last known to work on it."""
-    stuck_since_s: float = 0.0
-    """Since when it has waited for a route or, while `early` holds any, for the next token."""
-    resumed_from: int | None = None
-    """The epoch a Resume replaced, until a token shows that the Resume arrived."""
-    claimed_from: int | None = None
-    """The epoch from which the present owner's claim was granted."""
-
-    @property
-    def id(self) -> str:
-        return self.request.id
-
-    @property
-    def highest(self) -> int:
-        """The highest epoch anybody has been given."""
-        return self.epoch if self.grant is None else self.grant.epoch
-
-    @property
-    def holders(self) -> tuple[str, ...]:
-        """Instances that may hold blocks for it, without former owners told to let go."""
-        owner = () if self.owner is None else (self.owner,)
-        return owner if self.grant is None else (*owner, self.grant.instance)
-
-    def knows(self, epoch: int) -> bool:
-        return epoch == self.epoch or (self.grant is not None and epoch == self.grant.epoch)
+SUSPECT_CRASHES = 2
 
 
 class Journal:
@@ -148,6 +72,8 @@ class Journal:
         self._tombstones: dict[str, int] = {}
         self._heard_s: dict[str, float] = {}
         self._lost: dict[str, None] = {}
+        self._pools: dict[str, tuple[int, int]] = {}
+        """Each live instance's blocks, and tokens in a block."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -181,6 +107,19 @@ class Journal:
             entry.grant = Grant(entry.epoch + 1, route.decode, claimed=False)
             start = Start(entry.request, entry.epoch, start.output, route.decode, entry.grant.epoch)
         return [Send(route.prefill, start)]
+
+    def may_restart(self, request_id: str) -> bool:
+        """Requests that several instances have died or failed under go one at a time: the one
+        behind it must not take the others along."""
+        if not self._is_suspect(self._entries[request_id]):
+            return True
+        others = (entry for entry in self._entries.values() if entry.id != request_id)
+        return not any(entry.owner and self._is_suspect(entry) for entry in others)
+
+    def _is_suspect(self, entry: Entry) -> bool:
+        if entry.crashes < SUSPECT_CRASHES:
+            return False
+        return not entry.progressed(self.settings.progress_tokens)
 
     def abort(self, request_id: str) -> list[Action]:
         """End a request early: its client left, or its text is complete."""
@@ -254,6 +193,10 @@ class Journal:
         if _is_final(dropped.error):
             return self._fail(entry, _error_of(dropped))
         why = f"{sender} dropped it: {dropped.error}: {dropped.reason}"
+        if dropped.error == OutOfBlocks.__name__ and (error := self._too_large(entry)):
+            return self._fail(entry, error)
+        if dropped.error == BatchFailed.__name__ and self._crashed(entry):
+            return self._fail(entry, self._poison(entry, why))
         if dropped.epoch == entry.epoch:
             return self._without_owner(entry, (sender,), why, now)
         return self._without_grant(entry, (sender,), why, now)
@@ -271,6 +214,7 @@ class Journal:
     def load(self, load: Load, now: float) -> list[Action]:
         """Compare what an instance holds with what it should: the cure for lost messages."""
         self._heard_s[load.instance] = now
+        self._pools[load.instance] = load.total_blocks, load.block_tokens
         self._lost.pop(load.instance, None)
         actions: list[Action] = []
         for running in load.sequences:
@@ -288,12 +232,16 @@ class Journal:
     def lost(self, name: str, now: float) -> list[Action]:
         self._lost[name] = None
         self._heard_s.pop(name, None)
+        self._pools.pop(name, None)
         actions: list[Action] = []
         for entry in list(self._entries.values()):
-            if entry.owner == name:
-                actions += self._without_owner(entry, (name,), f"{name} is lost", now)
+            why = f"{name} is lost"
+            if name in entry.holders and self._crashed(entry):
+                actions += self._fail(entry, self._poison(entry, why))
+            elif entry.owner == name:
+                actions += self._without_owner(entry, (name,), why, now)
             elif entry.grant is not None and entry.grant.instance == name:
-                actions += self._without_grant(entry, (name,), f"{name} is lost", now)
+                actions += self._without_grant(entry, (name,), why, now)
         return actions
 
     # Delivery.
@@ -393,6 +341,28 @@ class Journal:
 
     def _attempts(self) -> str:
         return f"{self.settings.replays} replays"
+
+    def _crashed(self, entry: Entry) -> bool:
+        """Counts a crash under the request; whether it has had too many."""
+        if entry.progressed(self.settings.progress_tokens):
+            entry.crashes = 0
+        entry.crashes += 1
+        entry.crashed_at = len(entry.output)
+        return entry.crashes >= self.settings.crashes
+
+    def _poison(self, entry: Entry, why: str) -> PoisonRequest:
+        return PoisonRequest(f"{entry.id} brought down {entry.crashes} attempts in a row: {why}")
+
+    def _too_large(self, entry: Entry) -> OutOfBlocks | None:
+        """The error of a request that no pool could hold; None if one might, or none is known."""
+        sizes = [
+            (total, blocks_for(entry.needed_tokens, block_tokens))
+            for total, block_tokens in self._pools.values()
+        ]
+        if not sizes or any(wanted <= total for total, wanted in sizes):
+            return None
+        total, wanted = max(sizes)
+        return OutOfBlocks(wanted, total)
 
     def _correct(self, entry: Entry, instance: str, epoch: int) -> Action:
         """What to tell an instance that believes in an epoch that has been replaced."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.blocks import blocks_for
+from engine.errors import PromptTooLong
 from placement.view import InstanceView, View
 
 if TYPE_CHECKING:
     from cluster.gateway.answer import Choice
-    from cluster.gateway.journal import Entry
+    from cluster.gateway.entry import Entry
     from engine.messages import Load
 
 
@@ -34,6 +36,8 @@ class Sightings:
         self._loads: dict[str, Load] = {}
         self._heard_s: dict[str, float] = {}
         self._view: View | None = None
+        self._least_tokens = 0
+        """What the smallest pool of the view holds."""
 
     def heard(self, load: Load, now: float) -> None:
         self._loads[load.instance] = load
@@ -51,10 +55,31 @@ class Sightings:
         if self._view is None:
             ordered = sorted(self._loads.items())
             self._view = View(now, tuple(InstanceView(load) for _, load in ordered))
+            sizes = (load.total_blocks * load.block_tokens for load in self._loads.values())
+            self._least_tokens = min(sizes, default=0)
         return self._view
+
+    def too_small(self, tokens: int, now: float) -> tuple[str, ...]:
+        """Instances whose whole pool could not hold a sequence of so many tokens."""
+        loads = [one.load for one in self.view(now).instances]
+        if tokens <= self._least_tokens:
+            return ()
+        return tuple(load.instance for load in loads if _wanted(tokens, load) > load.total_blocks)
+
+    def check_prompt(self, prompt_tokens: int, now: float) -> None:
+        """Raises PromptTooLong if no instance could hold it and its first token."""
+        small = self.too_small(prompt_tokens + 1, now)
+        if small and len(small) == len(self._loads):
+            largest = max(self._loads.values(), key=lambda load: load.total_blocks)
+            wanted = _wanted(prompt_tokens + 1, largest)
+            raise PromptTooLong(prompt_tokens, wanted, largest.total_blocks)
 
     def silent_since(self, limit_s: float) -> tuple[str, ...]:
         return tuple(name for name, at in self._heard_s.items() if at < limit_s)
+
+
+def _wanted(tokens: int, load: Load) -> int:
+    return blocks_for(tokens, load.block_tokens)
 
 
 def status_of(choice: Choice) -> RequestStatus:

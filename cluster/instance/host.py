@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from engine.errors import InstanceLost
+from engine.errors import InstanceLost, TandemError
 from engine.messages import Lost
 from kvtransfer.transfer import PullCancel, PullOrder
 
@@ -132,9 +132,22 @@ class Host:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            result = await loop.run_in_executor(thread, self._execute, batch, group_done)
-            self.instance.finish(batch, result, self._clock.now())
+            running = loop.run_in_executor(thread, self._execute, batch, group_done)
+            await self._finish(batch, running)
             self.pump()
+
+    async def _finish(self, batch: Batch, running: asyncio.Future[StepResult]) -> None:
+        """A failed batch costs its requests a retry; only a lost rank, or a fault that follows
+        no request, ends the instance."""
+        try:
+            result = await running
+        except InstanceLost:
+            raise
+        except (TandemError, RuntimeError, ValueError) as error:
+            log.exception("batch failed requests=%d", len(batch.chunks))
+            self.instance.fail_batch(batch, error, self._clock.now())
+        else:
+            self.instance.finish(batch, result, self._clock.now())
 
     def _execute(self, batch: Batch, group_done: Callable[[int], None]) -> StepResult:
         return self._executor.execute(batch, group_done)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cluster.instance.trials import Trials
 from decode.migration import Migrations
 from engine.blocks import prefix_hashes
-from engine.errors import OutOfBlocks
+from engine.errors import BatchFailed, InstanceLost, OutOfBlocks, TandemError
 from engine.messages import (
     Abort,
     Accepted,
@@ -65,6 +66,9 @@ class InstanceSettings:
     transfer: TransferSettings = field(default_factory=TransferSettings)
     tombstones: int = 10_000
     """Aborted requests remembered, so that a Start that comes late does not revive one."""
+    blamed_in_a_row: int = 3
+    """So many requests that fail alone, with no batch in between that ran, and it is the
+    instance that is broken, unless the error is one that a request's content explains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Instance:
         self._stamps: dict[str, dict[str, float]] = {}
         self._tombstones: dict[str, int] = {}
         self._doomed: dict[str, Sequence] = {}
+        self._trials = Trials()
         self._step: Step | None = None
         self._step_s = 0.0
         self._outbox: list[Envelope] = []
@@ -138,7 +143,7 @@ class Instance:
     def next_batch(self, now: float) -> Batch | None:
         assert self._step is None, "a batch is under way"
         self._between_steps(now)
-        step = self._batcher.next_step(now, self._migrations.held)
+        step = self._trials.cut(self._batcher.next_step(now, self._migrations.held))
         for request_id in step.decode_step.preempted:
             self._stop_moving(request_id, "OutOfBlocks", "preempted at the source", now)
         for sequence in step.decode_step.outgrown:
@@ -165,9 +170,8 @@ class Instance:
                 self._handoffs.computed(sequence, chunk.end, self._groups[group], now)
 
     def finish(self, batch: Batch, result: StepResult, now: float) -> None:
-        step, self._step = self._step, None
-        assert step is not None
-        assert step.batch is batch
+        step = self._end_step(batch)
+        self._trials.passed()
         self._batcher.measured(step, result.duration_s)
         self._step_s = result.duration_s
         drawn = {one.request_id: one for one in result.drawn}
@@ -178,12 +182,55 @@ class Instance:
         for chunk in step.prefills:
             if chunk.request_id not in self._doomed:
                 self._prefilled(chunk, drawn.get(chunk.request_id), tokens, now)
-        for sequence in self._doomed.values():
-            self.pool.release(sequence.blocks)
-        self._doomed.clear()
+        self._release_doomed()
         for gateway, items in tokens.items():
             self._send(gateway, Tokens(tuple(items)))
         self._between_steps(now)
+
+    def fail_batch(self, batch: Batch, error: Exception, now: float) -> None:
+        """The batch gave nothing: the request behind it is found by running parts of it again,
+        and given back to its gateway. Raises InstanceLost where no request is to blame."""
+        self._end_step(batch)
+        self._release_doomed()
+        reason = f"{type(error).__name__}: {error}"
+        if not batch.chunks:
+            raise InstanceLost(f"{self.name}: moving blocks failed: {reason}")
+        for swap in batch.swaps:
+            # Nobody knows whether its blocks were moved.
+            self._give_back(swap.request_id, reason, now)
+        blamed = self._trials.failed(batch)
+        if blamed is not None:
+            self._blame(blamed, error, reason, now)
+        self._between_steps(now)
+
+    def _blame(self, request_id: str, error: Exception, reason: str, now: float) -> None:
+        in_a_row = self._trials.blamed_in_a_row
+        unexplained = not isinstance(error, TandemError)
+        if unexplained and in_a_row >= self._settings.blamed_in_a_row:
+            raise InstanceLost(f"{self.name}: {in_a_row} requests in a row failed alone: {reason}")
+        self._give_back(request_id, reason, now)
+
+    def _give_back(self, request_id: str, reason: str, now: float) -> None:
+        sequence = self._sequence(request_id)
+        if sequence is None:
+            return
+        gateway = self._gateways[request_id]
+        failed = Dropped(request_id, sequence.epoch, BatchFailed.__name__, reason)
+        self._send(gateway, failed)
+        # What it has computed may be as bad as its batch: no prefix of it is kept.
+        sequence.computed = 0
+        self._end(request_id, now)
+
+    def _end_step(self, batch: Batch) -> Step:
+        step, self._step = self._step, None
+        assert step is not None
+        assert step.batch is batch
+        return step
+
+    def _release_doomed(self) -> None:
+        for sequence in self._doomed.values():
+            self.pool.release(sequence.blocks)
+        self._doomed.clear()
 
     def pull_finished(
         self, transfer: str, number: int, error: TransferError | None, now: float

@@ -1,8 +1,10 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config, load_config, parse_config
+from cluster.config_docs import config_page
 from engine.errors import BadConfig
 from engine.messages import Role
 
@@ -125,3 +127,18 @@ def test_a_config_survives_its_own_json():
 def test_every_shipped_config_is_valid(path):
     if "policy" not in path.name:
         load_config(str(path))
+
+
+def test_every_row_of_the_reference_page_is_one_line():
+    tables = [line for line in config_page().splitlines() if line.startswith("|")]
+    assert len(tables) > 100
+    assert all(line.count(" | ") >= 3 and line.endswith("|") for line in tables if "`" in line)
+    after_rows = [b for a, b in pairwise(config_page().splitlines()) if a.startswith("| `")]
+    assert all(line.startswith("|") or not line for line in after_rows)
+
+
+def test_the_doors_limits_are_keys_of_the_config():
+    config = load_config(None, **{"gateway.http": {"body_bytes": 10}, "gateway.grpc": {}})
+    assert config.gateway.http.body_bytes == 10
+    with pytest.raises(BadConfig, match=r"gateway.http.body_byte.*did you mean 'body_bytes'"):
+        load_config(None, **{"gateway.http": {"body_byte": 10}})

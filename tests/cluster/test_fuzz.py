@@ -20,8 +20,9 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from cluster.doors.both import listen
 from cluster.doors.grpc_door import GrpcDoor
-from cluster.doors.http import HttpDoor, HttpLimits, HttpSettings
-from cluster.doors.http_protocol import HEAD_BYTES, BoundedHttp
+from cluster.doors.http import HttpDoor, HttpSettings
+from cluster.doors.http_protocol import bounded_http
+from cluster.doors.limits import HttpLimits
 from cluster.doors.openapi import openapi_document
 from cluster.rpc import tandem_pb2 as pb
 from engine.grammar import GrammarCompiler
@@ -43,10 +44,6 @@ SCHEMA.config.checks.negative_data_rejection.expected_statuses.append("413")
 FUZZED = settings(
     max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
-
-
-class QuickHttp(BoundedHttp):
-    head_s = 0.3
 
 
 class Served:
@@ -73,9 +70,11 @@ class Served:
         grammars = GrammarCompiler(TOKENIZER)
         names = ("prefill-0", "decode-0")
         async with running(*names, grammars=grammars, context_tokens=48) as cluster:
-            limits = HttpLimits(body_bytes=100_000, body_s=0.2)
+            limits = HttpLimits(body_bytes=100_000, body_s=0.2, head_s=0.3)
             door = HttpDoor(cluster.gateway, HttpSettings(limits))
-            config = uvicorn.Config(door.app, http=QuickHttp, lifespan="off", log_level="critical")
+            config = uvicorn.Config(
+                door.app, http=bounded_http(limits), lifespan="off", log_level="critical"
+            )
             server = uvicorn.Server(config)
             grpc_door = GrpcDoor(cluster.gateway, FakeOperator(), port=0)
             await grpc_door.start()
@@ -200,7 +199,7 @@ def test_a_head_that_does_not_end_is_cut_off_by_time_and_by_size():
     with served() as server:
         assert talk(server, b"POST / HTTP/1.1\r\nhost: ").startswith(b"HTTP/1.1 408 ")
         assert talk(server, b"").startswith(b"HTTP/1.1 408 ")
-        endless = b"GET / HTTP/1.1\r\n" + b"x-a: b\r\n" * (HEAD_BYTES // 8)
+        endless = b"GET / HTTP/1.1\r\n" + b"x-a: b\r\n" * (HttpLimits().head_bytes // 8)
         assert talk(server, endless).startswith(b"HTTP/1.1 431 ")
 
 

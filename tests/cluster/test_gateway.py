@@ -3,9 +3,17 @@ import asyncio
 import pytest
 
 from cluster.gateway.call import Call, Targets
+from cluster.gateway.entry import JournalSettings
 from cluster.gateway.gateway import GatewaySettings
-from cluster.gateway.journal import JournalSettings
-from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
+from engine.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    InstanceLost,
+    NotFound,
+    OutOfBlocks,
+    Overloaded,
+    PromptTooLong,
+)
 from engine.messages import Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
 from placement.admission import AdmissionSettings
@@ -163,7 +171,7 @@ async def test_abort_ends_the_stream_of_its_own_tenant_only():
 
 
 async def test_without_any_instance_left_the_call_fails_with_a_typed_error():
-    settings = GatewaySettings(sweep_s=0.001)
+    settings = GatewaySettings(sweep_s=0.001, journal=JournalSettings(crashes=10))
     async with running("mixed-0", settings=settings) as cluster:
         cluster.paused.add("mixed-0")
         answer = await cluster.gateway.open(call(max_tokens=1000))
@@ -334,3 +342,43 @@ async def test_status_names_where_a_request_is():
             "prefilling", "prefill-0", "decode-0",
         )  # fmt: skip
         cluster.gateway.close(answer)
+
+
+async def test_a_prompt_that_no_pool_can_hold_is_refused_with_the_sizes():
+    async with running("prefill-0", "decode-0") as cluster:
+        for instance in cluster.instances.values():
+            instance.total_blocks = 4
+            cluster.gateway.receive(instance.name, instance.load())
+        with pytest.raises(PromptTooLong, match="needs 7 KV blocks; the largest pool here has 4"):
+            await cluster.gateway.open(call("x" * 100))
+        assert len(await ask(cluster.gateway, call("x" * 40))) == 8
+        cluster.assert_empty()
+
+
+async def test_a_long_prompt_goes_where_the_pool_is_large_enough():
+    async with running("mixed-0", "mixed-1") as cluster:
+        cluster.instances["mixed-0"].total_blocks = 4
+        cluster.gateway.receive("mixed-0", cluster.instances["mixed-0"].load())
+        for _ in range(4):
+            answer = await cluster.gateway.open(call("x" * 100))
+            assert answer.choices[0].prefill == "mixed-1"
+            await read(answer)
+            cluster.gateway.close(answer)
+
+
+async def test_an_answer_that_outgrows_every_pool_ends_with_the_sizes():
+    async with running("mixed-0") as cluster:
+        answer = await cluster.gateway.open(call("x" * 60, max_tokens=100))
+        await until(lambda: answer.output_tokens > 10)
+        cluster.paused.add("mixed-0")
+        cluster.instances["mixed-0"].total_blocks = 4
+        cluster.gateway.receive("mixed-0", cluster.instances["mixed-0"].load())
+        epoch = answer.choices[0].entry.epoch
+        grown = Dropped(answer.id, epoch, "OutOfBlocks", "70 tokens do not fit 4 blocks")
+        cluster.gateway.receive("mixed-0", grown)
+        with pytest.raises(OutOfBlocks, match="blocks wanted, 4 can be given"):
+            await read(answer)
+        cluster.gateway.close(answer)
+        cluster.resume("mixed-0")
+        await until(lambda: not cluster.instances["mixed-0"].sequences)
+        cluster.assert_empty()

@@ -7,7 +7,8 @@ import pytest
 import uvicorn
 
 from cluster.doors.both import listen
-from cluster.doors.http import HttpDoor, HttpLimits, HttpSettings
+from cluster.doors.http import HttpDoor, HttpSettings
+from cluster.doors.limits import HttpLimits
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
 from cluster.gateway.gateway import GatewaySettings
 from engine.request import Request, Sampling

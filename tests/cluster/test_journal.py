@@ -4,8 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.gateway.journal import Deliver, Fail, Journal, JournalSettings, Reroute, Send
-from engine.errors import BadRequest, DeadlineExceeded, InstanceLost
+from cluster.gateway.entry import Deliver, Fail, JournalSettings, Reroute, Send
+from cluster.gateway.journal import Journal
+from engine.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    InstanceLost,
+    OutOfBlocks,
+    PoisonRequest,
+)
 from engine.messages import (
     Abort,
     Accepted,
@@ -165,7 +172,7 @@ def test_a_lost_handoff_target_takes_the_request_from_prefill_and_replays_it():
 
 
 def test_replays_are_bounded_but_progress_earns_more():
-    journal = journal_with(ALONE, replays=2)
+    journal = journal_with(ALONE, replays=2, crashes=100)
     for index in range(4):
         journal.lost("mixed-0", 1.0)
         journal.restart("r", ALONE, 1.0)
@@ -286,7 +293,7 @@ class Chaos:
     def __init__(self, draw) -> None:
         self.draw = draw
         self.now = 0.0
-        self.journal = Journal(JournalSettings(gap_s=0.5, vanish_s=1.0, replays=1000))
+        self.journal = Journal(JournalSettings(gap_s=0.5, vanish_s=1.0, replays=1000, crashes=1000))
         self.instances = {name: EchoInstance(name, self._role(name)) for name in self.NAMES}
         self.network: list[tuple[str, str, object]] = []
         self.received: list[int] = []
@@ -392,3 +399,56 @@ def test_each_token_is_delivered_once_and_in_order_whatever_the_network_does(mov
     assert len(chaos.journal) == 0
     for instance in chaos.instances.values():
         assert instance.sequences == {}, "an instance holds on to an ended request"
+
+
+def test_a_request_larger_than_every_pool_ends_with_the_sizes():
+    journal = journal_with(SPLIT)
+    for name in ("prefill-0", "decode-0"):
+        journal.load(EchoInstance(name, total_blocks=0).load(), 0.0)
+    actions = journal.dropped("prefill-0", Dropped("r", 1, "OutOfBlocks", "too small"), 0.0)
+    (failure,) = [action for action in actions if isinstance(action, Fail)]
+    assert isinstance(failure.error, OutOfBlocks)
+    assert (failure.error.wanted, failure.error.free) == (1, 0)
+
+
+def test_a_request_that_fails_or_kills_whatever_runs_it_ends_by_name():
+    journal = journal_with(ALONE, crashes=3)
+    failed = Dropped("r", 1, "BatchFailed", "BadLogits: not finite")
+    assert isinstance(journal.dropped("mixed-0", failed, 0.0)[-1], Reroute)
+    journal.restart("r", ALONE, 0.0)
+    journal.token("mixed-0", token(2, 0), 0.0)
+    assert isinstance(journal.lost("mixed-0", 0.0)[-1], Reroute)
+    journal.load(EchoInstance("mixed-0").load(), 0.0)
+    journal.restart("r", ALONE, 0.0)
+    (failure,) = [one for one in journal.lost("mixed-0", 0.0) if isinstance(one, Fail)]
+    assert isinstance(failure.error, PoisonRequest)
+    assert str(failure.error).startswith("r brought down 3 attempts in a row")
+    assert len(journal) == 0
+
+
+def test_crashes_far_apart_are_nobodys_fault():
+    long = replace(REQUEST, sampling=Sampling(max_tokens=100))
+    journal = Journal(JournalSettings(crashes=2, progress_tokens=4))
+    journal.open(long, ALONE, 0.0)
+    for attempt in range(5):
+        for index in range(attempt * 4, attempt * 4 + 4):
+            journal.token("mixed-0", token(attempt + 1, index), 0.0)
+        assert isinstance(journal.lost("mixed-0", 0.0)[-1], Reroute)
+        journal.load(EchoInstance("mixed-0").load(), 0.0)
+        journal.restart("r", ALONE, 0.0)
+
+
+def test_suspects_go_one_at_a_time():
+    journal = Journal()
+    for name in ("a", "b"):
+        journal.open(replace(REQUEST, id=name, sampling=Sampling(max_tokens=50)), ALONE, 0.0)
+    for _ in range(2):
+        journal.lost("mixed-0", 0.0)
+        assert journal.may_restart("a")
+        journal.restart("a", ALONE, 0.0)
+        if journal.may_restart("b"):
+            journal.restart("b", ALONE, 0.0)
+    assert journal.find("b").owner is None
+    for index in range(16):
+        journal.token("mixed-0", Token("a", 3, index, 1), 0.0)
+    assert journal.may_restart("b")

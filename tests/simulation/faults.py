@@ -22,6 +22,10 @@ class Faults:
     slow_detection: float = 0.2
     """The controller is down when an instance dies: the news comes late."""
     cancel: float = 0.15
+    poison: float = 0.06
+    """Any batch with this request in it fails."""
+    lethal: float = 0.03
+    """Any batch with this request in it ends the instance."""
     pull_error: float = 0.03
     migrate_per_s: float = 15.0
     drain_per_s: float = 0.1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.gateway.journal import Action, Deliver, Fail, Journal, Reroute, Send
+from cluster.gateway.entry import Action, Deliver, Fail, Reroute, Send
+from cluster.gateway.journal import Journal
 from engine.messages import InstanceState, Load, Message
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class SimulatedGateway:
         for request_id in list(self._rerouting):
             entry = self._journal.find(request_id)
             assert entry is not None
-            route = self._route(entry.request)
+            free = self._journal.may_restart(request_id)
+            route = self._route(entry.request) if free else None
             if route is not None and request_id in self._rerouting:
                 del self._rerouting[request_id]
                 self._carry_out(self._journal.restart(request_id, route, self._world.now))

@@ -97,6 +97,14 @@ class Scene(World):
         """The message of this number, of all that are sent, never arrives."""
         self._lost_sends.add(number)
 
+    def poison(self, request_id: str) -> None:
+        """Every batch with this request in it fails."""
+        self._poison.add(request_id)
+
+    def make_lethal(self, request_id: str) -> None:
+        """Every batch with this request in it ends its instance."""
+        self._lethal.add(request_id)
+
     def fail_pulls(self, count: int) -> None:
         self._failing_pulls = count
 

@@ -20,8 +20,8 @@ def test_the_same_seed_gives_the_same_trace():
     assert first.trace.digest() == second.trace.digest()
 
 
-def test_worlds_meet_hand_offs_migrations_preemptions_and_deaths():
-    met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0}
+def test_worlds_meet_hand_offs_migrations_preemptions_deaths_and_poison():
+    met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0, "poisoned": 0}
     for seed in range(40):
         world = World(seed)
         world.run()

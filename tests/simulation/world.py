@@ -18,7 +18,7 @@ from cluster.instance.instance import Instance, InstanceSettings
 from decode.scheduler import DecodeSettings
 from engine import wire
 from engine.blocks import BlockPool
-from engine.errors import PeerLost, TransferError, TransportError
+from engine.errors import BadLogits, PeerLost, PoisonRequest, TransferError, TransportError
 from engine.messages import Confirmed, Lost, Message, Migrate, Migrated, Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
@@ -64,7 +64,9 @@ class World:
         self.gateways: dict[str, SimulatedGateway] = {}
         self.trace = blake2b(digest_size=16)
         self.events = 0
-        self.met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0}
+        self.met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0, "poisoned": 0}
+        self._poison: set[str] = set()
+        self._lethal: set[str] = set()
         self._heap: list[tuple[float, int, str, Callable[[], None]]] = []
         self._serial = 0
         self._roles = self._drawn_roles()
@@ -125,6 +127,12 @@ class World:
         while self.now < FAULTS_END_S or self._busy():
             assert self.now < EVERYTHING_ENDS_S, self._unfinished()
             self._next_event()
+        for gateway in self.gateways.values():
+            bad = self._poison | self._lethal
+            assert not bad & gateway.finished.keys()
+            self.met["poisoned"] += sum(
+                error == PoisonRequest.__name__ for error in gateway.failed.values()
+            )
         for node in self.nodes.values():
             counts = node.instance.pool.counts()
             assert counts.available == node.instance.pool.total_blocks, (
@@ -250,8 +258,15 @@ class World:
             self.met["preemptions"] += node.instance.preemptions - node.preemptions
             node.preemptions = node.instance.preemptions
             node.running = False
-            result = node.model.draw(batch, duration_s)
-            node.instance.finish(batch, result, self.now)
+            names = {chunk.request_id for chunk in batch.chunks}
+            if names & self._lethal:
+                self.kill(node.instance.name, detected_s=0.3, again_s=0.6)
+                return
+            if names & self._poison:
+                node.instance.fail_batch(batch, BadLogits("not finite"), self.now)
+            else:
+                result = node.model.draw(batch, duration_s)
+                node.instance.finish(batch, result, self.now)
             self._pump(node)
 
     # Copies.
@@ -405,6 +420,12 @@ class World:
             at = self.rng.choice((self.rng.uniform(0.0, FAULTS_END_S * 0.8), *bursts))
             request = self._request(number, at, prefixes)
             self.after(at, f"request {number}", lambda r=request: self._submit(r))
+            for chance, bad in (
+                (self.faults.poison, self._poison),
+                (self.faults.lethal, self._lethal),
+            ):
+                if self.rng.random() < chance:
+                    bad.add(request.id)
             if self.rng.random() < self.faults.cancel:
                 leaves = at + self.rng.uniform(0.0, 2.0)
                 self.after(leaves, f"cancel {number}", lambda r=request: self._cancel(r))
