@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.messages import Role
 from engine.slo import Slo
 from placement.deployment import Deployment, Overheads
-from placement.goodput import RESOLUTION, find_goodput
+from placement.goodput import RESOLUTION, STRIDE, find_goodput
 from placement.role import RoleSettings
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Trial:
     most_rps: float
     copies: int
     resolution: float = RESOLUTION
+    stride: float = STRIDE
 
 
 def score(trial: Trial) -> Scored:
@@ -110,6 +111,7 @@ def score(trial: Trial) -> Scored:
         worth_rps=trial.worth_rps,
         most_rps=trial.most_rps,
         resolution=trial.resolution,
+        stride=trial.stride,
     )
     power_w = power_of(trial.book, trial.candidate, found)
     return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps)

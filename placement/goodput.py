@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 RESOLUTION = 0.02
 """Bisection ends once the bounds are so close, relative to the rate."""
-STEP_UP, STEP_DOWN = 1.4, 0.65
-"""Until a rate is found that meets the targets, and one that does not."""
+STRIDE = 0.4
+"""By which the rate grows or shrinks until one is found that meets the targets, and one that does
+not."""
 MOST_TIMES_GUESS = 4.0
 """A few requests at once may meet their targets at any rate; that says nothing."""
 THROUGHPUT = "throughput: no more can be computed in the long run, whatever waits meanwhile"
@@ -47,6 +48,7 @@ def find_goodput(
     worth_rps: float = 0.0,
     most_rps: float = inf,
     resolution: float = RESOLUTION,
+    stride: float = STRIDE,
 ) -> Goodput:
     """Bisection over one sequence of requests, stretched in time; never beyond `most_rps`.
 
@@ -64,14 +66,13 @@ def find_goodput(
             low, best = rate, outcome
             if rate >= highest:
                 break
-            rate = (
-                min(max(guess_rps, rate * STEP_UP), highest) if high is None else (rate + high) / 2
-            )
+            up = min(max(guess_rps, rate * (1 + stride)), highest)
+            rate = up if high is None else (rate + high) / 2
         else:
             high, limit = rate, what_is_missed(outcome)
             if rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE:
                 return Goodput(0.0, None, runs.count, limit)
-            rate = (low + high) / 2 if low else high * STEP_DOWN
+            rate = (low + high) / 2 if low else high / (1 + stride)
     return Goodput(low, best, runs.count, limit)
 
 

@@ -27,6 +27,8 @@ GUESSED_SHARE = 0.7
 ROUGH = 0.08
 """Resolution at which candidates are compared before the leaders are measured finely."""
 LEADERS = 8
+BATCH = 8
+"""Candidates simulated at once; what one batch finds prunes the next."""
 ANSWERS_LONG = 4
 FIRST_TOKENS_LONG = 10
 OVER_BOUND = 1.2
@@ -86,7 +88,7 @@ def score_prospects(
     prospects, best = search.prospects(), _Best()
     total = len(prospects) + LEADERS
     rough: list[Scored] = []
-    for done, batch in _batches(prospects, setting.processes):
+    for done, batch in _batches(prospects):
         for scored in score_all(list(_rough_trials(setting, search, batch, best))):
             best.learn(scored)
             rough.append(scored)
@@ -116,13 +118,14 @@ def _rough_trials(
 def _fine_trial(setting: Setting, scored: Scored) -> Trial:
     """From the rough rate; it may lie a little lower over more requests."""
     rate_rps = scored.goodput.rate_rps
-    return setting.trial(
+    trial = setting.trial(
         scored.candidate,
         rate_rps,
         worth_rps=0.0,
         most_rps=scored.most_rps,
         copies=scored.copies,
     )
+    return replace(trial, stride=ROUGH)
 
 
 class _Best:
@@ -163,13 +166,10 @@ def _leaders(scored: Sequence[Scored]) -> list[Scored]:
     return list(dict.fromkeys([*firsts.values(), *by_share[:2]]))[:LEADERS]
 
 
-def _batches(
-    prospects: Sequence[Prospect], processes: int
-) -> Iterator[tuple[int, Sequence[Prospect]]]:
-    """With how many are done after each."""
-    size = max(1, processes) * 2
-    for start in range(0, len(prospects), size):
-        yield min(start + size, len(prospects)), prospects[start : start + size]
+def _batches(prospects: Sequence[Prospect]) -> Iterator[tuple[int, Sequence[Prospect]]]:
+    """With how many are done after each; as large on any machine, so that plans are alike."""
+    for start in range(0, len(prospects), BATCH):
+        yield min(start + BATCH, len(prospects)), prospects[start : start + BATCH]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 TARGET = Target(2.0, 0.09)
 TIGHT = Target(1.0, 0.09)
-SLACK = 0.1
-"""Bisection and requests drawn leave so much open."""
+SLACK = 0.04
+"""Bisection ends within 2% of each of two rates."""
 
 
 def chat(count: int = 400) -> Workload:
@@ -39,9 +40,14 @@ def book(devices: int = 2, device: str = "l4", model: str = "llama-3.1-8b") -> C
     return CostBook(find_model(model), one_kind(device, 1, devices))
 
 
+def l40s_and_l4() -> CostBook:
+    groups = (one_kind("l40s", 1, 1).groups[0], one_kind("l4", 1, 2).groups[0])
+    return CostBook(find_model("llama-3.1-8b"), Hardware(groups, find_link("infiniband-ndr")))
+
+
 def question(target: Target = TARGET, **fields: object) -> Question:
     return replace(
-        Question(target, requests=60, most_requests=240, token_budgets=(2048,)), **fields
+        Question(target, requests=200, most_requests=200, token_budgets=(2048,)), **fields
     )  # type: ignore[arg-type]
 
 
@@ -54,14 +60,39 @@ def answer() -> Plan:
     return plan(book(), chat(), question())
 
 
-def test_the_plan_fits_the_hardware_and_memory(answer: Plan) -> None:
-    assert 0 < answer.accelerators <= 2
-    for pool in answer.pools:
-        assert book().kv_tokens(pool.cut) >= chat().longest_context
-
-
 def test_the_same_seed_gives_the_same_plan(answer: Plan) -> None:
     assert plan(book(), chat(), question()).to_yaml() == answer.to_yaml()
+
+
+def test_so_it_does_over_several_processes(answer: Plan) -> None:
+    assert plan(book(), chat(), question(processes=2)).to_yaml() == answer.to_yaml()
+
+
+def test_another_seed_draws_other_requests(answer: Plan) -> None:
+    assert plan(book(), chat(), question(seed=1)).predicted != answer.predicted
+
+
+FLEETS = {
+    "two kinds": l40s_and_l4,
+    "large": lambda: book(8, "a100-40gb", "llama-3.1-70b"),
+    "experts": lambda: book(8, "h100-80gb", "mixtral-8x7b"),
+}
+
+
+@pytest.mark.parametrize("fleet", FLEETS)
+def test_every_pool_fits_the_memory_and_all_together_the_fleet(fleet: str) -> None:
+    costs = FLEETS[fleet]()
+    found = plan(costs, chat(), question(Target(4.0, 0.2)))
+    for pools in (found.pools, *(other.pools for other in found.alternatives)):
+        used: dict[str, int] = {}
+        for pool in pools:
+            device = pool.cut.device
+            used[device] = used.get(device, 0) + pool.accelerators
+            held = chat().longest_context * costs.shape.kv_bytes_per_token
+            memory = costs.group(pool.cut).device.memory_bytes * pool.cut.accelerators
+            assert costs.shape.weight_bytes + held <= memory
+            assert costs.kv_tokens(pool.cut) >= chat().longest_context
+        assert all(count <= costs.hardware.group(name).devices for name, count in used.items())
 
 
 def test_the_predicted_attainment_is_met(answer: Plan) -> None:
@@ -75,14 +106,23 @@ def test_the_plan_names_what_it_beat_and_why(answer: Plan) -> None:
     assert "%" in answer.reason
 
 
-def test_more_accelerators_never_serve_less(answer: Plan) -> None:
-    one = plan(book(1), chat(), question())
-    assert served(one) <= served(answer) * (1 + SLACK)
+@pytest.mark.parametrize(("device", "model"), [("l4", "llama-3.1-8b"), ("a100-40gb", "opt-13b")])
+def test_more_accelerators_never_serve_less(device: str, model: str) -> None:
+    found = [served(plan(book(n, device, model), chat(), question(TIGHT))) for n in (1, 2, 4)]
+    for fewer, more in pairwise(found):
+        assert more >= fewer * (1 - SLACK)
+    assert found[-1] > found[0] * 2
 
 
-@pytest.mark.parametrize("looser", [Target(4.0, 0.09), Target(2.0, 0.09, 0.8)])
-def test_a_looser_target_never_serves_less(answer: Plan, looser: Target) -> None:
-    assert served(plan(book(), chat(), question(looser))) >= served(answer) * (1 - SLACK)
+@pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
+def test_a_looser_target_never_serves_less(device: str, count: int) -> None:
+    """Each step loosens one target: TTFT, TPOT, then the share that must meet both."""
+    tight = [Target(0.6, 0.05, 0.95), Target(1.2, 0.05, 0.95), Target(1.2, 0.1, 0.95)]
+    targets = [*tight, Target(1.2, 0.1, 0.8)]
+    found = [served(plan(book(count, device), chat(), question(target))) for target in targets]
+    for stricter, looser in pairwise(found):
+        assert looser >= stricter * (1 - SLACK)
+    assert found[-1] > found[0]
 
 
 def test_a_rate_is_served_by_the_fewest_accelerators_that_can(answer: Plan) -> None:
@@ -92,15 +132,9 @@ def test_a_rate_is_served_by_the_fewest_accelerators_that_can(answer: Plan) -> N
     assert served(least) >= served(answer) / 4
 
 
-def l40s_and_l4() -> CostBook:
-    groups = (one_kind("l40s", 1, 1).groups[0], one_kind("l4", 1, 2).groups[0])
-    return CostBook(find_model("llama-3.1-8b"), Hardware(groups, find_link("infiniband-ndr")))
-
-
 def test_the_cheapest_plan_costs_no_more_than_the_smallest() -> None:
-    loose = Target(4.0, 0.09)
     by = {
-        objective: plan(l40s_and_l4(), chat(), question(loose, objective=objective, rate_rps=0.5))
+        objective: plan(l40s_and_l4(), chat(), question(TIGHT, objective=objective, rate_rps=0.5))
         for objective in (Objective.COST, Objective.ACCELERATORS)
     }
     cheapest, smallest = by[Objective.COST], by[Objective.ACCELERATORS]
@@ -139,10 +173,11 @@ def test_the_rest_of_a_fleet_may_stay_idle_for_the_most_per_accelerator() -> Non
 
 
 def test_a_power_cap_is_kept(answer: Plan) -> None:
-    cap = answer.predicted["power_w"] * 1.5
+    cap = answer.predicted["power_w"] * 1.2
     capped = plan(book(4), chat(), question(power_cap_w=cap))
-    assert capped.predicted["power_w"] <= cap
-    assert capped.accelerators < 4
+    free = plan(book(4), chat(), question())
+    assert capped.predicted["power_w"] <= cap < free.predicted["power_w"]
+    assert served(capped) < served(free)
 
 
 @pytest.mark.parametrize(
