@@ -112,6 +112,12 @@ class EngineConfig(Section):
 class TransferConfig(TransferSettings):
     transport: Literal["auto", "shared_memory", "nixl", "nccl"] = "auto"
     """How KV moves; auto picks the fastest that both sides have."""
+    compression: Literal["off", "auto", "int8", "int4"] = "off"
+    """Codes KV for the wire where that makes a pull shorter; at the price of exactness."""
+    link_bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Bandwidth between instances, for that choice; measured from the pulls if not given."""
+    staging_bytes: Annotated[int, Field(gt=0)] = 64 << 20
+    """Memory of a worker for coded KV, if compression is not off."""
     copies: TransportLimits = field(default_factory=TransportLimits)
 
 
@@ -146,16 +152,16 @@ class GatewayConfig(Section):
     """Without it, HTTP and gRPC are plain."""
     api_keys_file: Path | None = None
     """Keys that are let in; without it, everyone is."""
+    http: HttpLimits = HttpLimits()
+    """Sizes and times of HTTP requests."""
+    grpc: GrpcLimits = GrpcLimits()
+    """Sizes and times of gRPC calls."""
     journal: JournalSettings = JournalSettings()
     """The record of every request under way."""
     routing: RouterSettings = RouterSettings()
     """Where requests go."""
     admission: AdmissionSettings = AdmissionSettings()
     """Which requests are let in, and in which order."""
-    http: HttpLimits = HttpLimits()
-    """Sizes and times of HTTP requests."""
-    grpc: GrpcLimits = GrpcLimits()
-    """Sizes and times of gRPC calls."""
 
 
 class LimitsConfig(Section):

@@ -189,31 +189,3 @@ class Staging:
         layers = slice(self.layers.start - stage.start, self.layers.stop - stage.start)
         heads = slice(self.heads.start - held.start, self.heads.stop - held.start)
         return pool[:, layers, :, heads]
-
-
-@dataclass(frozen=True, slots=True)
-class CodingSpeed:
-    """What coding costs on this machine, in plain KV bytes a second, and what it leaves."""
-
-    ratio: float
-    """Coded bytes for each plain byte."""
-    encode_Bps: float  # noqa: N815  a unit
-    decode_Bps: float  # noqa: N815
-
-
-def transfer_s(nbytes: int, bandwidth_Bps: float, speed: CodingSpeed | None = None) -> float:  # noqa: N803
-    """Predicted time of a pull; coding, moving and decoding follow one another."""
-    if speed is None:
-        return nbytes / bandwidth_Bps
-    coding = nbytes / speed.encode_Bps + nbytes / speed.decode_Bps
-    return coding + nbytes * speed.ratio / bandwidth_Bps
-
-
-def pays(nbytes: int, bandwidth_Bps: float, speed: CodingSpeed) -> bool:  # noqa: N803
-    """Whether the bytes saved on the wire outweigh the time of coding them."""
-    return transfer_s(nbytes, bandwidth_Bps, speed) < transfer_s(nbytes, bandwidth_Bps)
-
-
-def break_even_Bps(speed: CodingSpeed) -> float:  # noqa: N802
-    """Coding pays on links slower than this."""
-    return (1 - speed.ratio) / (1 / speed.encode_Bps + 1 / speed.decode_Bps)

@@ -75,6 +75,17 @@ class RankPull:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RankCells:
+    """What one target rank takes from one source rank, as whole blocks of some layers and heads."""
+
+    source_rank: int
+    layers: range
+    heads: range
+    source_blocks: list[int]
+    target_blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TransferPlan:
     """The pulls of a transfer, ordered by target rank, then source rank."""
 
@@ -153,6 +164,34 @@ def plan_rank(
     return tuple(_rank_pulls(source, target, pieces, layers, rank))
 
 
+def plan_cells(
+    source: KvLayout,
+    target: KvLayout,
+    source_blocks: Sequence[int],
+    target_blocks: Sequence[int],
+    rank: int,
+    *,
+    layers: range,
+) -> tuple[RankCells, ...]:
+    """What `plan_rank` copies, between layouts whose blocks are equal, block by block."""
+    check_compatible(source, target)
+    if source.block_tokens != target.block_tokens:
+        raise LayoutMismatch(
+            f"block_tokens: {source.block_tokens} at the source, {target.block_tokens} here"
+        )
+    pieces = _pieces(source, target, source_blocks, target_blocks, None)
+    return tuple(
+        RankCells(
+            match.source_rank,
+            match.layers,
+            match.heads,
+            share.source_blocks.tolist(),
+            share.target_blocks.tolist(),
+        )
+        for match, share in _matches(source, target, pieces, layers, rank)
+    )
+
+
 def check_compatible(source: KvLayout, target: KvLayout) -> None:
     """Different models never exchange KV; different cuts and block sizes may."""
     for field in SAME_MODEL:
@@ -225,6 +264,14 @@ class _Match:
 def _rank_pulls(
     source: KvLayout, target: KvLayout, pieces: _Pieces, layers: range | None, rank: int
 ) -> Iterator[RankPull]:
+    for match, share in _matches(source, target, pieces, layers, rank):
+        yield RankPull(match.source_rank, rank, _copies(match, share))
+
+
+def _matches(
+    source: KvLayout, target: KvLayout, pieces: _Pieces, layers: range | None, rank: int
+) -> Iterator[tuple[_Match, _Pieces]]:
+    """Each source rank that serves this target rank, and its share of the pieces."""
     wanted = target.stage_layers(target.stage_of_rank(rank))
     if layers is not None:
         wanted = _overlap(wanted, layers)
@@ -236,7 +283,7 @@ def _rank_pulls(
         match = _Match(source, target, source_rank, rank, run, heads)
         share = pieces.pick(_share(match, len(pieces)))
         if len(share):
-            yield RankPull(source_rank, rank, _copies(match, share))
+            yield match, share
 
 
 def _overlap(one: range, other: range) -> range:

@@ -134,6 +134,8 @@ class PullOrder:
     target_blocks: tuple[int, ...]
     first_layer: int
     last_layer: int
+    tokens: int
+    """Positions that these blocks hold; what lies behind them has no meaning."""
     urgent: bool = True
     """Whether somebody waits for it; the live rounds of a migration have time."""
 
@@ -221,6 +223,7 @@ class Incoming(_Stateful):
             tuple(self.blocks[start:end]),
             first,
             last,
+            ready.tokens - start * block_tokens,
             urgent=self.sealed is not None or self.offer.kind is TransferKind.HANDOFF,
         )
 

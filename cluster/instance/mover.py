@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.instance.serving import Asking, Serving
 from engine.errors import TransferError, TransportError
-from kvtransfer.plan import plan_rank
+from kvtransfer.plan import plan_cells, plan_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from cluster.instance.coded import CodedPiece, Coder, Staged, StageRequest
+    from cluster.instance.serving import Peers, ServeRequest
     from engine.layout import KvLayout
-    from kvtransfer.plan import RankPull
+    from kvtransfer.plan import Copies, RankCells, RankPull
     from kvtransfer.transfer import PullCancel, PullOrder
     from kvtransfer.transport import Pull, Transport
 
@@ -30,17 +32,84 @@ GENTLE_BYTES = 4 << 20
 """What a pull that has time copies between two pauses."""
 
 
+class Pace:
+    """How fast one order is carried out: pauses in proportion to what each piece took."""
+
+    def __init__(self, copy_share: float) -> None:
+        self.copy_share = copy_share
+        self._stopped = asyncio.Event()
+        self._began_s: float | None = None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    async def next_piece(self) -> None:
+        """Called before each piece; TransportError once stopped."""
+        now_s = asyncio.get_running_loop().time
+        if self._began_s is not None and self.copy_share < 1.0:
+            took_s = now_s() - self._began_s
+            with suppress(TimeoutError):
+                pause_s = took_s * (1.0 / self.copy_share - 1.0)
+                await asyncio.wait_for(self._stopped.wait(), pause_s)
+        if self._stopped.is_set():
+            raise TransportError("the pull was cancelled between two pieces")
+        self._began_s = now_s()
+
+
 class RankMover:
-    """One rank's part of its instance's pulls; those that are not urgent take `copy_share` of
-    the time."""
+    """One rank's part of its instance's pulls, and of what other ranks pull from it with its help.
+
+    Pulls that are not urgent take `copy_share` of the time.
+    """
 
     def __init__(
-        self, layout: KvLayout, rank: int, transport: Transport, copy_share: float = 1.0
+        self,
+        layout: KvLayout,
+        rank: int,
+        transport: Transport,
+        copy_share: float = 1.0,
+        *,
+        peers: Peers | None = None,
+        coder: Coder | None = None,
     ) -> None:
         self._layout, self._rank, self._transport = layout, rank, transport
         self._copy_share = copy_share
+        self._peers, self._coder = peers, coder
+        self._serving = Serving(layout, rank, transport)
+        self._asking = Asking(layout, rank, transport, peers)
         self._under_way: dict[str, list[Pull]] = {}
-        self._pausing: dict[str, list[asyncio.Event]] = {}
+        self._paces: dict[str, list[Pace]] = {}
+
+    # What other ranks ask.
+
+    def metadata(self, peer: str) -> bytes:
+        return self._serving.metadata(peer)
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        self._asking.connect(peer, metadata)
+
+    def disconnect(self, peer: str) -> None:
+        self._serving.forget(peer)
+        self._asking.disconnect(peer)
+        if self._coder is not None:
+            self._coder.forget(peer.rpartition("/")[0])
+
+    def serve(self, request: ServeRequest) -> None:
+        self._serving.serve(request)
+
+    async def stage(self, request: StageRequest) -> Staged:
+        return await self._own_coder.stage(request)
+
+    def unstage(self, ticket: int) -> None:
+        self._own_coder.unstage(ticket)
+
+    @property
+    def _own_coder(self) -> Coder:
+        if self._coder is None:
+            raise TransportError("transfer.compression is off here")
+        return self._coder
+
+    # What this rank pulls.
 
     async def pull(self, order: PullOrder) -> None:
         """Returns once all bytes are here; raises TransferError otherwise."""
@@ -52,60 +121,122 @@ class RankMover:
             self._rank,
             layers=range(order.first_layer, order.last_layer),
         )
-        if order.urgent or self._copy_share >= 1.0:
-            await self._pull(order, parts)
-        else:
-            await self._pull_gently(order, parts)
+        if not parts:
+            return
+        two_sided = any(self._transport.two_sided(_peer(order, part)) for part in parts)
+        nbytes = sum(part.copies.total_bytes for part in parts)
+        with self._paced(order) as pace:
+            codec = self._codec(order, nbytes, two_sided=two_sided)
+            if codec is not None:
+                await self._pull_coded(order, codec, pace)
+            elif two_sided or pace.copy_share >= 1.0:
+                await self._pull_whole(order, parts)
+            else:
+                await self._pull_gently(order, parts, pace)
 
     async def cancel(self, transfer: str) -> None:
         """A fence may wait for a copy under way, so it does not run on the event loop."""
-        for stopped in self._pausing.get(transfer, ()):
-            stopped.set()
+        for pace in self._paces.get(transfer, ()):
+            pace.stop()
         for pull in list(self._under_way.get(transfer, ())):
             await asyncio.to_thread(pull.cancel)
 
-    async def _pull(self, order: PullOrder, parts: Iterable[RankPull]) -> None:
-        under_way = self._under_way.setdefault(order.transfer, [])
-        started: list[Pull] = []
+    def _codec(self, order: PullOrder, nbytes: int, *, two_sided: bool) -> str | None:
+        if self._coder is None:
+            return None
+        return self._coder.choose(order.source, nbytes, two_sided=two_sided)
+
+    @contextmanager
+    def _paced(self, order: PullOrder) -> Iterator[Pace]:
+        pace = Pace(1.0 if order.urgent else self._copy_share)
+        self._paces.setdefault(order.transfer, []).append(pace)
         try:
-            for part in parts:
-                peer = rank_name(order.source, part.source_rank)
-                started.append(self._transport.pull(peer, part.copies))
-                under_way.append(started[-1])
+            yield pace
         finally:
-            failures = [await _ending(pull) for pull in started]
-            for pull in started:
-                under_way.remove(pull)
-            if not under_way:
-                self._under_way.pop(order.transfer, None)
-        for failure in failures:
+            self._paces[order.transfer].remove(pace)
+            if not self._paces[order.transfer]:
+                del self._paces[order.transfer]
+
+    async def _pull_whole(self, order: PullOrder, parts: Sequence[RankPull]) -> None:
+        for part in parts:
+            await self._asking.mend(_peer(order, part))
+        started: list[asyncio.Task[None]] = []
+        try:
+            started.extend(self._start(order, _peer(order, part), part.copies) for part in parts)
+        finally:
+            endings = await asyncio.gather(*started, return_exceptions=True)
+        for failure in endings:
             if failure is not None:
                 raise failure
 
-    async def _pull_gently(self, order: PullOrder, parts: Iterable[RankPull]) -> None:
-        """Piece by piece, with a pause between two in proportion to what the first one took."""
-        stopped = asyncio.Event()
-        self._pausing.setdefault(order.transfer, []).append(stopped)
-        loop, took_s = asyncio.get_running_loop(), 0.0
+    async def _pull_gently(self, order: PullOrder, parts: Sequence[RankPull], pace: Pace) -> None:
+        for part in parts:
+            for copies in part.copies.slices(GENTLE_BYTES):
+                await pace.next_piece()
+                await self._start(order, _peer(order, part), copies)
+
+    async def _pull_coded(self, order: PullOrder, codec: str, pace: Pace) -> None:
+        layers = range(order.first_layer, order.last_layer)
+        parts = plan_cells(
+            order.layout,
+            self._layout,
+            order.source_blocks,
+            order.target_blocks,
+            self._rank,
+            layers=layers,
+        )
+        for part in parts:
+            for piece in self._own_coder.pieces(part, order, codec):
+                await pace.next_piece()
+                await self._pull_piece(order, part, piece)
+
+    async def _pull_piece(self, order: PullOrder, part: RankCells, piece: CodedPiece) -> None:
+        """Asks for the piece, pulls it coded, makes sure that it was held, and decodes it."""
+        assert self._peers is not None, "coded pulls need calls to other ranks"
+        coder, peer = self._own_coder, rank_name(order.source, part.source_rank)
+        slot = await coder.borrow()
         try:
-            for part in parts:
-                for copies in part.copies.slices(GENTLE_BYTES):
-                    await _pause(took_s * (1.0 / self._copy_share - 1.0), stopped)
-                    began_s = loop.time()
-                    await self._pull(order, [replace(part, copies=copies)])
-                    took_s = loop.time() - began_s
+            staged = await self._peers.stage(peer, piece.request)
+            await self._start(order, peer, coder.copies(staged, slot))
+            await self._peers.unstage(peer, staged.ticket)
+            await asyncio.to_thread(coder.decode, part, piece, slot)
         finally:
-            self._pausing[order.transfer].remove(stopped)
-            if not self._pausing[order.transfer]:
-                del self._pausing[order.transfer]
+            coder.give_back(slot)
+
+    def _start(self, order: PullOrder, peer: str, copies: Copies) -> asyncio.Task[None]:
+        """Starts a copy now; the task ends when nothing more is written."""
+        pull = self._transport.pull(peer, copies)
+        request = None
+        if self._transport.two_sided(peer):
+            request = self._asking.request(peer, order)
+        self._under_way.setdefault(order.transfer, []).append(pull)
+        return asyncio.create_task(self._finish(order, peer, pull, copies, request))
+
+    async def _finish(
+        self,
+        order: PullOrder,
+        peer: str,
+        pull: Pull,
+        copies: Copies,
+        request: ServeRequest | None,
+    ) -> None:
+        began_s = asyncio.get_running_loop().time()
+        refusal = None if request is None else await self._asking.ask(peer, request, pull)
+        failure = await _ending(pull) or refusal
+        self._under_way[order.transfer].remove(pull)
+        if not self._under_way[order.transfer]:
+            del self._under_way[order.transfer]
+        if failure is not None:
+            if request is not None:
+                self._asking.broken(peer)
+            raise refusal or failure
+        if self._coder is not None:
+            took_s = asyncio.get_running_loop().time() - began_s
+            self._coder.measured(order.source, copies.total_bytes, took_s)
 
 
-async def _pause(seconds: float, stopped: asyncio.Event) -> None:
-    if seconds > 0.0:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stopped.wait(), seconds)
-    if stopped.is_set():
-        raise TransportError("the pull was cancelled between two pieces")
+def _peer(order: PullOrder, part: RankPull) -> str:
+    return rank_name(order.source, part.source_rank)
 
 
 async def _ending(pull: Pull) -> TransferError | None:

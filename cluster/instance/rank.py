@@ -13,6 +13,7 @@ from engine.errors import BadConfig
 
 if TYPE_CHECKING:
     from cluster.config import Config
+    from cluster.instance.coded import Coder
     from cluster.roster import InstanceSpec
     from engine.batch import Executor
     from engine.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def load_rank(
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
     import torch
 
+    from cluster.instance.peers import RayPeers
     from cluster.instance.transports import open_transport
     from engine.checkpoint import open_checkpoint
     from engine.parallel import join
@@ -60,6 +62,7 @@ def load_rank(
         pipeline_parallel=spec.pipeline_parallel,
     )
     blocks = count_blocks(config, checkpoint, layout, device.type)
+    staging = staging_blocks(config, layout, rank)
     parallel = join(
         rank,
         tensor_size=spec.tensor_parallel,
@@ -73,7 +76,7 @@ def load_rank(
         device=spec.device,
         dtype=dtype,
         parallel=parallel,
-        blocks=blocks,
+        blocks=blocks + staging,
         block_tokens=config.engine.block_tokens,
         host_slots=config.engine.host_slots,
         layer_groups=config.transfer.layer_groups,
@@ -83,8 +86,32 @@ def load_rank(
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
     copy_share = config.transfer.copy_share if device.type == "cpu" else 1.0
-    mover = RankMover(runner.layout, rank, transport, copy_share)
+    mover = RankMover(
+        runner.layout,
+        rank,
+        transport,
+        copy_share,
+        peers=RayPeers(me, config.limits.answer_s),
+        coder=open_coder(config, runner, blocks) if staging else None,
+    )
     return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
+
+
+def staging_blocks(config: Config, layout: KvLayout, rank: int) -> int:
+    """What is added to a pool for coded KV; the instance's blocks do not count it."""
+    from cluster.instance.coded import slot_blocks
+
+    if config.transfer.compression == "off":
+        return 0
+    return slot_blocks(config.transfer.staging_bytes, layout.block_bytes(rank))
+
+
+def open_coder(config: Config, runner: Runner, blocks: int) -> Coder:
+    from cluster.instance.coded import Coder, CodingSettings
+
+    transfer = config.transfer
+    settings = CodingSettings(transfer.compression, transfer.link_bytes_per_s, transfer.lease_s)
+    return Coder(runner.layout, runner.kv.rank, runner.kv.memory, blocks, settings)
 
 
 def lead_ranks(runner: Runner) -> Executor:

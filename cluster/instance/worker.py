@@ -24,8 +24,10 @@ from engine.errors import InstanceLost
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from cluster.instance.coded import Staged, StageRequest
     from cluster.instance.leading import Network
     from cluster.instance.rank import LoadedRank
+    from cluster.instance.serving import ServeRequest
     from cluster.roster import InstanceSpec
     from engine.messages import Role
     from kvtransfer.transfer import PullOrder
@@ -127,7 +129,16 @@ class Worker:
     # KV, called by the leader of this instance and by ranks of others.
 
     async def metadata(self, peer: str) -> bytes:
-        return self._rank_loaded.transport.metadata(peer)
+        return self._rank_loaded.mover.metadata(peer)
+
+    async def serve(self, request: ServeRequest) -> None:
+        self._rank_loaded.mover.serve(request)
+
+    async def stage(self, request: StageRequest) -> Staged:
+        return await self._rank_loaded.mover.stage(request)
+
+    async def unstage(self, ticket: int) -> None:
+        self._rank_loaded.mover.unstage(ticket)
 
     async def meet(self, instance: str, ranks: int) -> None:
         """Makes the pools of another instance's ranks reachable."""
@@ -136,12 +147,12 @@ class Worker:
             me = rank_name(self._spec.name, self._rank)
             call = find_worker(instance, rank).metadata.remote(me)
             metadata = await answer(call, self._config.limits.answer_s)
-            await asyncio.to_thread(self._rank_loaded.transport.connect, peer, metadata)
+            await asyncio.to_thread(self._rank_loaded.mover.connect, peer, metadata)
 
     async def part(self, instance: str, ranks: int) -> None:
         for rank in range(ranks):
             peer = rank_name(instance, rank)
-            await asyncio.to_thread(self._rank_loaded.transport.disconnect, peer)
+            await asyncio.to_thread(self._rank_loaded.mover.disconnect, peer)
 
     async def pull(self, order: PullOrder) -> None:
         await self._rank_loaded.mover.pull(order)

@@ -27,7 +27,8 @@ from engine.layout import KvLayout
 from engine.request import Sampling
 from engine.runner import Runner
 from engine.sampler import Sampler
-from kvtransfer.compression import CODECS, Codec, CodingSpeed, Staging, break_even_Bps
+from kvtransfer.coding import CodingSpeed, break_even_Bps
+from kvtransfer.compression import CODECS, Codec, Staging
 
 SHAPE = KvLayout("0.6B", 28, 8, 128, 16, "bfloat16")
 SPEED_BLOCKS, BLOCKS = 32, 64

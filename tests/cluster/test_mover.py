@@ -12,7 +12,7 @@ from kvtransfer.transfer import PullCancel, PullOrder
 from kvtransfer.transport import Pool
 
 LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
-ORDER = PullOrder("t1", 1, "prefill-0", LAYOUT, (0, 2), (3, 1), 0, 2)
+ORDER = PullOrder("t1", 1, "prefill-0", LAYOUT, (0, 2), (3, 1), 0, 2, 16)
 
 
 def pool_of(value):
@@ -64,7 +64,7 @@ async def test_a_pull_that_has_time_goes_piece_by_piece_and_arrives_whole(ranks,
     await pulling
     blocks = pool.bytes().reshape(4, -1)
     assert [bool((block == 7).all()) for block in blocks] == [False, True, False, True]
-    assert not mover._pausing
+    assert not mover._paces
 
 
 async def test_a_pull_that_pauses_can_be_cancelled(ranks, monkeypatch):
@@ -78,13 +78,13 @@ async def test_a_pull_that_pauses_can_be_cancelled(ranks, monkeypatch):
     await mover.cancel("t1")
     with pytest.raises(TransportError, match="cancelled"):
         await pulling
-    assert not mover._pausing
+    assert not mover._paces
 
 
 async def test_an_unknown_source_is_a_transfer_error(ranks):
     _, mover, _ = ranks
     with pytest.raises(TransportError, match="not connected"):
-        await mover.pull(PullOrder("t1", 1, "decode-9", LAYOUT, (0,), (0,), 0, 2))
+        await mover.pull(PullOrder("t1", 1, "decode-9", LAYOUT, (0,), (0,), 0, 2, 8))
 
 
 class Scripted:

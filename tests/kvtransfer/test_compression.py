@@ -7,14 +7,11 @@ import torch
 
 from engine.errors import BadConfig, BadMessage
 from engine.layout import KvLayout
+from kvtransfer.coding import CodingSpeed, break_even_Bps, choose_coding, transfer_s
 from kvtransfer.compression import (
     CODECS,
-    CodingSpeed,
     Staging,
-    break_even_Bps,
     find_codec,
-    pays,
-    transfer_s,
 )
 
 BOUND = {"int8": 0.006, "int4": 0.08}
@@ -115,6 +112,20 @@ def test_an_unknown_codec_is_bad_config():
 def test_compression_pays_on_links_slower_than_the_break_even():
     speed = CodingSpeed(ratio=0.5, encode_Bps=1e9, decode_Bps=1e9)
     assert break_even_Bps(speed) == pytest.approx(0.25e9)
-    assert pays(10**9, 0.2e9, speed)
-    assert not pays(10**9, 0.3e9, speed)
+    assert choose_coding("int8", 10**9, 0.2e9, {"int8": speed}).codec == "int8"
+    assert choose_coding("int8", 10**9, 0.3e9, {"int8": speed}).codec is None
     assert transfer_s(10**9, 1e9, speed) == pytest.approx(2.5)
+
+
+def test_auto_takes_the_codec_that_makes_the_pull_shortest():
+    speeds = {"int8": CodingSpeed(0.5, 1e9, 1e9), "int4": CodingSpeed(0.3, 0.5e9, 0.5e9)}
+    assert choose_coding("auto", 10**8, 1e7, speeds).codec == "int4"
+    assert choose_coding("auto", 10**8, 0.2e9, speeds).codec == "int8"
+    declined = choose_coding("auto", 10**8, 1e9, speeds)
+    assert declined.codec is None
+    assert declined.why == "100000000 bytes at 1000 MB/s take 100.0 ms, by int8 250.0 ms"
+
+
+def test_nothing_is_coded_for_a_link_of_which_nothing_is_known():
+    speeds = {"int8": CodingSpeed(0.5, 1e9, 1e9)}
+    assert choose_coding("int8", 10**8, None, speeds).codec is None
