@@ -36,7 +36,7 @@ class KeyEntry(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     hash: Annotated[str, Field(pattern=r"^sha256\$[0-9a-f]{32}\$[0-9a-f]{64}$")]
-    """What `tandem.cluster.keys.hash_key` gives: sha256$SALT$DIGEST."""
+    """What `tandem keys new` gives: sha256$SALT$DIGEST."""
     tenant: Annotated[str, Field(min_length=1, max_length=128)]
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """The highest priority that a request under this key may have."""

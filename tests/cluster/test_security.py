@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import ssl
 
@@ -7,6 +8,7 @@ import httpx
 import pytest
 import uvicorn
 
+from cluster.cli.app import run as tandem
 from cluster.config import TlsConfig
 from cluster.doors.both import listen
 from cluster.doors.grpc_door import GrpcDoor
@@ -222,3 +224,49 @@ async def test_mutual_tls_on_grpc_turns_strangers_away(authority):
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         finally:
             await door.stop(0.0)
+
+
+def made(capsys, *arguments) -> tuple[int, dict]:
+    status = tandem(["keys", "new", "--json", *arguments])
+    out = capsys.readouterr().out
+    return status, json.loads(out) if out else {}
+
+
+@pytest.mark.parametrize("before", [None, "keys: []\n", "keys:\n- {name: x, tenant: t, hash: H}\n"])
+def test_a_new_key_is_let_in_and_shown_only_once(tmp_path, capsys, before):
+    file = tmp_path / "keys.yaml"
+    if before is not None:
+        file.write_text(before.replace("H", hash_key("tk-x")))
+    status, document = made(capsys, "--tenant", "a", "--priority", "7", "--file", str(file))
+    if before == "keys: []\n":
+        assert (status, file.read_text()) == (2, before), "another style is left as it was"
+        return
+    assert status == 0
+    caller = Keyring(file, 0.0).caller(document["key"], 0.0)
+    assert (caller.tenant, caller.priority, caller.operator) == ("a", 7, False)
+    assert document["key"] not in file.read_text()
+    if before is None:
+        assert file.stat().st_mode & 0o077 == 0
+    else:
+        assert Keyring(file, 0.0).caller("tk-x", 0.0).tenant == "t"
+
+
+def test_a_second_key_joins_the_first_and_a_printed_line_works_by_hand(tmp_path, capsys):
+    file = tmp_path / "keys.yaml"
+    _, first = made(capsys, "--tenant", "a", "--file", str(file))
+    _, second = made(capsys, "--tenant", "ops", "--operator", "--file", str(file))
+    assert tandem(["keys", "new", "--tenant", "b"]) == 0
+    shown, _, line = capsys.readouterr().out.partition("line for the file:\n")
+    file.write_text(file.read_text() + line)
+    ring = Keyring(file, 0.0)
+    third = shown.split(": ")[1].strip()
+    tenants = [ring.caller(key, 0.0).tenant for key in (first["key"], second["key"], third)]
+    assert tenants == ["a", "ops", "b"]
+    assert ring.caller(second["key"], 0.0).operator
+
+
+def test_a_key_that_the_file_could_not_hold_is_not_made(tmp_path, capsys):
+    file = tmp_path / "keys.yaml"
+    status, document = made(capsys, "--tenant", "a", "--priority", "9999", "--file", str(file))
+    assert (status, document) == (2, {})
+    assert not file.exists()
