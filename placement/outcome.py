@@ -191,8 +191,20 @@ class Ledger:
                 missed += lasted_s > self.slo_tpot_s[index] * self._later[index]
         self.missed = max(self.missed, missed)
 
+    def moment(self, name: str, index: int, now: float) -> None:
+        """Only the first time counts, of a request that is answered anew after a failure."""
+        if isnan(self.moments[name][index]):
+            self.moments[name][index] = now
+
+    def shares(self, index: int) -> tuple[float, float | None]:
+        """TTFT and TPOT of a finished request over its targets."""
+        first_s, later = self._firsts[index], self.output_tokens[index] - 1
+        ttft_share = (first_s - self.arrival_s[index]) / self.slo_ttft_s[index]
+        if not later:
+            return ttft_share, None
+        return ttft_share, (self._ends[index] - first_s) / later / self.slo_tpot_s[index]
+
     def first_token(self, index: int, now: float) -> None:
-        """Of a request that is answered anew after a failure, only the first time counts."""
         if not isnan(self._firsts[index]):
             return
         self._firsts[index] = now

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.request import start_sequence
-from placement.simulated_listing import offered
+from placement.simulated_listing import coming
 
 if TYPE_CHECKING:
     from engine.messages import Running
@@ -40,9 +40,11 @@ class Inbox:
         self._world = world
         self._offers: deque[Handoff] = deque()
         self._coming: dict[str, Handoff] = {}
+        self.migrating: dict[str, tuple[Sequence, int]] = {}
+        """What moves here live, with the blocks set aside for it."""
 
     def __len__(self) -> int:
-        return len(self._offers) + len(self._coming)
+        return len(self._offers) + len(self._coming) + len(self.migrating)
 
     @property
     def waits(self) -> bool:
@@ -50,7 +52,9 @@ class Inbox:
 
     @property
     def listed(self) -> tuple[Running, ...]:
-        return tuple([offered(handoff.sequence) for handoff in self._offers])
+        handoffs = [*self._coming.values(), *self._offers]
+        arriving = [(one.sequence, len(one.blocks)) for one in handoffs]
+        return tuple([coming(*one) for one in [*self.migrating.values(), *arriving]])
 
     def add(self, handoff: Handoff, now: float) -> None:
         self._offers.append(handoff)

@@ -113,8 +113,7 @@ class SimulatedInstance:
         """The target has the KV: the source may reuse its blocks."""
         del self._held[handoff.sequence.id]
         self._release(handoff.sequence)
-        self.inbox.take(now)
-        self._poke(now)
+        self.nudge(now)
 
     def keep(self, handoff: Handoff, now: float) -> None:
         """The target is gone: decode here."""
@@ -129,11 +128,18 @@ class SimulatedInstance:
         self._listing.add(sequence)
         self._poke(now)
 
-    def decoding(self, request_id: str) -> Sequence | None:
-        """With as many tokens as the last run left it with."""
-        if self._steady:
-            self._flow.catch_up(request_id)
+    def find(self, request_id: str) -> Sequence | None:
+        """A sequence that decodes here, or a prompt that has not begun."""
+        self._flow.catch_up(request_id)
+        prompt = self.batcher.prefill.find(request_id)
+        if prompt is not None:
+            return None if prompt.blocks else prompt
         return self.batcher.decode.find(request_id)
+
+    @property
+    def decodes_for_others(self) -> bool:
+        """Whether it decodes what its role does not take on."""
+        return not self.role.decodes and len(self.batcher.decode) > 0
 
     def between_steps(self, action: Callable[[float], None], now: float) -> None:
         """Once the step under way has ended."""
@@ -143,14 +149,22 @@ class SimulatedInstance:
             self._between.append(action)
             self._poke(now)
 
+    def nudge(self, now: float) -> None:
+        """There may be more room than before."""
+        self.inbox.take(now)
+        self._poke(now)
+
     def withdraw(self, request_id: str) -> Sequence:
-        """Decodes it no longer; its blocks are still held. Between steps only."""
+        """Works on it no longer; its blocks are still held. Between steps only."""
         assert self._run is None
         if request_id in self._flow:
             self._flow.remove(request_id)
         self._fresh.pop(request_id, None)
         self._listing.remove(request_id)
         self._view = None
+        if request_id in self.batcher.prefill:
+            self._targets.pop(request_id)
+            return self.batcher.prefill.remove(request_id)
         return self.batcher.decode.remove(request_id)
 
     def fail(self, now: float) -> None:

@@ -52,14 +52,16 @@ def running(sequence: Sequence) -> Running:
     )
 
 
-def offered(sequence: Sequence) -> Running:
-    """What waits for room at the target of its hand-off."""
+def coming(sequence: Sequence, blocks: int) -> Running:
+    """At the target of a transfer, which has set aside so many blocks, or none yet."""
+    state = TransferState.COPYING if blocks else TransferState.OFFERED
+    prompt = sequence.prompt_tokens
     return Running(
         sequence.id,
         sequence.epoch,
-        TransferState.OFFERED.value,
+        state.value,
         sequence.request.priority,
-        sequence.prompt_tokens,
-        sequence.output_tokens,
-        0,
+        prompt,
+        len(sequence.tokens) - prompt,
+        blocks,
     )

@@ -15,14 +15,19 @@ from engine.blocks import BlockPool
 from engine.request import Request, Sampling, start_sequence
 from engine.slo import Slo
 from placement.counted_pool import CountedPool
+from placement.dynamics import FleetRecord
 from placement.outcome import Ledger
 from placement.router import Router
+from placement.simulated_balancing import Balancing
+from placement.simulated_fleet import SimulatedFleet
 from placement.simulated_instance import SimulatedInstance
+from placement.simulated_migration import Migrations
 from placement.view import View
 
 if TYPE_CHECKING:
     from engine.request import Sequence
-    from placement.deployment import Deployment
+    from placement.deployment import Deployment, InstanceModel
+    from placement.dynamics import Dynamics
     from placement.outcome import Outcome
     from placement.workload import Workload
 
@@ -35,15 +40,22 @@ LOOK_AHEAD_ARRIVALS = 25
 
 
 def simulate(
-    deployment: Deployment, workload: Workload, attainment: float | None = None
+    deployment: Deployment,
+    workload: Workload,
+    attainment: float | None = None,
+    dynamics: Dynamics | None = None,
 ) -> Outcome:
     """Every request to its end; with an attainment, given up once it is out of reach."""
-    return Simulation(deployment, workload, attainment).run()
+    return Simulation(deployment, workload, attainment, dynamics).run()
 
 
 class Simulation:
     def __init__(
-        self, deployment: Deployment, workload: Workload, attainment: float | None = None
+        self,
+        deployment: Deployment,
+        workload: Workload,
+        attainment: float | None = None,
+        dynamics: Dynamics | None = None,
     ) -> None:
         may_miss = None if attainment is None else int((1 - attainment) * len(workload) + 1e-9)
         self._may_stop = attainment is not None
@@ -60,10 +72,15 @@ class Simulation:
             name: SimulatedInstance(name, model, deployment, self)
             for name, model in zip(_names(deployment), deployment.instances, strict=True)
         }
+        self._gone: list[SimulatedInstance] = []
+        self._waiting: dict[str, tuple[Sequence, float]] = {}
+        """For an instance, and since when."""
         settings = deployment.router
         if workload.prefix_id is None:
             settings = replace(settings, prefix_block_tokens=COARSE_BLOCK_TOKENS)
         self._router = Router(settings)
+        self.record = FleetRecord()
+        self._living = None if dynamics is None else _Living(self, deployment, dynamics)
 
     def run(self) -> Outcome:
         arrivals: list[float] = self._workload.arrival_s.tolist()
@@ -80,16 +97,26 @@ class Simulation:
                 action(subject, now)
             else:
                 break
+        for request_id in list(self._waiting):
+            self.failed(request_id)
         return self._outcome()
 
     def _arrive(self, index: int, now: float) -> None:
         request = self._request(index)
-        view = View(now, tuple(one.view() for one in self.instances.values()))
+        if self._living is not None:
+            self._living.fleet.tally.prompt_tokens += len(request.prompt)
+        self._dispatch(start_sequence(request, 0), now)
+
+    def _dispatch(self, sequence: Sequence, now: float) -> None:
+        request = sequence.request
+        view = View(now, tuple([one.view() for one in self.instances.values()]))
         route = self._router.choose(request, view)
-        assert route is not None, "every simulated instance takes requests"
+        if route is None:
+            self._waiting[request.id] = sequence, now
+            return
         self._router.dispatched(request, route, now)
         target = None if route.decode is None else self.instances[route.decode]
-        self.instances[route.prefill].submit(start_sequence(request, 0), target, now)
+        self.instances[route.prefill].submit(sequence, target, now)
 
     def _request(self, index: int) -> Request:
         workload, ledger = self._workload, self.ledger
@@ -113,7 +140,7 @@ class Simulation:
         return head if shared == tokens else (*head, index + 1, *_any_prompt(tokens - shared - 1))
 
     def _outcome(self) -> Outcome:
-        instances = self.instances.values()
+        instances = [*self._gone, *self.instances.values()]
         beyond: dict[str, None] = {}
         for one in instances:
             found = one.model.latency.outside(one.most_tokens, one.most_kv_read_tokens)
@@ -136,25 +163,115 @@ class Simulation:
         return CountedPool(blocks, size) if counted else BlockPool(blocks, size)
 
     def moment(self, name: str, request_id: str, now: float) -> None:
-        self.ledger.moments[name][int(request_id)] = now
+        self.ledger.moment(name, int(request_id), now)
 
     def first_token(self, request_id: str, now: float) -> None:
         self.ledger.first_token(int(request_id), now)
         self._router.prefilled(request_id, now)
+        if self._living is not None:
+            self._living.fleet.tally.output_tokens += 1
 
     def finished(self, request_id: str, now: float) -> None:
-        self.ledger.finished(int(request_id), now)
+        index = int(request_id)
+        self.ledger.finished(index, now)
         self._router.ended(request_id)
+        if self._living is not None:
+            ttft_share, tpot_share = self.ledger.shares(index)
+            self._living.fleet.tally.ttft_shares.append(ttft_share)
+            if tpot_share is not None:
+                self._living.fleet.tally.tpot_shares.append(tpot_share)
+            if not self.unfinished:
+                self._living.fleet.end(now)
 
     def failed(self, request_id: str) -> None:
+        self._waiting.pop(request_id, None)
         self.ledger.failed(int(request_id))
         self._router.ended(request_id)
 
-    def lost(self, sequence: Sequence, now: float) -> None:
-        raise NotImplementedError
-
     def gap(self, seconds: float, count: int) -> None:
         self.ledger.gap(seconds, count)
+        if self._living is not None:
+            self._living.fleet.tally.output_tokens += count
+
+    def lost(self, sequence: Sequence, now: float) -> None:
+        """Its instance is gone, which is noticed a little later."""
+        assert self._living is not None
+        self.record.replays += 1
+        self.at(now + self._living.dynamics.notice_s, self.replay, sequence)
+
+    def replay(self, sequence: Sequence, now: float) -> None:
+        """It is answered anew, after what was delivered."""
+        self._router.ended(sequence.id)
+        epoch, output = sequence.epoch + 1, tuple(sequence.output)
+        self._dispatch(start_sequence(sequence.request, epoch, output), now)
+
+    # What the fleet asks.
+
+    @property
+    def unfinished(self) -> bool:
+        return self.ledger.ended < len(self._workload)
+
+    @property
+    def waiting_requests(self) -> int:
+        return len(self._waiting)
+
+    def bring_up(self, name: str, model: InstanceModel, now: float) -> None:
+        node = name if len({one.node for one in self._deployment.instances}) > 1 else model.node
+        self.instances[name] = SimulatedInstance(
+            name, replace(model, node=node), self._deployment, self
+        )
+        self.ready(now)
+
+    def ready(self, now: float) -> None:
+        """There may be an instance for those that wait for one."""
+        waiting, self._waiting = self._waiting, {}
+        for sequence, _ in waiting.values():
+            self._dispatch(sequence, now)
+
+    def give_up(self, since_s: float, now: float) -> None:
+        """Requests that have waited for an instance since then."""
+        for request_id, (_, began_s) in list(self._waiting.items()):
+            if began_s <= since_s:
+                self.failed(request_id)
+        if self._living is not None and not self.unfinished:
+            self._living.fleet.end(now)
+
+    def take_down(self, name: str) -> None:
+        self._gone.append(self.instances.pop(name))
+
+    def moved(self, request_id: str, *, committed: bool) -> None:
+        assert self._living is not None
+        self._living.balancing.moved(request_id, committed=committed)
+
+
+class _Living:
+    """What acts on the instances of a simulation by itself."""
+
+    def __init__(self, world: Simulation, deployment: Deployment, dynamics: Dynamics) -> None:
+        self._world, self.dynamics = world, dynamics
+        self.fleet = SimulatedFleet(world, deployment, dynamics)
+        self.migrations = Migrations(world, deployment, dynamics)
+        self.balancing = Balancing(world, self.migrations, dynamics)
+        self.fleet.begin()
+        self.balancing.begin()
+        world.at(dynamics.patience_s, self._tire, None)
+        for failure in dynamics.failures:
+            world.at(failure.time_s, self._fail, failure.instance)
+
+    def _tire(self, _: None, now: float) -> None:
+        self._world.give_up(now - self.dynamics.patience_s, now)
+        if self._world.unfinished:
+            self._world.at(now + self.dynamics.patience_s / 10, self._tire, None)
+
+    def _fail(self, name: str, now: float) -> None:
+        """An instance that is not there any more cannot fail."""
+        gone = self._world.instances.get(name)
+        if gone is None:
+            return
+        self._world.take_down(name)
+        self.migrations.instance_lost(gone, now)
+        self.fleet.lost(gone, now)
+        gone.fail(now)
 
 
 def _names(deployment: Deployment) -> list[str]:
