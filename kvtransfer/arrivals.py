@@ -8,9 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.blocks import blocks_for, prefix_hashes
+from engine.blocks import blocks_for
 from engine.errors import LayoutMismatch
-from engine.messages import Cancelled, Confirmed, Fenced, Offer, Pulled, Ready, Renew, Reserved
+from engine.messages import (
+    Cancelled,
+    Confirmed,
+    Fenced,
+    Offer,
+    Pulled,
+    Ready,
+    Renew,
+    Reserved,
+    TransferKind,
+)
 from engine.request import Sequence
 from kvtransfer.plan import check_compatible
 from kvtransfer.transfer import Incoming, PullCancel, TransferSettings, TransferState
@@ -84,7 +94,8 @@ class Arrivals:
             self._send(sender, Fenced(offer.transfer))
             return
         lease_until_s = now + self.settings.lease_s
-        self._open[offer.transfer] = Incoming(offer, sender, lease_until_s, now)
+        prefix = self._pool.hashes(offer.request.prompt, offer.request.tenant)
+        self._open[offer.transfer] = Incoming(offer, sender, lease_until_s, now, prefix)
         self._next_word_s[offer.transfer] = now + self.settings.heartbeat_s
 
     def admit(self, now: float) -> None:
@@ -92,6 +103,8 @@ class Arrivals:
         waiting = [i for i in self._open.values() if i.state is TransferState.OFFERED]
         waiting.sort(key=lambda i: (-i.offer.request.priority, i.arrived_s, i.id))
         for incoming in waiting:
+            if self._sibling_brings_the_prompt(incoming, now):
+                continue
             if not self._reserve(incoming):
                 return
             self._say(incoming, Reserved(incoming.id), now)
@@ -187,11 +200,20 @@ class Arrivals:
             return "Overloaded", f"{waiting} offers are waiting already"
         return None
 
+    def _sibling_brings_the_prompt(self, incoming: Incoming, now: float) -> bool:
+        """Whether to wait for another answer to the same prompt that is on its way here: once it
+        has come, its prompt's blocks are shared. Finished KV waits half of what it may wait."""
+        hand_off = incoming.offer.kind is TransferKind.HANDOFF
+        if hand_off and now - incoming.arrived_s > self.settings.offer_wait_s / 2:
+            return False
+        return bool(incoming.prefix) and any(
+            other.state is not TransferState.OFFERED and other.prefix[-1:] == incoming.prefix[-1:]
+            for other in self._open.values()
+        )
+
     def _reserve(self, incoming: Incoming) -> bool:
-        offer = incoming.offer
-        hashes = prefix_hashes(offer.request.prompt, self.layout.block_tokens, offer.request.tenant)
-        shared = self._pool.share_prefix(hashes)
-        missing = blocks_for(offer.tokens, self.layout.block_tokens) - len(shared)
+        shared = self._pool.share_prefix(incoming.prefix)
+        missing = blocks_for(incoming.offer.tokens, self.layout.block_tokens) - len(shared)
         if not self._has_room(missing):
             self._pool.release(shared)
             return False
@@ -251,7 +273,7 @@ class Arrivals:
 
     def _remember_prefix(self, sequence: Sequence) -> None:
         tokens = sequence.tokens[: sequence.computed]
-        hashes = prefix_hashes(tokens, self.layout.block_tokens, sequence.request.tenant)
+        hashes = self._pool.hashes(tokens, sequence.request.tenant)
         self._pool.remember(sequence.blocks, hashes)
 
     def _forget(self, incoming: Incoming) -> None:

@@ -155,6 +155,8 @@ class Incoming(_Stateful):
     source: str
     lease_until_s: float
     arrived_s: float
+    prefix: list[bytes] = field(default_factory=list)
+    """Hashes of the prompt's full blocks, if prefixes are shared here."""
     shared: list[int] = field(default_factory=list)
     """Blocks of a prefix that was here already; they are not copied."""
     reserved: list[int] = field(default_factory=list)

@@ -37,6 +37,14 @@ def _token(cells: list[Cell], seed: int, position: int) -> int:
     return blake2b(key, digest_size=2).digest()[0] % VOCABULARY
 
 
+def prefix_cells(tokens: tuple[int, ...], layer: int) -> list[Cell]:
+    """What each position of this prefix stores in a layer."""
+    cells = [b"start"]
+    for token in tokens:
+        cells.append(_cell(cells[-1], token, layer))
+    return cells[1:]
+
+
 def expected_output(request: Request) -> list[int]:
     """What the request must be answered with, wherever it runs."""
     cells = [b"start"] * LAYERS

@@ -18,6 +18,7 @@ from placement.role import RoleSettings
 from placement.router import Route
 from prefill.scheduler import PrefillSettings
 from tests.simulation import faults as fault
+from tests.simulation.model import prefix_cells
 from tests.simulation.world import EVERYTHING_ENDS_S, GROUPS, LOAD_S, World
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Scene(World):
         self._lost_sends: set[int] = set()
         self._pending = self._failing_pulls = 0
         self.pull_block_s = 0.001
+        self.copied: Counter[tuple[str, bytes]] = Counter()
+        """Target and content of every copied block: what its last slot holds in the first layer."""
+        self.asked: dict[str, Request] = {}
         self.sends = 0
         self.seen: Counter[str] = Counter()
         """Messages that reached somebody, by their kind."""
@@ -62,12 +66,22 @@ class Scene(World):
 
     # The script.
 
-    def ask(self, name: str, route: Route, *, prompt: int = 14, tokens: int = 30, **more: int):
+    def ask(
+        self,
+        name: str,
+        route: Route,
+        *,
+        prompt: int = 14,
+        tokens: int = 30,
+        sibling_of: str = "",
+        **more: int,
+    ):
         """A client that comes at once; what is not said about the request is ordinary."""
         sampling = Sampling(max_tokens=tokens, seed=len(self._routes), ignore_eos=True)
-        asked = tuple((sum(name.encode()) + 7 * n) % 63 + 1 for n in range(prompt))
+        first = sum((sibling_of or name).encode())
+        asked = tuple((first + 7 * n) % 63 + 1 for n in range(prompt))
         request = Request(name, asked, sampling, Slo(2.0, 0.2), arrival_s=self.now, **more)
-        self._routes[name] = route
+        self._routes[name], self.asked[name] = route, request
         self.happen(0.05, lambda: self._submit(request))
 
     def happen(self, delay_s: float, act: Act) -> None:
@@ -151,6 +165,11 @@ class Scene(World):
         """How the migrations ended."""
         return [migrated.outcome for migrated in self.ended]
 
+    def prompt_blocks_copied(self, target: str, request_id: str) -> int:
+        """How often a full block of this prompt was brought to the target, by any request."""
+        ends = prefix_cells(self.asked[request_id].prompt, layer=0)[self.block_tokens - 1 :]
+        return sum(self.copied[target, cell] for cell in ends[:: self.block_tokens])
+
     def longest_gap_s(self, request_id: str) -> float:
         at = self.delivered_s[request_id]
         return max(b - a for a, b in pairwise(at))
@@ -178,6 +197,13 @@ class Scene(World):
     def _pull_breaks(self) -> bool:
         self._failing_pulls -= 1
         return self._failing_pulls >= 0
+
+    def _copy(self, node, source, order) -> None:
+        super()._copy(node, source, order)
+        if order.first_layer == 0:
+            for block in order.target_blocks:
+                content = node.model.memory[block, 0, self.block_tokens - 1]
+                self.copied[node.instance.name, content] += 1
 
     def choose_route(self, request, ready: list[str]) -> Route:
         """The scripted one while its instances live, else whichever instance is ready."""

@@ -8,7 +8,7 @@ faults have healed, every request must have ended and every pool be back at its 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from random import Random
@@ -420,6 +420,7 @@ class World:
             at = self.rng.choice((self.rng.uniform(0.0, FAULTS_END_S * 0.8), *bursts))
             request = self._request(number, at, prefixes)
             self.after(at, f"request {number}", lambda r=request: self._submit(r))
+            self._submit_siblings(request)
             for chance, bad in (
                 (self.faults.poison, self._poison),
                 (self.faults.lethal, self._lethal),
@@ -429,6 +430,14 @@ class World:
             if self.rng.random() < self.faults.cancel:
                 leaves = at + self.rng.uniform(0.0, 2.0)
                 self.after(leaves, f"cancel {number}", lambda r=request: self._cancel(r))
+
+    def _submit_siblings(self, request: Request) -> None:
+        """What a gateway makes of n > 1: more requests of the same prompt at the same moment."""
+        for number in range(self.rng.choice((0, 0, 0, 0, 1, 3))):
+            name = f"{request.id}#{number}"
+            sampling = replace(request.sampling, seed=1000 + number)
+            sibling = replace(request, id=name, sampling=sampling)
+            self.after(request.arrival_s, f"request {name}", lambda r=sibling: self._submit(r))
 
     def _request(self, number: int, at: float, prefixes: list[tuple[int, ...]]) -> Request:
         shared = self.rng.choice(prefixes) if self.rng.random() < 0.5 else ()
