@@ -8,19 +8,25 @@ constexpr float kNothingSeen = -1e30f;
 
 alignas(64) const char zero_row[kMaxHeadDim * sizeof(float)] = {};
 
+// Query heads that share a KV head.
+inline int64_t group_of(const AttentionArgs &args) { return args.heads / args.kv.kv_heads; }
+inline int64_t tokens_of(const AttentionArgs &args, int64_t sequence) {
+    return args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence];
+}
+
 template <class T>
 struct Task {
     const AttentionArgs &args;
-    int64_t sequence, kv_head;
-    int64_t first_row, rows;  // a row is (token of the chunk, head of the group)
+    int64_t sequence, kv_head, kv_heads;
+    int64_t first_row, rows;  // a row is (token of the chunk, query head of these KV heads)
     int64_t depth;            // head_dim rounded up to whole steps
     T *queries;               // [rows, depth], zero padded
     float *outputs;           // [rows, depth]
     float *maxima, *sums;     // [rows]
     int64_t *positions;       // [rows]
 
-    int64_t group() const { return args.heads / args.kv.kv_heads; }
-    int64_t chunk_tokens() const { return args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]; }
+    int64_t group() const { return kv_heads * group_of(args); }
+    int64_t chunk_tokens() const { return tokens_of(args, sequence); }
     int64_t context() const { return args.context_lens[sequence]; }
     int64_t first_seen(int64_t row) const {
         int64_t begin = args.window == 0 ? 0 : positions[row] - args.window + 1;
@@ -29,7 +35,8 @@ struct Task {
     // Offset of a row's head in a [tokens, heads, head_dim] tensor.
     int64_t offset(int64_t row, int64_t token_stride) const {
         int64_t token = args.cu_seqlens[sequence] + (first_row + row) / group();
-        return token * token_stride + (kv_head * group() + (first_row + row) % group()) * args.kv.head_dim;
+        int64_t head = kv_head * group_of(args) + (first_row + row) % group();
+        return token * token_stride + head * args.kv.head_dim;
     }
 };
 
@@ -255,11 +262,12 @@ void attend(const Task<T> &task) {
     finish(task);
 }
 
-template <class Engine, class T>
-void attention_of(const AttentionArgs &args) {
-    int64_t group = args.heads / args.kv.kv_heads, tasks = 0;
+// The sequences for which `wanted` holds.
+template <class Engine, class T, class Wanted>
+void attend_sequences(const AttentionArgs &args, Wanted wanted) {
+    int64_t group = group_of(args), tasks = 0;
     auto pieces = [&](int64_t sequence) {
-        return ceil_div((args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]) * group, kTaskRows);
+        return wanted(sequence) ? ceil_div(tokens_of(args, sequence) * group, kTaskRows) : 0;
     };
     for (int64_t s = 0; s < args.sequences; s++) tasks += pieces(s) * args.kv.kv_heads;
     int64_t depth = round_up(args.kv.head_dim, kStep);
@@ -268,7 +276,7 @@ void attention_of(const AttentionArgs &args) {
         for (; index >= pieces(sequence) * args.kv.kv_heads; sequence++) index -= pieces(sequence) * args.kv.kv_heads;
         // The last pieces see the most keys: start with them.
         int64_t piece = pieces(sequence) - 1 - index / args.kv.kv_heads;
-        int64_t all = (args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence]) * group;
+        int64_t all = tokens_of(args, sequence) * group;
         int64_t first = piece * kTaskRows, rows = all - first < kTaskRows ? all - first : kTaskRows;
         // An AMX tile reads whole sixteens of rows; what it makes of the surplus is not used.
         int64_t room = round_up(rows, 16);
@@ -276,6 +284,11 @@ void attention_of(const AttentionArgs &args) {
         int64_t positions[kTaskRows];
         auto outputs = static_cast<float *>(scratch(kOutput, room * depth * sizeof(float)));
         auto queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
-        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, first, rows, depth, queries, outputs, maxima, sums, positions});
+        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, 1, first, rows, depth, queries, outputs, maxima, sums, positions});
     });
+}
+
+template <class Engine, class T>
+void attention_of(const AttentionArgs &args) {
+    attend_sequences<Engine, T>(args, [](int64_t) { return true; });
 }

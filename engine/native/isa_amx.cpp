@@ -6,6 +6,7 @@
 #include <cstring>
 #include <immintrin.h>
 #include <utility>
+#include <vector>
 
 #define TANDEM_HAVE_DPBF16
 
@@ -19,6 +20,7 @@ namespace amx {
 #include "attention.inl"
 #include "amx.inl"
 #include "amx_linear.inl"
+#include "amx_decode.inl"
 
 void linear(const LinearArgs &args) {
     if (args.dtype == kFloat32) return linear_of<float>(args);
@@ -26,7 +28,7 @@ void linear(const LinearArgs &args) {
 }
 
 void attention(const AttentionArgs &args) {
-    args.dtype == kBfloat16 ? attention_of<Tiles, bf16>(args) : attention_of<Vectors, float>(args);
+    args.dtype == kBfloat16 ? attention_tiles(args) : attention_of<Vectors, float>(args);
 }
 }  // namespace amx
 

@@ -112,11 +112,10 @@ inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t s
 
 // Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
 inline void interleave(const bf16 *even, const bf16 *odd, bf16 *low, bf16 *high) {
-    const __m512i e = _mm512_loadu_si512(even), o = _mm512_loadu_si512(odd);
-    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(e)), second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(e, 1));
-    const __m512i upper = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(o)), later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(o, 1));
-    _mm512_storeu_si512(low, _mm512_or_si512(first, _mm512_slli_epi32(upper, 16)));
-    _mm512_storeu_si512(high, _mm512_or_si512(second, _mm512_slli_epi32(later, 16)));
+    auto widen = [](const bf16 *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); };
+    auto join = [](__m512i lower, __m512i upper) { return _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)); };
+    _mm512_storeu_si512(low, join(widen(even), widen(odd)));
+    _mm512_storeu_si512(high, join(widen(even + 16), widen(odd + 16)));
 }
 
 constexpr int kMaxRows = 12;  // rows of a product whose sums fit the registers

@@ -50,7 +50,14 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 # --- linear layers -----------------------------------------------------------------------------
 
-SIZES = ((1, 64, 64), (3, 100, 70), (17, 256, 131), (40, 1000, 96), (70, 320, 1000))
+SIZES = (
+    (1, 64, 64),
+    (3, 100, 70),
+    (17, 256, 131),
+    (40, 1000, 96),
+    (64, 64, 400),
+    (70, 320, 1000),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +154,14 @@ def test_activations_saturate_without_nan(ops: NativeOps) -> None:
 
 # --- attention ---------------------------------------------------------------------------------
 
-HEADS = ((4, 2, 64, 16, 64), (3, 3, 80, 16, 20), (4, 1, 8, 4, 8), (8, 8, 128, 32, None))
+HEADS = (
+    (4, 2, 64, 16, 64),
+    (3, 3, 80, 16, 20),
+    (4, 1, 8, 4, 8),
+    (8, 8, 128, 32, None),
+    (20, 10, 32, 64, 32),
+    (18, 1, 64, 8, 64),
+)
 """(heads, kv_heads, head_dim, block_tokens, rotary_dim)."""
 CHUNKS = ((1, 0), (1, 7), (1, 200), (30, 0), (70, 0), (50, 90), (1, 64), (1, 63), (130, 3))
 """(new tokens, cached tokens) of a ragged batch."""
@@ -226,16 +240,16 @@ def test_attention_over_a_ragged_batch_agrees_with_torch(
 def test_a_token_attends_alike_in_any_batch_and_any_chunk(
     ops: NativeOps, shape: AttentionShape, dtype: torch.dtype
 ) -> None:
-    heads, kv_heads, dim, block_tokens, _ = HEADS[0]
-    pool, chunks, qkv = pool_and_batch(heads, kv_heads, dim, block_tokens, dtype)
-    query, kv = qkv.view(len(qkv), -1, dim)[:, :heads], second_layer(pool)
-    together = ops.paged_attention(query, kv, batch_of(chunks, block_tokens), shape)[-130:]
-    last = chunks[-1]
-    alone = ops.paged_attention(query[-130:], kv, batch_of([last], block_tokens), shape)
-    decoded = Chunk("r", (1,), last.end - 1, last.blocks, None)
-    single = ops.paged_attention(query[-1:], kv, batch_of([decoded], block_tokens), shape)
-    assert torch.equal(together, alone)
-    assert torch.equal(single, alone[-1:])
+    for heads, kv_heads, dim, block_tokens, _ in HEADS:
+        pool, chunks, qkv = pool_and_batch(heads, kv_heads, dim, block_tokens, dtype)
+        query, kv = qkv.view(len(qkv), -1, dim)[:, :heads], second_layer(pool)
+        together = ops.paged_attention(query, kv, batch_of(chunks, block_tokens), shape)[-130:]
+        last = chunks[-1]
+        alone = ops.paged_attention(query[-130:], kv, batch_of([last], block_tokens), shape)
+        decoded = Chunk("r", (1,), last.end - 1, last.blocks, None)
+        single = ops.paged_attention(query[-1:], kv, batch_of([decoded], block_tokens), shape)
+        assert torch.equal(together, alone)
+        assert torch.equal(single, alone[-1:])
 
 
 def test_what_lies_past_a_sequence_in_its_last_block_is_never_seen(ops: NativeOps) -> None:
