@@ -10,6 +10,7 @@ struct alignas(64) TileConfig {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kLine = 32;  // bf16 elements of a cache line
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
+constexpr int64_t kFarSteps = 8, kNearSteps = 2;
 
 // One or two tiles of rows, `a` bytes-strided, by one panel of `steps` steps.
 struct TileBlock {
@@ -134,6 +135,53 @@ inline void multiply_block(const TileBlock &block) {
 template <Reuse reuse>
 inline void multiply_rows(const TileBlock &block, int64_t tiles) {
     tiles > 1 ? multiply_block<true, reuse>(block) : multiply_block<false, reuse>(block);
+}
+
+// Three or four tiles of rows by one half of a panel: registers 0 .. 3 hold sums, 4 and 5 rows of
+// A, 7 the weights. `far` and `near` are what to bring into L2 and L1 meanwhile.
+template <int tiles>
+inline void tall_step(const TileBlock &block, const bf16 *a, const bf16 *weight, const bf16 *far, const bf16 *near) {
+    int64_t a_bytes = block.row_stride * sizeof(bf16);
+    auto fetch = [=](int64_t begin) {
+        for (int64_t line = begin; line < begin + kTileRows / 4; line++) {
+            __builtin_prefetch(far + line * kLine, 0, kIntoL2);
+            __builtin_prefetch(near + line * kLine, 0, kIntoL1);
+        }
+    };
+    _tile_loadd(7, weight, 64);
+    _tile_loadd(4, a, a_bytes);
+    fetch(0);
+    _tile_loadd(5, a + block.tile_stride, a_bytes);
+    _tile_dpbf16ps(0, 4, 7);
+    fetch(4);
+    _tile_loadd(4, a + 2 * block.tile_stride, a_bytes);
+    _tile_dpbf16ps(1, 5, 7);
+    fetch(8);
+    if (tiles == 4) _tile_loadd(5, a + 3 * block.tile_stride, a_bytes);
+    _tile_dpbf16ps(2, 4, 7);
+    fetch(12);
+    if (tiles == 4) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int tiles>
+inline void multiply_tall(const TileBlock &block, int64_t half) {
+    // The halves of a panel pass one after the other: after the first comes the second, after
+    // that the first of the next panel.
+    const bf16 *passing = block.panel + half * kTile, *following = block.panel + (half == 0 ? kTile : block.steps * 2 * kTile);
+    auto ahead = [&](int64_t step) {
+        return step < block.steps ? passing + step * 2 * kTile : following + (step - block.steps) * 2 * kTile;
+    };
+    settle_memory();
+    clear_sums();
+    for (int64_t step = 0; step < block.steps; step++)
+        tall_step<tiles>(block, block.a + step * block.step_stride, passing + step * 2 * kTile, ahead(step + kFarSteps), ahead(step + kNearSteps));
+    float *c = block.c + half * 16;
+    int64_t bytes = block.ldc * sizeof(float);
+    _tile_stored(0, c, bytes);
+    _tile_stored(1, c + kTileRows * block.ldc, bytes);
+    _tile_stored(2, c + 2 * kTileRows * block.ldc, bytes);
+    if (tiles == 4) _tile_stored(3, c + 3 * kTileRows * block.ldc, bytes);
+    settle_memory();
 }
 
 // Holds the tile configuration of the calling thread while it lives.

@@ -34,6 +34,8 @@ constexpr int64_t kDepthSteps = 12;               // of a panel, 24 KB, stay in 
 constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panels pass
 constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
 
+constexpr int64_t kStreamedTiles = 4;             // of rows at most, past which weights go by
+
 constexpr int64_t kPassPanels = 4;  // written out together: a row's lines lie in one page
 
 // A run of row tiles that meets panels; `sums` is [kPassPanels][rows, 32].
@@ -56,7 +58,10 @@ struct RowBlock {
 
     // Few rows: the panel streams by, its sums never leave the tiles.
     void stream(int64_t panel_index) const {
-        multiply_rows<kReuseRows>(block(panel(panel_index), sums, 0, 0, x.steps), tiles);
+        TileBlock all = block(panel(panel_index), sums, 0, 0, x.steps);
+        if (tiles <= 2) multiply_rows<kReuseRows>(all, tiles);
+        for (int64_t half = 0; tiles > 2 && half < 2; half++)
+            tiles == 3 ? multiply_tall<3>(all, half) : multiply_tall<4>(all, half);
         emit<bf16>(args, sums, 0, args.rows, panel_index * kPanel);
     }
 
@@ -83,13 +88,13 @@ struct RowBlock {
     }
 };
 
-// At most two tiles of rows.
+// At most kStreamedTiles of rows.
 void linear_streaming(const LinearArgs &args, const TiledInput &x) {
     int64_t panels = ceil_div(args.out_features, kPanel);
     int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
     parallel_ranges(panels, grain, [&](int64_t begin, int64_t end) {
-        Tiles configured(args.rows);
-        alignas(64) float sums[2 * kTileRows * kPanel];
+        Tiles configured(x.row_tiles > 2 ? 2 * kTileRows : args.rows);
+        alignas(64) float sums[kStreamedTiles * kTileRows * kPanel];
         RowBlock rows{args, x, 0, x.row_tiles, sums};
         for (int64_t panel = begin; panel < end; panel++) rows.stream(panel);
     });
@@ -112,7 +117,7 @@ void linear_passing(const LinearArgs &args, const TiledInput &x) {
 
 void linear_tiles(const LinearArgs &args) {
     TiledInput x(args);
-    x.row_tiles <= 2 ? linear_streaming(args, x) : linear_passing(args, x);
+    x.row_tiles <= kStreamedTiles ? linear_streaming(args, x) : linear_passing(args, x);
 }
 
 // --- plain weights: rows of W are A, x is the panel, and the sums come out transposed ---------
