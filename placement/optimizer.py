@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,25 @@ def plan(
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """The best plan; NoFeasiblePlan names the constraint that binds."""
+    return answer(book, workload, question, progress).plan
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan with what it was chosen from, for those who want to look closer."""
+
+    plan: Plan
+    chosen: Choice
+    rivals: tuple[Choice, ...]
+    setting: Setting
+
+
+def answer(
+    book: CostBook,
+    workload: Workload,
+    question: Question,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answer:
     sample = representative(workload, max(question.requests, question.most_requests), question.seed)
     phases = [phase_of(book, cut, sample, question.target) for cut in feasible_cuts(book, sample)]
     check_targets(phases, question.target)
@@ -54,7 +74,8 @@ def plan(
     able = ranked(book, choices, question)
     if not able:
         raise refusal(choices, question, phases)
-    return _write(book, question, able[0], _beaten(choices, able))
+    chosen, rivals = able[0], _beaten(choices, able)
+    return Answer(_write(book, question, chosen, rivals), chosen, tuple(rivals), setting)
 
 
 def _beaten(choices: Sequence[Choice], able: Sequence[Choice]) -> list[Choice]:

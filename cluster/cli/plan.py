@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Workload = Annotated[
     Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
 ]
+Report = Annotated[
+    Path | None, typer.Option(help="Draws plots into this file.", metavar="FILE.html")
+]
 Profile = Annotated[Path | None, typer.Option(help="What `tandem profile` measured here.")]
 
 
@@ -62,16 +65,18 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The plan.", metavar="PLAN.yaml")
     ] = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """The pools that serve most within the targets, and what they beat."""
     from cluster.cli.planning import cost_book, fleet_with
-    from placement.optimizer import plan as find_plan
+    from placement.optimizer import answer as find_answer
     from placement.plan import Target
     from placement.question import Question
     from placement.workload_files import read_workload
 
-    _check_output(output)
+    _check_output("output", output)
+    _check_output("report", report)
     question = Question(
         Target(ttft, tpot, attainment),
         _objective(objective),
@@ -86,10 +91,15 @@ def plan(
     book = cost_book(model, fleet)
     load = read_workload(workload)
     with _progress("simulating candidates") as progress:
-        found = find_plan(book, load, question, progress)
-    found = replace(found, model=model, hardware=fleet)
+        answer = find_answer(book, load, question, progress)
+    found = replace(answer.plan, model=model, hardware=fleet)
     if output is not None:
         output.write_text(found.to_yaml(), encoding="utf-8")
+    if report is not None:
+        from cluster.cli.plan_report import plan_report
+
+        with _progress("drawing the report") as progress:
+            report.write_text(plan_report(answer, found, progress), encoding="utf-8")
     _show_plan(found, as_json=as_json)
 
 
@@ -101,6 +111,7 @@ def simulate(
         float | None, typer.Option(help="Requests a second; stretches the workload's own times.")
     ] = None,
     profile: Profile = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
@@ -109,15 +120,22 @@ def simulate(
     from placement.simulator import simulate as run
     from placement.workload_files import read_workload
 
+    _check_output("report", report)
     planned = read_plan_file(plan)
     book = cost_book(planned.model, planned_fleet(planned, profile))
     load = read_workload(workload)
     load = load if rate is None else load.at_rate(rate)
     check_memory(planned, book, load)
-    outcome = run(deployment_for(planned, book), load)
+    deployment = deployment_for(planned, book)
+    outcome = run(deployment, load)
     figures = outcome.figures()
     if outcome.beyond:
         figures["extrapolated"] = list(outcome.beyond)
+    if report is not None:
+        from cluster.cli.plan_report import simulation_report
+
+        text = simulation_report(planned, deployment, load, figures)
+        report.write_text(text, encoding="utf-8")
     _show_figures(figures, as_json=as_json)
 
 
@@ -138,7 +156,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
-    _check_output(output)
+    _check_output("output", output)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from cluster.profiling.measure import Measuring, find_device, measure
 
@@ -150,10 +168,10 @@ def profile(
     _show_profile(document, as_json=as_json)
 
 
-def _check_output(path: Path | None) -> None:
+def _check_output(option: str, path: Path | None) -> None:
     """Before the work whose result could not be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise BadConfig("output", str(path), "must be a file in a directory that exists")
+        raise BadConfig(option, str(path), "must be a file in a directory that exists")
 
 
 def _objective(name: str) -> Objective:

@@ -21,12 +21,19 @@ COSTS = (
 )
 
 
-def pools_table(plan: Plan) -> Table:
-    table = Table("role", "instances", "tensor", "pipeline", "device", title=f"Plan: {plan.model}")
+POOL_COLUMNS = ("role", "instances", "tensor", "pipeline", "device")
+
+
+def pool_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     for pool in plan.pools:
-        cut = pool.cut
-        sizes = (pool.instances, cut.tensor, cut.pipeline)
-        table.add_row(pool.role.value, *map(str, sizes), cut.device)
+        sizes = (pool.instances, pool.cut.tensor, pool.cut.pipeline)
+        yield (pool.role.value, *map(str, sizes), pool.cut.device)
+
+
+def pools_table(plan: Plan) -> Table:
+    table = Table(*POOL_COLUMNS, title=f"Plan: {plan.model}")
+    for row in pool_rows(plan):
+        table.add_row(*row)
     return table
 
 
@@ -48,14 +55,32 @@ def figure_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{title}, {point} (ms)", "-" if value is None else f"{value * 1e3:.1f}"
 
 
-def alternatives_table(plan: Plan) -> Table:
-    columns = ("kind", "pools", "goodput (1/s)", "per accelerator", "$ an hour", "W", "limited by")
-    table = Table(*columns, title="What it beat")
+PRICE_COLUMNS = ("$ an hour", "W")
+RIVAL_COLUMNS = (
+    "kind",
+    "pools",
+    "goodput (1/s)",
+    "per accelerator",
+    *PRICE_COLUMNS,
+    "limited by",
+)
+
+
+def rival_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """In as many copies as the question takes."""
     for other in plan.alternatives:
         pools = " + ".join(str(pool) for pool in other.pools)
         rates = (f"{other.goodput_rps:.3f}", f"{other.goodput_rps_per_gpu:.3f}")
         prices = (f"{other.cost_per_hour:.2f}", f"{other.power_w:.0f}")
-        table.add_row(other.kind, pools, *rates, *prices, other.limit)
+        yield (other.kind, pools, *rates, *prices, other.limit)
+
+
+def alternatives_table(plan: Plan) -> Table:
+    """A terminal has no room for the prices."""
+    kept = [place for place, name in enumerate(RIVAL_COLUMNS) if name not in PRICE_COLUMNS]
+    table = Table(*(RIVAL_COLUMNS[place] for place in kept), title="What it beat")
+    for row in rival_rows(plan):
+        table.add_row(*(row[place] for place in kept))
     return table
 
 

@@ -1,6 +1,8 @@
 """Planning from the command line: what is written, what is shown, and what is refused."""
 
 import json
+import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -165,6 +167,25 @@ def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
     assert "within targets" in out
 
 
+def test_plans_and_simulations_draw_reports_that_fetch_nothing(tandem, files):
+    page = files / "report.html"
+    arguments = plan_arguments(files, hardware=files / "two.yaml", report=page)
+    status, _, err = tandem(*arguments)
+    assert (status, "drawing the report" in err) == (0, True)
+    drawn = page.read_text()
+    reason = yaml.safe_load((files / "plan.yaml").read_text())["reason"]
+    for title in ("Attainment over rate", "TTFT against TPOT", "Utilisation over time"):
+        assert title in drawn
+    assert escape(reason) in drawn
+    given = ("--plan", files / "plan.yaml", "--workload", files / "load.csv")
+    status, _, _ = tandem("simulate", *given, "--report", page)
+    simulated = page.read_text()
+    assert status == 0
+    for text in (drawn, simulated):
+        assert text.count("<svg") == 7
+        assert not re.search(r"""(src|href)=|@import|url\(""", text), "nothing is fetched"
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
@@ -180,6 +201,10 @@ def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
         ({"power-cap": -1}, "power-cap"),
         ({"requests": 3}, "requests"),
         ({"output": "absent/plan.yaml"}, "output"),
+        ({"report": "absent/page.html"}, "report"),
+        ({"model": "llama-3.1-70b", "profile": None}, "GB short"),
+        ({"ttft": 1e-4}, "% over the target"),
+        ({"rate": 1e5}, "times as much is asked"),
         ({"model": "llama-3.1-8c"}, "llama-3.1-8b"),
         ({"hardware": "absent.yaml"}, "absent.yaml"),
         ({"workload": "absent.csv"}, "absent.csv"),

@@ -1,0 +1,45 @@
+"""What reports draw: deployments over rates, and how busy they are over time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.messages import Role
+from placement.candidate import Candidate, deployment_of
+from placement.catalog import find_model, one_kind
+from placement.costbook import CostBook, Cut
+from placement.deployment import Deployment, Overheads
+from placement.exploration import over_rates, watched
+from placement.plan import PoolPlan, Target
+from placement.simulator import simulate
+from placement.workload import Arrivals, Workload, fixed_lengths
+
+
+def pair() -> Deployment:
+    book = CostBook(find_model("llama-3.1-8b"), one_kind("l4", 1, 2))
+    pools = tuple(PoolPlan(role, 1, Cut("l4")) for role in (Role.PREFILL, Role.DECODE))
+    return deployment_of(book, Candidate(pools, 2048), Target(1.0, 0.1), Overheads())
+
+
+def load(rate_rps: float) -> Workload:
+    times = Arrivals(np.random.default_rng(0)).times(120, rate_rps)
+    return fixed_lengths(600, 40, times)
+
+
+def test_more_load_never_meets_more_of_the_targets() -> None:
+    points = over_rates(pair(), load(1.0), (0.5, 4.0, 40.0))
+    shares = [point.attainment for point in points]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1.0
+    assert shares[-1] < 0.5
+
+
+def test_watching_a_simulation_changes_nothing_and_accounts_for_all_its_work() -> None:
+    outcome, busy = watched(pair(), load(4.0))
+    alone = simulate(pair(), load(4.0))
+    assert outcome.figures() == alone.figures()
+    window_s = float(np.diff(busy.ends_s)[0])
+    for role, shares in busy.by_role.items():
+        assert ((shares >= 0) & (shares <= 1)).all()
+        assert shares.sum() * window_s == pytest.approx(alone.busy_s[f"{role}-0"], rel=0.05)
