@@ -140,6 +140,9 @@ class TlsConfig(Section):
 
 
 class GatewayConfig(Section):
+    instances: Annotated[int, Field(ge=1, le=64)] = 1
+    """Gateway processes. The n-th after the first listens on both ports plus n; on another host
+    than the first's if `host` is not loopback and Ray finds one."""
     host: str = "127.0.0.1"
     """Address that both doors listen on."""
     http_port: Port = 8000
@@ -163,6 +166,22 @@ class GatewayConfig(Section):
     admission: AdmissionSettings = AdmissionSettings()
     """Which requests are let in, and in which order."""
 
+    def numbered(self, number: int) -> GatewayConfig:
+        """The same for the n-th process, with its own ports."""
+        ports = {name: getattr(self, name) for name in ("http_port", "grpc_port")}
+        moved = {name: port + number for name, port in ports.items() if port}
+        return self.model_copy(update=moved)
+
+    @model_validator(mode="after")
+    def _ports_are_apart(self) -> Self:
+        last = max(self.http_port, self.grpc_port) + self.instances - 1
+        if last > 65535:
+            raise ValueError(f"instances: {self.instances} of them would need port {last}")
+        ports = [self.http_port, self.grpc_port]
+        if all(ports) and 0 <= abs(ports[0] - ports[1]) < self.instances:
+            raise ValueError("http_port and grpc_port lie too close for so many instances")
+        return self
+
 
 class LimitsConfig(Section):
     requests: RequestLimits = RequestLimits()
@@ -179,6 +198,8 @@ class LimitsConfig(Section):
     """How often an instance tells its load."""
     silence_s: Seconds = 1.0
     """After so long without a heartbeat the instance is asked whether it lives."""
+    gateway_silence_s: Seconds = 5.0
+    """After so long without a sign of a gateway its requests are dropped everywhere."""
     answer_s: Seconds = 2.0
     """How long it may take over the answer before it is declared lost."""
     restarts: Annotated[int, Field(ge=0)] = 10

@@ -17,6 +17,7 @@ from cluster.actors import CONTROLLER_NAME, NAMESPACE, answer
 from cluster.cli.progress import show_progress
 from cluster.control.controller import Controller
 from cluster.control.pools import Ground
+from cluster.gateway.companions import Companions
 from cluster.gateway.front import Front, read_model
 from cluster.instance.leading import Network
 from cluster.policy_file import starting_policy
@@ -103,22 +104,29 @@ class _Deployment:
         for ending in ENDINGS:
             loop.add_signal_handler(ending, self._end, ending)
         front = Front(self._config, self._network, model, self._controller)
+        companions = Companions(self._config, self._network, self._controller)
         try:
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(front.run()),
+                    tasks.create_task(companions.run()),
                     tasks.create_task(self._renew()),
                 ]
-                if await self._until(show_progress(self._controller, front.ready)):
-                    await front.open_doors()
+                if await self._until(self._ready(front, companions)):
                     self._say_ready(f"ready http={front.http_url} grpc={front.grpc_address}")
                     await self._ending.wait()
-                    await front.drain()
+                    await asyncio.gather(front.drain(), companions.drain())
                 await answer(self._controller.shut_down.remote(), SHUT_DOWN_S)
+                await companions.stop()
                 for task in background:
                     task.cancel()
         finally:
             await front.close()
+
+    async def _ready(self, front: Front, companions: Companions) -> None:
+        await show_progress(self._controller, front.ready)
+        await front.open_doors()
+        await companions.opened()
 
     def _end(self, ending: signal.Signals) -> None:
         log.info("ending signal=%s", ending.name)

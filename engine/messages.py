@@ -305,6 +305,27 @@ class Renew:
     transfer: str
 
 
+# Gateway <-> gateway.
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One gateway asks another about what only the owner of a request knows."""
+
+    number: int
+    about: str
+    body: bytes = b""
+    """JSON, as the asker and the answerer of `about` agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer to the Query of this number."""
+
+    number: int
+    body: bytes
+
+
 Message = (
     Start
     | Abort
@@ -328,4 +349,6 @@ Message = (
     | Cancelled
     | Fenced
     | Renew
+    | Query
+    | Reply
 )

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 """Between two looks at heartbeats and newcomers."""
-GATEWAY_SILENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Controller:
         self._instances: dict[str, Launched] = {}
         self._loads: dict[str, Load] = {}
         self._heartbeats = Heartbeats(self._config.limits.silence_s)
-        self._gateways = Heartbeats(GATEWAY_SILENCE_S)
+        self._gateways = Heartbeats(self._config.limits.gateway_silence_s)
         self._budgets: dict[str, RestartBudget] = {}
         self._book = RosterBook(Roster(0))
         self._news = asyncio.Event()
@@ -115,6 +114,17 @@ class Controller:
         if kind == "migration":
             self._balancing.ended(subject, text)
         self._note(kind, subject, text, **fields)
+
+    async def gateway_lost(self, name: str) -> None:
+        """Whoever keeps the gateway knows sooner than its silence would tell."""
+        await self._recovered.wait()
+        self._lose_gateway(name)
+
+    def _lose_gateway(self, name: str) -> None:
+        self._gateways.forget(name)
+        if self._book.leave(name):
+            self._note("gateway", name, "lost")
+            self._announce()
 
     async def used(self, gateway: str, usage: Usage) -> None:
         """The load as a gateway sees it, for the autoscaler."""
@@ -357,10 +367,7 @@ class Controller:
                 if name in self._instances and name not in self._asked:
                     self._asked[name] = self._spawn(self._ask(name))
             for gateway in self._gateways.silent(now):
-                self._gateways.forget(gateway)
-                self._book.leave(gateway)
-                self._note("gateway", gateway, "lost")
-                self._announce()
+                self._lose_gateway(gateway)
             if self._book.settle(now):
                 self._announce()
             if now > self._lease_until_s:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GATEWAY_NAME = "gateway-0"
+TALLY_S = 1.0
+"""How often the other gateways are asked what they have counted."""
 LAST_ANSWERS_S = 5.0
 """How long open calls may take over their last bytes when the doors close."""
 
@@ -71,18 +72,23 @@ def _read_model(config: Config) -> Model:
     return Model(config.served_name, checkpoint.max_length, tokenizer, grammars)
 
 
+def gateway_name(number: int) -> str:
+    return f"gateway-{number}"
+
+
 class Front:
     """Must be made on the event loop that it runs on."""
 
-    def __init__(self, config: Config, network: Network, model: Model, controller: Any) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, network: Network, model: Model, controller: Any, number: int = 0
+    ) -> None:
+        self._config, self._doors = config, config.gateway.numbered(number)
+        self.name = gateway_name(number)
         self._clock = SystemClock()
         self._watching = Watching(config, self._clock)
-        self._link = ZmqLink(
-            GATEWAY_NAME, network.bind(GATEWAY_NAME), network.key, config.limits.links
-        )
+        self._link = ZmqLink(self.name, network.bind(self.name), network.key, config.limits.links)
         policy = starting_policy(config.autoscaling.policy)
-        self.usage = UsageReporter(GATEWAY_NAME, controller, policy)
+        self.usage = UsageReporter(self.name, controller, policy)
         reporters: list[Observer] = [Reporter(controller), self.usage]
         self.gateway = Gateway(
             self._link,
@@ -94,12 +100,13 @@ class Front:
             grammars=model.grammars,
             observers=Observers([*self._watching.observers(), *reporters]),
         )
-        me = Member(GATEWAY_NAME, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
+        me = Member(self.name, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         self.membership = Membership(me, self._link, self, ControllerSync())
-        self._open_doors(ClusterOperator(self, controller))
+        self.gateway.peers.answer("tally", lambda _: self._watching.metrics.document())
+        self._make_doors(ClusterOperator(self, controller))
 
-    def _open_doors(self, operator: ClusterOperator) -> None:
-        gateway = self._config.gateway
+    def _make_doors(self, operator: ClusterOperator) -> None:
+        gateway = self._doors
         path = gateway.api_keys_file
         keys = None if path is None else Keyring(path, self._clock.now())
         door = HttpDoor(
@@ -128,6 +135,13 @@ class Front:
             tasks.create_task(self.gateway.run())
             tasks.create_task(self.membership.run())
             tasks.create_task(self.usage.run(self._waiting_requests))
+            tasks.create_task(self._gather_tallies())
+
+    async def _gather_tallies(self) -> None:
+        while True:
+            answers = await self.gateway.peers.ask("tally")
+            self._watching.metrics.others.heard(answers.values())
+            await asyncio.sleep(TALLY_S)
 
     def _waiting_requests(self) -> int:
         return sum(request.state == "waiting" for request in self.gateway.requests())
@@ -144,7 +158,7 @@ class Front:
         return {
             "ttft_s": slo.ttft_s,
             "tpot_s": slo.tpot_s,
-            "attainment": self._watching.slo.attainment(self._clock.now()),
+            "attainment": self._watching.metrics.attainment(),
             "window_s": self._watching.slo.window_s,
         }
 
@@ -177,4 +191,5 @@ class Front:
         self.gateway.receive(CONTROLLER, Lost(member.name))
 
     def updated(self, roster: Roster) -> None:
-        """The gateway learns of instances from their loads."""
+        """Of instances the gateway learns from their loads."""
+        self.gateway.peers.follow(tuple(one.name for one in roster.of_kind(Kind.GATEWAY)))

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import Deliver, Fail, JournalSettings, Reroute, Send
 from cluster.gateway.intake import Intake
 from cluster.gateway.journal import Journal
+from cluster.gateway.peers import Peers
 from cluster.gateway.view import RequestStatus, Sightings, status_of
 from cluster.watching.observer import Ended, Observers, Opened, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
-from engine.messages import Dropped, Load, Lost, Migrated, Resume, Tokens
+from engine.messages import Dropped, Load, Lost, Migrated, Query, Reply, Resume, Tokens
 from engine.request import FinishReason
 from engine.slo import Slo
 from placement.admission import Admission, AdmissionSettings, Forecast
@@ -103,6 +104,9 @@ class Gateway:
         self._answers: dict[str, Answer] = {}
         self._pending: dict[str, _Pending] = {}
         self._changed = asyncio.Event()
+        self.peers = Peers(link)
+        self.peers.answer("requests", lambda _: [asdict(one) for one in self.requests()])
+        self.peers.answer("abort", self._aborted_for_another)
 
     # For the doors.
 
@@ -122,6 +126,8 @@ class Gateway:
         answer = await self.intake.answer(call, self.clock.now())
         if answer.id in self._answers:
             raise BadRequest("request_id", answer.id, "is under way already")
+        if call.request_id is not None:
+            self._check_elsewhere(answer)
         for choice in answer.choices:
             self._sightings.check_prompt(len(choice.request.prompt), self.clock.now())
         self._submit(answer, strict=call.targets.ttft_s is not None)
@@ -148,9 +154,38 @@ class Gateway:
                 self._abort(choice, FinishReason.ABORT)
                 choice.end(FinishReason.ABORT)
 
+    async def abort_anywhere(self, request_id: str, tenant: str | None = None) -> None:
+        """The same, for a call whose client may be at another gateway."""
+        try:
+            self.abort(request_id, tenant)
+        except NotFound:
+            found = await self.peers.ask("abort", [request_id, tenant])
+            if not any(found.values()):
+                raise
+
+    def _aborted_for_another(self, question: list[Any]) -> bool:
+        try:
+            self.abort(question[0], question[1])
+        except NotFound:
+            return False
+        return True
+
+    def _check_elsewhere(self, answer: Answer) -> None:
+        """A caller's own request id must not be that of another gateway's request."""
+        for choice in answer.choices:
+            name = choice.request.id
+            if self._sightings.lists(name) and not self._journal.has_ended(name):
+                raise BadRequest("request_id", answer.id, "is under way at another gateway")
+
     def requests(self) -> list[RequestStatus]:
-        """Every request under way, in order of arrival."""
+        """Every request whose client is here, in order of arrival."""
         return [status_of(choice) for choice in self._choices.values()]
+
+    async def requests_everywhere(self) -> list[dict[str, Any]]:
+        """Every gateway's requests under way."""
+        others = await self.peers.ask("requests")
+        mine = [asdict(one) for one in self.requests()]
+        return mine + [one for name in sorted(others) for one in others[name]]
 
     def loads(self) -> list[Load]:
         """The instances' latest loads, in order of id."""
@@ -198,6 +233,10 @@ class Gateway:
                 self._act(self._journal.dropped(sender, message, now), now)
             case Migrated():
                 self.observers.migrated(message, now)
+            case Query():
+                self.peers.asked(sender, message)
+            case Reply():
+                self.peers.answered(message)
             case _:
                 self._act(self._journal.receive(sender, message, now), now)
 

@@ -88,6 +88,10 @@ class Journal:
     def find(self, request_id: str) -> Entry | None:
         return self._entries.get(request_id)
 
+    def has_ended(self, request_id: str) -> bool:
+        """Whether it was here lately and has ended."""
+        return request_id in self._tombstones
+
     # What the driver does.
 
     def open(self, request: Request, route: Route, now: float) -> list[Action]:

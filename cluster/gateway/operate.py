@@ -32,7 +32,7 @@ class ClusterOperator:
             "model": self._front.gateway.model,
             "endpoints": {"http": self._front.http_url, "grpc": self._front.grpc_address},
             "instances": [instance_document(report) for report in reports],
-            "requests": [asdict(request) for request in self._front.gateway.requests()],
+            "requests": await self._front.gateway.requests_everywhere(),
             "slo": self._front.slo_document(),
         }
 

@@ -74,6 +74,11 @@ class Sightings:
             wanted = _wanted(prompt_tokens + 1, largest)
             raise PromptTooLong(prompt_tokens, wanted, largest.total_blocks)
 
+    def lists(self, request_id: str) -> bool:
+        """Whether an instance said that it holds this request."""
+        loads = self._loads.values()
+        return any(one.request_id == request_id for load in loads for one in load.sequences)
+
     def silent_since(self, limit_s: float) -> tuple[str, ...]:
         return tuple(name for name, at in self._heard_s.items() if at < limit_s)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from cluster.watching.tally import Counter, Histograms, Spec, gauge
+from cluster.watching.others import OtherGateways, new_life
+from cluster.watching.tally import Spec, Tallies, gauge
 from engine.messages import InstanceState, Role, TransferKind
 
 if TYPE_CHECKING:
@@ -89,10 +90,12 @@ ATTAINMENT = Spec(
 )
 FAILOVERS = Spec("tandem_failovers_total", "Requests that lost their instance.", ("outcome",))
 
-SPECS = (
+OBSERVED = (
     TTFT, TTFT_PART, ITL, E2E, REQUESTS, TOKENS, TRANSFER, TRANSFER_BYTES, TRANSFER_FAILURES,
-    MIGRATIONS, PAUSE, KV_BLOCKS, QUEUE, RUNNING, INSTANCES, ATTAINMENT, FAILOVERS,
+    MIGRATIONS, PAUSE, FAILOVERS,
 )  # fmt: skip
+"""Counted by each gateway for its own requests; the others are read off the instances."""
+SPECS = (*OBSERVED, KV_BLOCKS, QUEUE, RUNNING, INSTANCES, ATTAINMENT)
 
 COMMITTED = "committed"
 REFUSED = "refused"
@@ -100,18 +103,24 @@ FAILED = "failed"
 
 
 class Metrics(Collector):
-    """An observer, and what `/metrics` shows of it; instances are known by their heartbeats."""
+    """An observer, and what `/metrics` shows of it and of the other gateways; instances are known
+    by their heartbeats, which every gateway hears."""
 
     def __init__(self, slo: SloWindow, now: Callable[[], float]) -> None:
         self._slo, self._now = slo, now
+        self._life = new_life()
+        self.others = OtherGateways()
         self._loads: dict[str, Load] = {}
         self._rerouted: set[str] = set()
-        self._ttft, self._itl, self._e2e = Histograms(TTFT), Histograms(ITL), Histograms(E2E)
-        self._parts, self._transfer = Histograms(TTFT_PART), Histograms(TRANSFER)
-        self._pause = Histograms(PAUSE)
-        self._requests, self._tokens = Counter(REQUESTS), Counter(TOKENS)
-        self._bytes, self._failures = Counter(TRANSFER_BYTES), Counter(TRANSFER_FAILURES)
-        self._migrations, self._failovers = Counter(MIGRATIONS), Counter(FAILOVERS)
+        self._tallies = Tallies(OBSERVED)
+        histograms, counters = self._tallies.histograms, self._tallies.counters
+        self._ttft, self._itl = histograms[TTFT.name], histograms[ITL.name]
+        self._e2e, self._parts = histograms[E2E.name], histograms[TTFT_PART.name]
+        self._transfer, self._pause = histograms[TRANSFER.name], histograms[PAUSE.name]
+        self._requests, self._tokens = counters[REQUESTS.name], counters[TOKENS.name]
+        self._bytes = counters[TRANSFER_BYTES.name]
+        self._failures = counters[TRANSFER_FAILURES.name]
+        self._migrations, self._failovers = counters[MIGRATIONS.name], counters[FAILOVERS.name]
         self._gaps = self._itl.of()
         self._start_at_zero()
         self.registry = CollectorRegistry()
@@ -196,18 +205,28 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         loads = [self._loads[name] for name in sorted(self._loads)]
-        observed = (
-            self._ttft, self._parts, self._itl, self._e2e, self._requests, self._tokens,
-            self._transfer, self._bytes, self._failures, self._migrations, self._pause,
-            self._failovers,
-        )  # fmt: skip
-        yield from (one.family() for one in observed)
+        yield from self._tallies.plus(self.others.tallies).families()
         yield gauge(KV_BLOCKS, (cell for load in loads for cell in _blocks(load)))
         yield gauge(QUEUE, (((load.instance,), load.queue_requests) for load in loads))
         yield gauge(RUNNING, (((load.instance,), load.running_sequences) for load in loads))
         yield gauge(INSTANCES, _instances(loads))
-        attainment = self._slo.attainment(self._now())
+        attainment = self.attainment()
         yield gauge(ATTAINMENT, [((), math.nan if attainment is None else attainment)])
+
+    def attainment(self) -> float | None:
+        """Over all gateways; None when nothing has ended lately."""
+        met, ended = self._slo.attained(self._now())
+        others_met, others_ended = self.others.attained
+        ended += others_ended
+        return (met + others_met) / ended if ended else None
+
+    def document(self) -> dict[str, Any]:
+        """What this gateway has counted, for the others."""
+        return {
+            "life": self._life,
+            "tallies": self._tallies.snapshot(),
+            "attained": self._slo.attained(self._now()),
+        }
 
 
 def _blocks(load: Load) -> list[tuple[Labels, float]]:

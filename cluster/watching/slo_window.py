@@ -21,9 +21,14 @@ class SloWindow:
 
     def attainment(self, now: float) -> float | None:
         """None while nothing has ended within the window."""
+        met, ended = self.attained(now)
+        return met / ended if ended else None
+
+    def attained(self, now: float) -> tuple[int, int]:
+        """How many met them, and how many ended."""
         while self._met and now - self._met[0][0] > self.window_s:
             self._met.popleft()
-        return sum(met for _, met in self._met) / len(self._met) if self._met else None
+        return sum(met for _, met in self._met), len(self._met)
 
     def ended(self, event: Ended) -> None:
         if event.outcome == "abort":

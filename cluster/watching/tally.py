@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -54,6 +54,14 @@ class Histogram:
             counts[bisect_left(bounds, value)] += 1
         self.sum += sum(values)
 
+    def snapshot(self) -> Any:
+        return [self._counts, self.sum]
+
+    def add(self, snapshot: Any) -> None:
+        counts, total = snapshot
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self.sum += total
+
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as Prometheus wants them."""
         total, found = 0, []
@@ -70,6 +78,13 @@ class Counter:
 
     def add(self, *labels: str, amount: float = 1) -> None:
         self.values[labels] = self.values.get(labels, 0) + amount
+
+    def snapshot(self) -> Any:
+        return list(self.values.items())
+
+    def merge(self, snapshot: Any) -> None:
+        for labels, value in snapshot:
+            self.add(*labels, amount=value)
 
     def family(self) -> Metric:
         family = CounterMetricFamily(self.spec.name, self.spec.help, labels=self.spec.labels)
@@ -91,11 +106,47 @@ class Histograms:
             found = self.series[labels] = Histogram(self.spec.buckets)
         return found
 
+    def snapshot(self) -> Any:
+        return [(labels, one.snapshot()) for labels, one in self.series.items()]
+
+    def merge(self, snapshot: Any) -> None:
+        for labels, one in snapshot:
+            self.of(*labels).add(one)
+
     def family(self) -> Metric:
         family = HistogramMetricFamily(self.spec.name, self.spec.help, labels=self.spec.labels)
         for labels, one in self.series.items():
             family.add_metric(labels, one.buckets(), one.sum)
         return family
+
+
+class Tallies:
+    """Counters and histograms by name: one gateway's, or those of several added up."""
+
+    def __init__(self, specs: Iterable[Spec]) -> None:
+        self._specs = tuple(specs)
+        self.histograms = {spec.name: Histograms(spec) for spec in self._specs if spec.buckets}
+        self.counters = {spec.name: Counter(spec) for spec in self._specs if not spec.buckets}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain values that JSON can carry to another gateway."""
+        return {spec.name: self._of(spec.name).snapshot() for spec in self._specs}
+
+    def merge(self, snapshot: dict[str, Any]) -> None:
+        for name, values in snapshot.items():
+            self._of(name).merge(values)
+
+    def plus(self, snapshots: Iterable[dict[str, Any]]) -> Tallies:
+        total = Tallies(self._specs)
+        for snapshot in (self.snapshot(), *snapshots):
+            total.merge(snapshot)
+        return total
+
+    def families(self) -> list[Metric]:
+        return [self._of(spec.name).family() for spec in self._specs]
+
+    def _of(self, name: str) -> Counter | Histograms:
+        return self.histograms.get(name) or self.counters[name]
 
 
 def gauge(spec: Spec, values: Iterable[tuple[Labels, float]]) -> Metric:

@@ -67,25 +67,37 @@ class FakeCluster:
         observers=(),
         grammars=None,
         context_tokens=2048,
+        gateways=1,
     ) -> None:
         self.network = LocalNetwork()
         self.instances = {
             name: EchoInstance(name, Role(name.split("-")[0]), draw, eos=256) for name in names
         }
         self.links = {name: self.network.join(name) for name in names}
-        self.gateway = Gateway(
-            self.network.join("gateway-0"),
-            TOKENIZER,
-            SystemClock(),
-            model="fake",
-            context_tokens=context_tokens,
-            settings=settings or GatewaySettings(sweep_s=0.01),
-            observers=Observers(observers),
-            grammars=grammars,
-        )
+        names = tuple(f"gateway-{number}" for number in range(gateways))
+        self.gateways = {
+            name: Gateway(
+                self.network.join(name),
+                TOKENIZER,
+                SystemClock(),
+                model="fake",
+                context_tokens=context_tokens,
+                settings=settings or GatewaySettings(sweep_s=0.01),
+                observers=Observers(observers),
+                grammars=grammars,
+            )
+            for name in names
+        }
+        self.gateway = self.gateways["gateway-0"]
+        for gateway in self.gateways.values():
+            gateway.peers.follow(names)
         self.paused: set[str] = set()
+        self.tell_loads()
+
+    def tell_loads(self) -> None:
         for name, link in self.links.items():
-            link.send("gateway-0", self.instances[name].load())
+            for gateway in self.gateways:
+                link.send(gateway, self.instances[name].load())
 
     async def host(self, name: str) -> None:
         instance, link = self.instances[name], self.links[name]
@@ -110,20 +122,21 @@ class FakeCluster:
 
     def flush(self, name: str) -> None:
         for to, message in self.instances[name].take_outbox():
-            if to == "gateway-0" or to in self.links:
+            if to in self.gateways or to in self.links:
                 self.links[name].send(to, message)
 
     def kill(self, name: str) -> None:
         self.network.kill(name)
         self.links.pop(name)
-        self.gateway.receive("controller", Lost(name))
+        for gateway in self.gateways.values():
+            gateway.receive("controller", Lost(name))
 
     def tell(self, name: str, message) -> None:
         self.instances[name].receive("controller", message)
         self.flush(name)
 
     def assert_empty(self) -> None:
-        assert self.gateway.requests() == []
+        assert all(gateway.requests() == [] for gateway in self.gateways.values())
         for name in self.links:
             assert self.instances[name].sequences == {}, f"{name} holds an ended request"
 
@@ -132,7 +145,7 @@ class FakeCluster:
 async def running(*names, **options):
     """`names` say the roles: prefill-0, decode-0, mixed-0."""
     cluster = FakeCluster(names, **options)
-    tasks = [asyncio.create_task(cluster.gateway.run())]
+    tasks = [asyncio.create_task(gateway.run()) for gateway in cluster.gateways.values()]
     tasks += [asyncio.create_task(cluster.host(name)) for name in names]
     await settle()
     try:

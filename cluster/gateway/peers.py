@@ -1,0 +1,69 @@
+"""What gateways ask each other: each knows its own requests, and any of them may be asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import InstanceLost
+from engine.messages import Query, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.links import Link
+
+    Answerer = Callable[[Any], Any]
+
+ANSWER_S = 1.0
+"""A gateway that takes longer is left out."""
+
+
+class Peers:
+    """Must be used on the event loop of its link."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._names: tuple[str, ...] = ()
+        self._numbers = count(1)
+        self._answerers: dict[str, Answerer] = {}
+        self._awaited: dict[int, asyncio.Future[Any]] = {}
+
+    def follow(self, names: tuple[str, ...]) -> None:
+        """Who the other gateways are from now on."""
+        self._names = tuple(name for name in names if name != self._link.name)
+
+    def answer(self, about: str, answerer: Answerer) -> None:
+        """Others that ask `about` get what `answerer` makes of their question."""
+        self._answerers[about] = answerer
+
+    async def ask(self, about: str, question: Any = None) -> dict[str, Any]:
+        """Every other gateway's answer, by its name; without those that are gone or stuck."""
+        asked: dict[str, int] = {}
+        for name in self._names:
+            number = next(self._numbers)
+            try:
+                self._link.send(name, Query(number, about, json.dumps(question).encode()))
+            except InstanceLost:
+                continue
+            self._awaited[number] = asyncio.get_running_loop().create_future()
+            asked[name] = number
+        waited = [self._awaited[number] for number in asked.values()]
+        if waited:
+            await asyncio.wait(waited, timeout=ANSWER_S)
+        futures = {name: self._awaited.pop(number) for name, number in asked.items()}
+        return {name: future.result() for name, future in futures.items() if future.done()}
+
+    def asked(self, sender: str, query: Query) -> None:
+        answerer = self._answerers.get(query.about)
+        if answerer is None or sender not in self._names:
+            return
+        body = json.dumps(answerer(json.loads(query.body))).encode()
+        self._link.send(sender, Reply(query.number, body))
+
+    def answered(self, reply: Reply) -> None:
+        future = self._awaited.get(reply.number)
+        if future is not None and not future.done():
+            future.set_result(json.loads(reply.body))
