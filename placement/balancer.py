@@ -65,7 +65,7 @@ class Move:
     source: str
     target: str
     reason: str
-    """drain, role, defragment, isolate or balance."""
+    """drain, role, outgrow, defragment, isolate or balance."""
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +131,8 @@ class Balancer:
         if not drain_only:
             self._press(standings)
             for one in standings:
+                moves += self._spill(one, standings, view.now_s)
+            for one in standings:
                 moves += self._defragment(one, standings, view.now_s)
                 moves += self._isolate(one, standings, view.now_s)
             for one in sorted(standings, key=lambda one: one.freeness):
@@ -190,6 +192,36 @@ class Balancer:
                         self._move(one, source, target, "drain" if draining else "role", now)
                     )
         return moves
+
+    def _spill(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
+        """Takes what is about to outgrow its whole instance to a larger one, with its KV."""
+        moves: list[Move] = []
+        if not source.open:
+            return moves
+        for one in list(source.here.values()):
+            if not _runs(one) or self._room_left(one, source) >= self.settings.low_steps:
+                continue
+            target = self._larger(one, source, standings)
+            if target is not None and self._recent.may_move(one, now, always=True):
+                moves.append(self._move(one, source, target, "outgrow", now))
+        return moves
+
+    def _larger(self, one: Running, source: Standing, standings: list[Standing]) -> Standing | None:
+        """The freest instance in which this request can grow further than where it is."""
+        targets = [
+            target
+            for target in standings
+            if target.open
+            and self._room_left(one, target) > self._room_left(one, source)
+            and self._room_for(one, target)
+            and self._within_limits(source, target, draining=True)
+        ]
+        return max(targets, key=lambda target: target.freeness, default=None)
+
+    def _room_left(self, one: Running, standing: Standing) -> int:
+        """Tokens by which a request could grow if the instance were all its own."""
+        capacity = standing.load.total_blocks * standing.load.block_tokens
+        return capacity - one.prompt_tokens - one.output_tokens
 
     def _defragment(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
         """Makes one hole of the room that is scattered, for something long that waits here."""

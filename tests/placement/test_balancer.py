@@ -61,6 +61,24 @@ def test_an_instance_that_runs_short_is_relieved_by_the_freest():
     assert (first.source, first.target, first.reason) == ("decode-0", "decode-2", "balance")
 
 
+def small(name: str, *sequences: Running, total: int = 100) -> Load:
+    held = sum(one.blocks for one in sequences)
+    return replace(load(name, *sequences), total_blocks=total, free_blocks=total - held)
+
+
+def test_a_request_about_to_outgrow_its_instance_goes_to_a_larger_one():
+    seen = view(small("decode-0", running("long", 94)), load("decode-1", running("x", 700)))
+    (move,) = Balancer().decide(seen)
+    assert (move.request_id, move.target, move.reason) == ("long", "decode-1", "outgrow")
+
+
+def test_a_request_outgrows_nothing_where_no_instance_is_larger_or_has_the_room():
+    grown = small("decode-0", running("long", 94))
+    assert Balancer().decide(view(grown, small("decode-1"))) == ()
+    crowded = load("decode-1", running("x", 910))
+    assert Balancer().decide(view(grown, crowded)) == ()
+
+
 def test_balanced_instances_stay_as_they_are():
     balancer = Balancer()
     for now in range(100):

@@ -23,7 +23,7 @@ class SimulatedGateway:
         self._journal = Journal()
         self._waiting: dict[str, Request] = {}
         """Wait for a first route."""
-        self._rerouting: dict[str, None] = {}
+        self._rerouting: dict[str, tuple[str, ...]] = {}
         self._expected: dict[str, list[int]] = {}
         self._delivered: dict[str, int] = {}
         self.finished: dict[str, int] = {}
@@ -69,8 +69,8 @@ class SimulatedGateway:
                     self._deliver(token.request_id, token.index, token.token)
                     if token.finish is not None:
                         self._complete(token.request_id)
-                case Reroute(request_id):
-                    self._rerouting[request_id] = None
+                case Reroute(request_id, avoid):
+                    self._rerouting[request_id] = avoid
                 case Fail(request_id, error):
                     self.failed[request_id] = type(error).__name__
                     self._rerouting.pop(request_id, None)
@@ -100,12 +100,13 @@ class SimulatedGateway:
             entry = self._journal.find(request_id)
             assert entry is not None
             free = self._journal.may_restart(request_id)
-            route = self._route(entry.request) if free else None
+            avoid = self._rerouting[request_id]
+            route = self._route(entry.request, avoid) if free else None
             if route is not None and request_id in self._rerouting:
                 del self._rerouting[request_id]
                 self._carry_out(self._journal.restart(request_id, route, self._world.now))
 
-    def _route(self, request: Request) -> Route | None:
+    def _route(self, request: Request, avoid: tuple[str, ...] = ()) -> Route | None:
         nodes = self._world.nodes
         ready = [
             name
@@ -113,4 +114,5 @@ class SimulatedGateway:
             if name in nodes and nodes[name].instance.state is InstanceState.READY
         ]
         ready = ready or [name for name in self._loads if name in nodes]
+        ready = [name for name in ready if name not in avoid] or ready
         return self._world.choose_route(request, ready) if ready else None

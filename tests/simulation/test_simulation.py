@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from tests.simulation.world import World
@@ -20,11 +22,10 @@ def test_the_same_seed_gives_the_same_trace():
     assert first.trace.digest() == second.trace.digest()
 
 
-def test_worlds_meet_hand_offs_migrations_preemptions_deaths_and_poison():
-    met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0, "poisoned": 0}
+def test_worlds_meet_hand_offs_migrations_preemptions_swaps_deaths_and_poison():
+    met: Counter[str] = Counter()
     for seed in range(40):
         world = World(seed)
         world.run()
-        for kind, count in world.met.items():
-            met[kind] += count
+        met.update(world.met)
     assert min(met.values()) > 20, met

@@ -64,7 +64,14 @@ class World:
         self.gateways: dict[str, SimulatedGateway] = {}
         self.trace = blake2b(digest_size=16)
         self.events = 0
-        self.met = {"commits": 0, "migrations": 0, "deaths": 0, "preemptions": 0, "poisoned": 0}
+        self.met = {
+            "commits": 0,
+            "migrations": 0,
+            "deaths": 0,
+            "preemptions": 0,
+            "swaps": 0,
+            "poisoned": 0,
+        }
         self._poison: set[str] = set()
         self._lethal: set[str] = set()
         self._heap: list[tuple[float, int, str, Callable[[], None]]] = []
@@ -234,6 +241,7 @@ class World:
 
     def _start_step(self, node: Node, batch: Batch) -> None:
         node.running = True
+        self.met["swaps"] += len(batch.swaps)
         node.model.swap(batch.swaps)
         duration_s = self._step_s + 0.0005 * batch.tokens * self.rng.uniform(0.8, 1.2)
         groups = layout(self.block_tokens).layer_groups(0, GROUPS)
