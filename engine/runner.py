@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
 from engine.model.decoder import Decoder
 from engine.model.weights import Loader
+from engine.ops import TorchOps
 from engine.packing import pack
 from engine.parallel import ALONE, Parallel
 from engine.rowwise import RowwiseOps
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+META = torch.device("meta")
+"""Where a model is built of shapes alone, to count the bytes it would read."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_PIECE_BYTES, KEPT_BYTES = 32 << 20, 64 << 20
 
@@ -73,6 +77,10 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def _tell(progress: Callable[[int, int], None], all_bytes: int, read_bytes: int) -> None:
+    progress(read_bytes, all_bytes)
+
+
 class Runner:
     """One rank of a model. On the last stage's first tensor rank `execute` draws tokens."""
 
@@ -92,7 +100,9 @@ class Runner:
         deterministic: bool = False,
         ops: Ops | None = None,
         clock: Clock | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        """`progress` is told of the weights' bytes read so far, and of all this rank reads."""
         self.device = torch.device(device)
         parallel.check(checkpoint.config)
         name = resolve_dtype(dtype, checkpoint.config.dtype, self.device)
@@ -107,13 +117,23 @@ class Runner:
         self.kv = KvCache(
             self.layout, parallel.rank, blocks=blocks, device=self.device, host_slots=host_slots
         )
-        loader = Loader(checkpoint, parallel, ops, self.device, TORCH_DTYPES[name])
-        with torch.inference_mode():
-            self._decoder = Decoder(loader, self.kv)
+        self._decoder = self._load(ops, TORCH_DTYPES[name], progress)
         checkpoint.release()
         self._groups = self.layout.layer_groups(parallel.stage, layer_groups)
         self._sampler, self._clock = sampler, clock or SystemClock()
         log.info("runner ready device=%s dtype=%s ops=%s blocks=%d", device, name, ops.name, blocks)
+
+    @torch.inference_mode()
+    def _load(
+        self, ops: Ops, dtype: torch.dtype, progress: Callable[[int, int], None] | None
+    ) -> Decoder:
+        report = None
+        if progress is not None:
+            counting = Loader(self.checkpoint, self.parallel, TorchOps(), META, dtype)
+            Decoder(counting, self.kv)
+            report = partial(_tell, progress, counting.read_bytes)
+        loader = Loader(self.checkpoint, self.parallel, ops, self.device, dtype, progress=report)
+        return Decoder(loader, self.kv)
 
     def execute(
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.model.weights import Linear, Loader, Part
+from engine.model.weights import Linear, Loader, Part, Plane
 
 if TYPE_CHECKING:
     from engine.model.config import MoeConfig
@@ -73,6 +73,8 @@ def load_mlp(loader: Loader, layer: int) -> Mlp | Experts:
 def _load_experts(loader: Loader, layer: int) -> Experts:
     names, moe = loader.names, loader.config.moe
     assert moe is not None, "a layer of experts in a model without any"
+    if names.in_layer(layer, names.stacked_gate_up) in loader:
+        return _load_stacked(loader, layer, moe)
     parts = (names.expert_gate, names.expert_up, names.expert_down)
     experts = []
     for expert in range(moe.experts):
@@ -82,14 +84,36 @@ def _load_experts(loader: Loader, layer: int) -> Experts:
     return Experts(loader.whole(router, moe.experts, loader.config.hidden), experts, moe)
 
 
-def _load_dense(loader: Loader, names: tuple[str, str, str], width: int, *, biased: bool) -> Mlp:
+def _load_stacked(loader: Loader, layer: int, moe: MoeConfig) -> Experts:
+    """Experts that lie in one tensor each for gate and up, and for down."""
+    names = loader.names
+    gate_up = names.in_layer(layer, names.stacked_gate_up)
+    parts = (gate_up, gate_up, names.in_layer(layer, names.stacked_down))
+    experts = [
+        _load_dense(loader, parts, moe.intermediate, biased=False, plane=Plane(index, moe.experts))
+        for index in range(moe.experts)
+    ]
+    router = names.in_layer(layer, names.stacked_router)
+    return Experts(loader.whole(router, moe.experts, loader.config.hidden), experts, moe)
+
+
+def _load_dense(
+    loader: Loader,
+    names: tuple[str, str, str],
+    width: int,
+    *,
+    biased: bool,
+    plane: Plane | None = None,
+) -> Mlp:
     config, share = loader.config, loader.share(width)
     stored = names[:2] if config.gated else names[1:2]
     turned = loader.names.transposed
     parts = [Part(name, width, share) for name in stored]
     return Mlp(
-        loader.by_output(parts, config.hidden, biased=biased, transposed=turned),
-        loader.by_input(names[2], config.hidden, width, biased=biased, transposed=turned),
+        loader.by_output(parts, config.hidden, biased=biased, transposed=turned, plane=plane),
+        loader.by_input(
+            names[2], config.hidden, width, biased=biased, transposed=turned, plane=plane
+        ),
         config.activation,
         config.gated,
     )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Full names without .weight and .bias; those of a layer are looked up with `in_layer`.
+    """Names without .weight and .bias; those of a layer are looked up with `in_layer`.
 
     Parts that share a name (a fused projection) lie in it one after another.
     """
@@ -43,6 +43,10 @@ class Names:
     expert_gate: str = "gate_proj"
     expert_up: str = "up_proj"
     expert_down: str = "down_proj"
+    stacked_router: str = "mlp.gate"
+    stacked_gate_up: str = "mlp.experts.gate_up_proj"
+    stacked_down: str = "mlp.experts.down_proj"
+    """Where all experts of a layer lie in one tensor, [experts, out, in], without .weight."""
     transposed: bool = False
     """Matrices of the layers are stored [in, out]."""
 

@@ -10,7 +10,7 @@ import torch
 from engine.model.config import NormKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from engine.checkpoint import Checkpoint
     from engine.ops import Ops
@@ -52,6 +52,14 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Plane:
+    """Which matrix is meant, where a tensor holds several of a kind."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """The outputs `take` of a matrix with `outputs` of them."""
 
@@ -68,11 +76,18 @@ class Loader:
         ops: Ops,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
+        """`progress` is told the bytes read so far. On the meta device they are only counted."""
         self.config, self.names = checkpoint.config, checkpoint.names
         self.parallel, self.ops = parallel, ops
         self.device, self.dtype = device, dtype
-        self._tensors = checkpoint.tensors
+        self._tensors, self._progress = checkpoint.tensors, progress
+        self.read_bytes = 0
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._tensors
 
     def share(self, count: int) -> range:
         """This rank's even share of `count` things."""
@@ -80,7 +95,13 @@ class Loader:
         return range(self.parallel.tensor_rank * each, (self.parallel.tensor_rank + 1) * each)
 
     def by_output(
-        self, parts: Sequence[Part], inputs: int, *, biased: bool, transposed: bool = False
+        self,
+        parts: Sequence[Part],
+        inputs: int,
+        *,
+        biased: bool,
+        transposed: bool = False,
+        plane: Plane | None = None,
     ) -> Linear:
         """Parts of several matrices over the same input, fused into one."""
         weight = self._empty(sum(len(part.take) for part in parts), inputs)
@@ -90,20 +111,29 @@ class Loader:
             rows = slice(row, row + len(part.take))
             take = slice(start + part.take.start, start + part.take.stop)
             cut = (take, slice(None))
-            self._read_matrix(part.name, (stored, inputs), cut, weight[rows], transposed=transposed)
+            self._read_matrix(
+                part.name, (stored, inputs), cut, weight[rows], transposed=transposed, plane=plane
+            )
             if bias is not None:
                 self._read_vector(part.name + ".bias", stored, take, bias[rows])
             row += len(part.take)
         return Linear(self.ops, self.ops.prepare_weight(weight), bias)
 
     def by_input(
-        self, name: str, outputs: int, inputs: int, *, biased: bool, transposed: bool = False
+        self,
+        name: str,
+        outputs: int,
+        inputs: int,
+        *,
+        biased: bool,
+        transposed: bool = False,
+        plane: Plane | None = None,
     ) -> Linear:
         """A matrix over this rank's share of the inputs; only the first rank adds the bias."""
         share = self.share(inputs)
         weight = self._empty(outputs, len(share))
         cut = (slice(None), slice(share.start, share.stop))
-        self._read_matrix(name, (outputs, inputs), cut, weight, transposed=transposed)
+        self._read_matrix(name, (outputs, inputs), cut, weight, transposed=transposed, plane=plane)
         bias = None
         if biased and self.parallel.tensor_rank == 0:
             bias = self._empty(outputs)
@@ -144,8 +174,7 @@ class Loader:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _read_vector(self, name: str, size: int, take: slice, into: torch.Tensor) -> None:
-        self._tensors.expect(name, (size,))
-        self._tensors.read(name, (take,), into)
+        self._read(name, (size,), (take,), into)
 
     def _read_matrix(
         self,
@@ -155,14 +184,26 @@ class Loader:
         into: torch.Tensor,
         *,
         transposed: bool = False,
+        plane: Plane | None = None,
     ) -> None:
         """Reads rows and columns of a matrix that may be stored the other way round."""
-        name += ".weight"
-        self._tensors.expect(name, shape[::-1] if transposed else shape)
         if transposed:
-            self._tensors.read(name, cut[::-1], into.t())
+            shape, cut, into = shape[::-1], cut[::-1], into.t()
+        if plane is None:
+            self._read(name + ".weight", shape, cut, into)
         else:
+            one = slice(plane.index, plane.index + 1)
+            self._read(name, (plane.count, *shape), (one, *cut), into[None])
+
+    def _read(
+        self, name: str, shape: tuple[int, ...], cut: tuple[slice, ...], into: torch.Tensor
+    ) -> None:
+        self._tensors.expect(name, shape)
+        if not into.is_meta:
             self._tensors.read(name, cut, into)
+        self.read_bytes += into.nbytes
+        if self._progress is not None:
+            self._progress(self.read_bytes)
 
 
 def _placed(parts: Sequence[Part]) -> list[tuple[Part, int, int]]:
