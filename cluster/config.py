@@ -96,6 +96,11 @@ class EngineConfig(Section):
     """Blocks of host memory that preempted sequences can be swapped to."""
     threads: Count = 1
     """Threads of a CPU worker."""
+    warm_up_tokens: Annotated[int, Field(ge=0)] = 256
+    """Length of the prompt that an instance runs, with decode steps, before it takes requests; 0
+    runs nothing."""
+    warm_up_sequences: Count = 32
+    """Sequences in the largest of those decode steps."""
     deterministic: bool = False
     """Whether a sequence's result must not depend on its neighbours in a batch, even at a cost."""
     cache_prefixes: bool = True

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
+    from cluster.control.controller import InstanceReport
+
 LOOK_S = 0.1
-STAGES = ("waiting", "placing", "starting", "loading", "up", "serving")
+STAGES = ("waiting", "placing", "starting", "loading", "warming up", "up", "serving")
+MEASURED = ("loading", "warming up")
 
 
 async def show_progress(controller: Any, ready: Callable[[], bool]) -> None:
@@ -33,5 +36,13 @@ async def show_progress(controller: Any, ready: Callable[[], bool]) -> None:
                 name, stage = report.spec.name, report.stage
                 if name not in bars:
                     bars[name] = progress.add_task(name, total=len(STAGES) - 1, stage=stage)
-                progress.update(bars[name], completed=STAGES.index(stage), stage=stage)
+                done = STAGES.index(stage) + (report.progress if stage in MEASURED else 0.0)
+                progress.update(bars[name], completed=done, stage=stage_text(report))
             await asyncio.sleep(LOOK_S)
+
+
+def stage_text(report: InstanceReport) -> str:
+    """Loading is told by the weights' bytes, the warm-up by its batches."""
+    if report.stage not in MEASURED:
+        return report.stage
+    return f"{report.stage} {report.progress:.0%}"

@@ -52,6 +52,8 @@ class InstanceReport:
     spec: InstanceSpec
     stage: str
     member: Member | None
+    progress: float
+    """Of the stage, where it has any."""
     load: Load | None
 
 
@@ -186,6 +188,7 @@ class Controller:
                 self._instances[name].stage if name in self._instances else "waiting",
                 self._book.roster.find(name),
                 self._loads.get(name),
+                self._instances[name].progress if name in self._instances else 0.0,
             )
             for name in sorted(specs)
         )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cluster.instance.leading import Network
     from cluster.roster import InstanceSpec
 
+PROGRESS_S = 0.2
+"""Between two looks at how far workers are."""
 GONE_POLL_S = 0.05
 GONE_S = 30.0
 
@@ -36,7 +38,9 @@ class Launched:
     workers: list[Any] = field(default_factory=list)
     group: PlacementGroup | None = None
     stage: str = "placing"
-    """placing, starting, loading or up; for the person who waits."""
+    """placing, starting, loading, warming up or up; for the person who waits."""
+    progress: float = 0.0
+    """The share of the loading or of the warm-up that is done."""
     condemned: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -126,9 +130,12 @@ class Launcher:
         leader, *followers = instance.workers
         meeting = await leader.meeting.remote() if followers else ""
         instance.stage = "loading"
-        seats = await asyncio.gather(*(w.load.remote(meeting) for w in instance.workers))
+        loads = asyncio.gather(*(worker.load.remote(meeting) for worker in instance.workers))
+        seats = await _watched(loads, instance)
         for follower in followers:
             await follower.follow.remote()
+        instance.stage, instance.progress = "warming up", 0.0
+        await _watched(asyncio.ensure_future(leader.warm_up.remote()), instance)
         await leader.lead.remote(tuple(seats))
         instance.stage = "up"
 
@@ -152,6 +159,15 @@ class Launcher:
             **options,
         )
         return actor.remote(self._config.model_dump_json(), spec, rank, self._network)
+
+
+async def _watched(work: asyncio.Future[Any], instance: Launched) -> Any:
+    """The work's result; meanwhile its slowest worker tells how far it is."""
+    while not work.done():
+        shares = await asyncio.gather(*(worker.progress.remote() for worker in instance.workers))
+        instance.progress = min(shares)
+        await asyncio.wait([work], timeout=PROGRESS_S)
+    return work.result()
 
 
 def adopt(spec: InstanceSpec) -> Launched:

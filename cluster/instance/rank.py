@@ -12,6 +12,8 @@ from cluster.instance.mover import RankMover, rank_name
 from engine.errors import BadConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cluster.config import Config
     from cluster.instance.coded import Coder
     from cluster.roster import InstanceSpec
@@ -40,7 +42,13 @@ class LoadedRank:
 
 
 def load_rank(
-    config: Config, spec: InstanceSpec, rank: int, meeting: str, *, one_host: bool
+    config: Config,
+    spec: InstanceSpec,
+    rank: int,
+    meeting: str,
+    *,
+    one_host: bool,
+    progress: Callable[[int, int], None],
 ) -> LoadedRank:
     """Loads this rank's weights; with several ranks all must call it, to meet at `meeting`."""
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
@@ -82,6 +90,7 @@ def load_rank(
         layer_groups=config.transfer.layer_groups,
         threads=config.engine.threads,
         deterministic=config.engine.deterministic,
+        progress=progress,
     )
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)

@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.instance.leading import Leading
 from cluster.instance.mover import rank_name
 from cluster.instance.rank import free_meeting, lead_ranks, load_rank
+from cluster.instance.warm_up import warm_up, warm_up_batches
 from cluster.roster import Roster, Seat
 from cluster.watching.logs import set_up_logging
 from engine.errors import InstanceLost
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cluster.instance.rank import LoadedRank
     from cluster.instance.serving import ServeRequest
     from cluster.roster import InstanceSpec
+    from engine.batch import Executor
     from engine.messages import Role
     from kvtransfer.transfer import PullOrder
 
@@ -57,6 +59,8 @@ class Worker:
         self._spec, self._rank, self._network = spec, rank, network
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
         self._loaded: LoadedRank | None = None
+        self._executor: Executor | None = None
+        self._progress = 0.0
         self._leading: Leading | None = None
         self._work: asyncio.Future[None] | None = None
         self._over = asyncio.Event()
@@ -70,21 +74,39 @@ class Worker:
     async def load(self, meeting: str) -> Seat:
         loop = asyncio.get_running_loop()
         one_host = self._network.directory is not None
-        load = partial(load_rank, self._config, self._spec, self._rank, meeting, one_host=one_host)
+        load = partial(
+            load_rank,
+            self._config,
+            self._spec,
+            self._rank,
+            meeting,
+            one_host=one_host,
+            progress=self._got_on,
+        )
         self._loaded = await loop.run_in_executor(self._thread, load)
         node = ray.get_runtime_context().get_node_id()
         return Seat(self._rank, os.getpid(), node, self._loaded.device)
 
+    async def warm_up(self) -> None:
+        """Rank 0, once the others follow: runs what a first request must not wait for."""
+        loop = asyncio.get_running_loop()
+        loaded, engine = self._rank_loaded, self._config.engine
+        self._progress = 0.0
+        self._executor = await loop.run_in_executor(self._thread, lead_ranks, loaded.runner)
+        batches = warm_up_batches(
+            loaded.blocks, engine.block_tokens, engine.warm_up_tokens, engine.warm_up_sequences
+        )
+        work = partial(warm_up, self._executor, batches, self._got_on)
+        await loop.run_in_executor(self._thread, work)
+
     async def lead(self, seats: tuple[Seat, ...]) -> None:
         """Rank 0: hosts the instance from now on."""
-        loop = asyncio.get_running_loop()
-        runner = self._rank_loaded.runner
-        executor = await loop.run_in_executor(self._thread, lead_ranks, runner)
+        assert self._executor is not None, "not warmed up"
         self._leading = Leading(
             self._config,
             self._spec,
             self._rank_loaded,
-            executor=executor,
+            executor=self._executor,
             seats=seats,
             network=self._network,
         )
@@ -99,6 +121,13 @@ class Worker:
         self._start(loop.run_in_executor(self._thread, follow, runner))
 
     # Watching.
+
+    async def progress(self) -> float:
+        """The share that is done of the loading, or of the warm-up after it."""
+        return self._progress
+
+    def _got_on(self, done: int, whole: int) -> None:
+        self._progress = done / whole
 
     async def ended(self) -> None:
         """Returns when this worker has stopped; raises what broke it."""

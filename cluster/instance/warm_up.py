@@ -1,0 +1,52 @@
+"""What an instance runs before it takes requests, so that the first of them finds it warm."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from engine.batch import Batch, Chunk, Draw
+from engine.request import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.batch import Executor
+
+log = logging.getLogger(__name__)
+
+TOKEN = 1
+"""Any token of any vocabulary."""
+GREEDY, DRAWN = Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=0.9)
+
+
+def warm_up(executor: Executor, batches: list[Batch], report: Callable[[int, int], None]) -> None:
+    """The pool is nobody's yet: what these batches leave in its blocks is never read."""
+    took_s = 0.0
+    for number, batch in enumerate(batches, start=1):
+        took_s += executor.execute(batch).duration_s
+        report(number, len(batches))
+    log.info("warmed up batches=%d duration_s=%.3f", len(batches), took_s)
+
+
+def warm_up_batches(
+    blocks: int, block_tokens: int, prompt_tokens: int, sequences: int
+) -> list[Batch]:
+    """A prompt, decode steps from one sequence to many, and a step with both in it."""
+    if prompt_tokens == 0:
+        return []
+    prompt_tokens = min(prompt_tokens, (blocks - 1) * block_tokens)
+    first_free = -(-prompt_tokens // block_tokens)
+    most = min(sequences, blocks - first_free)
+    prompt = _chunk("prompt", prompt_tokens, tuple(range(first_free)), GREEDY)
+    one_by_one = tuple(
+        _chunk(f"decode-{n}", 1, (first_free + n,), DRAWN if n % 2 else GREEDY) for n in range(most)
+    )
+    sizes = sorted({1, min(8, most), most})
+    decodes = [Batch(one_by_one[:size]) for size in sizes]
+    return [Batch((prompt,)), *decodes, Batch((*one_by_one[: sizes[-1]], prompt))]
+
+
+def _chunk(name: str, tokens: int, blocks: tuple[int, ...], sampling: Sampling) -> Chunk:
+    draw = Draw(sampling, 0, tokens, ())
+    return Chunk(f"warm-up-{name}", (TOKEN,) * tokens, 0, blocks, draw)
