@@ -69,6 +69,11 @@ class Rates:
             self._tokens = 0.0
             self._next = forecast(list(self.samples), self.settings)
 
+    def learn(self, samples: Iterable[float]) -> None:
+        """What was seen before, oldest first."""
+        self.samples.extend(samples)
+        self._next = forecast(list(self.samples), self.settings)
+
     @property
     def ahead(self) -> float:
         return self._next
@@ -134,6 +139,11 @@ class Autoscaler:
         if not self.policy.dry_run:
             self._remember(actions, seen.now_s)
         return Decision(actions, tuple(wants))
+
+    def learn(self, role: Role, tokens_s: Iterable[float]) -> None:
+        """The load of earlier days, in samples of the forecast's length, oldest first."""
+        if role in self._roles:
+            self._roles[role].rates.learn(tokens_s)
 
     def failed(self, role: Role, now: float) -> bool:
         """A start found no place; whether the role is now left alone for a while."""

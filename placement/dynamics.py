@@ -10,6 +10,7 @@ from placement.balancer import BalancerSettings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from engine.messages import Role
     from placement.policy import Policy
 
 
@@ -23,6 +24,8 @@ class Failure:
 class Dynamics:
     policy: Policy | None = None
     """What the autoscaler follows; the instances deployed are those that stand at first."""
+    history: Mapping[Role, tuple[float, ...]] = field(default_factory=dict)
+    """Tokens per second of each role on earlier days, in samples of the policy's forecast."""
     balance: bool = False
     """Whether running requests move to even out load; those on instances that drain always do."""
     balancer: BalancerSettings = field(default_factory=BalancerSettings)

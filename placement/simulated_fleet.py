@@ -75,6 +75,8 @@ class SimulatedFleet:
     def begin(self) -> None:
         self._note(0.0)
         if self._scaler is not None:
+            for role, samples in self._dynamics.history.items():
+                self._scaler.learn(role, samples)
             self._world.at(0.0, self._look, None)
 
     def end(self, now: float) -> None:

@@ -110,25 +110,40 @@ def simulate(
     rate: Annotated[
         float | None, typer.Option(help="Requests a second; stretches the workload's own times.")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="An autoscaling policy to follow.", metavar="FILE")
+    ] = None,
+    start_s: Annotated[
+        float, typer.Option(min=0, help="With a policy: until a started instance serves.")
+    ] = 60.0,
     profile: Profile = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
     """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
+    from cluster.cli.following import follow, following, show_fleet
     from cluster.cli.planning import check_memory, cost_book, planned_fleet, read_plan_file
     from placement.candidate import deployment_for
     from placement.simulator import simulate as run
     from placement.workload_files import read_workload
 
     _check_output("report", report)
+    if report is not None and policy is not None:
+        raise BadConfig("report", str(report), "draws a plan as it stands: not with --policy")
     planned = read_plan_file(plan)
     book = cost_book(planned.model, planned_fleet(planned, profile))
     load = read_workload(workload)
     load = load if rate is None else load.at_rate(rate)
     check_memory(planned, book, load)
     deployment = deployment_for(planned, book)
-    outcome = run(deployment, load)
+    fleet = None
+    if policy is None:
+        outcome = run(deployment, load)
+    else:
+        outcome, fleet = follow(following(policy, start_s), planned, book, deployment, load)
     figures = outcome.figures()
+    if fleet is not None:
+        figures["fleet"] = fleet
     if outcome.beyond:
         figures["extrapolated"] = list(outcome.beyond)
     if report is not None:
@@ -137,6 +152,8 @@ def simulate(
         text = simulation_report(planned, deployment, load, figures)
         report.write_text(text, encoding="utf-8")
     _show_figures(figures, as_json=as_json)
+    if fleet is not None and not as_json:
+        show_fleet(fleet)
 
 
 def profile(

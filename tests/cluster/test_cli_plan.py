@@ -348,3 +348,57 @@ def test_a_profile_that_could_not_be_written_is_not_measured(tandem, tmp_path):
 
 def test_a_model_that_is_not_there_cannot_be_profiled(tandem, tmp_path):
     refused(tandem("profile", "./absent", "-o", tmp_path / "p.json"), "absent")
+
+
+POLICY = {
+    "budget_accelerators": 4,
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2,
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 2,
+    "roles": {
+        "prefill": {
+            "max_instances": 2,
+            "signals": [{"signal": "queued_prompt_tokens", "target": 1}],
+        },
+        "decode": {"max_instances": 2, "signals": [{"signal": "batch", "target": 0.01}]},
+    },
+}
+
+
+IDLE = {"min_instances": 0, "max_instances": 1}
+
+
+def test_a_policy_is_followed_with_its_cost_and_its_changes(tandem, files):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    policy = write(files / "policy.yaml", yaml.safe_dump(POLICY))
+    given = ("--plan", plan, "--workload", files / "load.csv", "--policy", policy, "--start-s", 1)
+    status, out, _ = tandem("simulate", *given, "--json")
+    figures = json.loads(out)
+    fleet = figures["fleet"]
+    assert (status, figures["finished"]) == (0, 30)
+    assert fleet["most_accelerators"] <= 4
+    assert fleet["starts"] > 0
+    assert fleet["timeline"][0] == {"time_s": 0.0, "prefill": 1, "decode": 1}
+    assert fleet["accelerator_hours"] > fleet["plan_accelerator_hours"]
+    assert fleet["cost"] > 0
+    assert all(turns >= 0 for turns in fleet["direction_changes_per_hour"].values())
+    status, out, err = tandem("simulate", *given)
+    assert (status, err) == (0, "")
+    assert "accelerator-hours" in out
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "field"),
+    [
+        ({"budget_accelerators": 1, "roles": {"prefill": IDLE}}, (), "budget_accelerators"),
+        ({"budgets": 4}, (), "line 1: budgets"),
+        ({}, ("--report", "page.html"), "report"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_is_refused(tandem, files, changed, more, field):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    text = yaml.safe_dump({**changed, **{k: v for k, v in POLICY.items() if k not in changed}})
+    policy = write(files / "policy.yaml", text)
+    given = ("--plan", plan, "--workload", files / "load.csv", "--policy", policy)
+    refused(tandem("simulate", *given, *more), field)
