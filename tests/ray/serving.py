@@ -51,10 +51,14 @@ class Serving:
 
 
 def serve(
-    log: Path, *arguments: str, start_new_session: bool = False, **environment: str
+    log: Path,
+    *arguments: str,
+    inside: tuple[str, ...] = (),
+    start_new_session: bool = False,
+    **environment: str,
 ) -> Serving:
-    """Starts it and waits for the ready line."""
-    command = [sys.executable, "-m", "cluster", "serve", "--device", "cpu"]
+    """Starts it and waits for the ready line; `inside` is a command that runs another."""
+    command = [*inside, sys.executable, "-m", "cluster", "serve", "--device", "cpu"]
     command += ["--http-port", "0", "--grpc-port", "0", *arguments]
     with log.open("w") as errors:
         process = subprocess.Popen(
