@@ -392,7 +392,7 @@ def test_a_policy_is_followed_with_its_cost_and_its_changes(tandem, files):
     ("changed", "more", "field"),
     [
         ({"budget_accelerators": 1, "roles": {"prefill": IDLE}}, (), "budget_accelerators"),
-        ({"budgets": 4}, (), "line 1: budgets"),
+        ({"budgets": 4}, (), "line 2: budgets"),
         ({}, ("--report", "page.html"), "report"),
     ],
 )
