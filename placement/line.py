@@ -15,15 +15,16 @@ class Line:
     def at(self, x: float) -> float:
         return self.base + self.slope * x
 
-    def observe(self, x: float, y: float) -> None:
+    def observe(self, x: float, y: float, times: int = 1) -> None:
         """Both non-negative; a falling line or a negative base is noise and is not fitted."""
-        self.observations += 1
-        keep = self._decay
-        self._w = self._w * keep + 1.0
-        self._x = self._x * keep + x
-        self._y = self._y * keep + y
-        self._xx = self._xx * keep + x * x
-        self._xy = self._xy * keep + x * y
+        self.observations += times
+        keep = self._decay**times
+        new = (1.0 - keep) / (1.0 - self._decay)
+        self._w = self._w * keep + new
+        self._x = self._x * keep + x * new
+        self._y = self._y * keep + y * new
+        self._xx = self._xx * keep + x * x * new
+        self._xy = self._xy * keep + x * y * new
         self._fit()
 
     def _fit(self) -> None:
@@ -36,3 +37,5 @@ class Line:
                 return
         if self._xx > 0.0:
             self.base, self.slope = 0.0, self._xy / self._xx
+        else:
+            self.base = self._y / self._w

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from decode.scheduler import DecodeScheduler, DecodeSettings
 from engine.batch import Batch, Chunk
+from placement.line import Line
 from prefill.scheduler import PrefillScheduler, PrefillSettings
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 GAIN = 0.2
 """How much of its difference to the smoothed duration a new one adds."""
+MEMORY = 0.9
+"""What an older batch counts against the one after it."""
+MOST_GROWTH = 4
+"""A batch holds at most so many times the prompt tokens of late: costs are only estimates."""
+MOST_OFF = 3.0
+"""A batch that took longer than so many times what was expected counts as that: it was held up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,10 @@ class RoleBatcher:
         self.decode = DecodeScheduler(pool, settings.decode)
         self.decode_step_s = 0.0
         """Smoothed duration of a batch with decodes only."""
+        self.step_cost = Line(1.0 / settings.prefill.tokens_per_s, MEMORY)
+        """Duration of a batch that holds decodes, over its prompt tokens."""
+        self._most_prompts = 0.0
+        """Prompt tokens of a batch lately."""
 
     def next_step(self, now: float, held: Collection[str] = ()) -> Step:
         decode_step = self.decode.next_step(held)
@@ -64,20 +75,27 @@ class RoleBatcher:
         return min(sequence.request.slo.tpot_s for sequence in self.decode.running)
 
     def measured(self, step: Step, duration_s: float) -> None:
-        """Learn what decodes cost by themselves, and prompt tokens beyond that."""
+        """Learn what decodes cost by themselves, and prompt tokens beside them."""
         prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
-        if not step.prefills:
+        if prompt_tokens:
+            self.prefill.measured(prompt_tokens, duration_s)
+        if not step.decodes:
+            return
+        self._most_prompts = max(prompt_tokens, self._most_prompts * MEMORY)
+        most_s = MOST_OFF * self.step_cost.at(prompt_tokens)
+        counted_s = min(duration_s, most_s) if self.step_cost.observations else duration_s
+        self.step_cost.observe(prompt_tokens, counted_s)
+        if not prompt_tokens:
             gain = GAIN if self.decode_step_s else 1.0
             self.decode_step_s += gain * (duration_s - self.decode_step_s)
-        elif step.decodes:
-            self.prefill.measured(prompt_tokens, duration_s - self.decode_step_s)
-        else:
-            self.prefill.measured(prompt_tokens, duration_s)
 
     def _prompt_budget(self, decodes: int) -> int:
         budget = self.settings.prefill.token_budget
         if not decodes:
             return budget
-        spare_s = self.tightest_tpot_s() * self.settings.tpot_share - self.decode_step_s
-        fits = int(spare_s * self.prefill.tokens_per_s)
-        return min(budget, max(fits, self.settings.min_chunk))
+        limit_s = self.tightest_tpot_s() * self.settings.tpot_share
+        spare_s = limit_s - self.step_cost.base
+        fits = min(budget, int(MOST_GROWTH * max(self._most_prompts, self.settings.min_chunk)))
+        if fits * self.step_cost.slope > spare_s:
+            fits = int(spare_s / self.step_cost.slope)
+        return max(fits, self.settings.min_chunk)

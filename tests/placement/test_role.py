@@ -1,0 +1,78 @@
+"""A mixed instance's batches: every decode, and as many prompt tokens as their target allows."""
+
+import pytest
+
+from engine.blocks import BlockPool, blocks_for
+from engine.request import Request, Sampling, start_sequence
+from engine.slo import Slo
+from placement.role import RoleBatcher, RoleSettings
+from prefill.scheduler import PrefillSettings
+
+TPOT_S = 0.04
+LIMIT_S = TPOT_S * RoleSettings().tpot_share
+
+
+def duration_s(step):
+    """A device on which weights, decodes and prompt tokens each have their price."""
+    prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
+    return 0.010 + 0.0006 * len(step.decodes) + 0.00012 * prompt_tokens
+
+
+def request(name, tokens):
+    prompt = tuple(hash((name, place)) % 10_000 for place in range(tokens))
+    return Request(name, prompt, Sampling(max_tokens=4096), Slo(1.0, TPOT_S))
+
+
+def decode_on(batcher, number):
+    sequence = start_sequence(request(f"decode {number}", 8), 1, (7,))
+    sequence.blocks = batcher.decode.pool.allocate(blocks_for(4096, 16))
+    sequence.computed = 8
+    batcher.decode.add(sequence)
+
+
+def step(batcher, now):
+    """Runs one; prompts that are done leave, so that only decodes that were asked for run."""
+    taken = batcher.next_step(now)
+    for chunk in taken.decodes:
+        batcher.decode.computed(chunk).tokens.append(7)
+    for chunk in taken.prefills:
+        batcher.prefill.computed(chunk)
+        if chunk.draw is not None:
+            batcher.prefill.pool.release(batcher.prefill.remove(chunk.request_id).blocks)
+    batcher.measured(taken, duration_s(taken))
+    return taken
+
+
+def drain(batcher):
+    for scheduler in (batcher.prefill, batcher.decode):
+        for sequence in scheduler.sequences:
+            scheduler.pool.release(scheduler.remove(sequence.id).blocks)
+    assert batcher.prefill.pool.available == batcher.prefill.pool.total_blocks
+
+
+@pytest.mark.parametrize("first_guess", [500.0, 10_000.0, 1e6])
+def test_batches_come_to_fill_the_target_while_decodes_never_run_alone(first_guess):
+    settings = RoleSettings(PrefillSettings(tokens_per_s=first_guess))
+    batcher = RoleBatcher(BlockPool(20_000, 16), settings)
+    for number in range(200):
+        batcher.prefill.add(start_sequence(request(f"prompt {number}", 1000), 1))
+    for number in range(30):
+        decode_on(batcher, number)
+        for _ in range(10):
+            taken = step(batcher, now=0.0)
+            assert taken.prefills
+    assert duration_s(taken) == pytest.approx(LIMIT_S, rel=0.1)
+    drain(batcher)
+
+
+def test_one_batch_that_was_held_up_does_not_stop_prompts():
+    batcher = RoleBatcher(BlockPool(20_000, 16), RoleSettings())
+    for number in range(100):
+        batcher.prefill.add(start_sequence(request(f"prompt {number}", 1000), 1))
+    decode_on(batcher, 0)
+    for _ in range(30):
+        taken = step(batcher, now=0.0)
+    before = len(taken.prefills[0].tokens)
+    batcher.measured(taken, 5.0)
+    assert len(step(batcher, now=0.0).prefills[0].tokens) > before / 2
+    drain(batcher)
