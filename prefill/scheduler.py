@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from engine.batch import Chunk, chunk_of
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from engine.request import Sequence
 
 POLICIES = ("deadline", "fcfs")
+MEMORY = 0.9
+"""What an older batch counts against the one after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class PrefillSettings:
     max_sequences: int = 256
     policy: str = "deadline"
     late_share: float = 0.25
-    """Part of each batch kept for the oldest prompt that can no longer meet its target."""
+    """Part of each batch kept for the oldest prompt that will not meet its target."""
     tokens_per_s: float = 10_000.0
     """First guess of the prefill rate; measured from then on."""
 
@@ -32,9 +35,9 @@ class PrefillSettings:
 class PrefillScheduler:
     """Packs chunks of waiting prompts into a budget, the most pressing first.
 
-    Pressing means: higher priority, then the earlier deadline among prompts that can still meet
-    theirs. A prompt too long for its target would otherwise hold up all behind it, so late ones
-    queue behind the others, except for a share of every batch that goes to the oldest of them.
+    Pressing means: higher priority, then the earlier deadline among prompts that can all meet
+    theirs. Where that is too much, as few as possible are put off: they queue behind the others,
+    except for a share of every batch that goes to the oldest of them.
     """
 
     def __init__(self, pool: BlockPool, settings: PrefillSettings) -> None:
@@ -42,6 +45,7 @@ class PrefillScheduler:
         self.pool = pool
         self.settings = settings
         self.tokens_per_s = settings.tokens_per_s
+        self._tokens = self._duration_s = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._hashes: dict[str, list[bytes]] = {}
 
@@ -95,9 +99,11 @@ class PrefillScheduler:
         return sequence
 
     def measured(self, tokens: int, duration_s: float) -> None:
-        """Learn the rate from a batch that prefilled `tokens`."""
+        """Learn the rate from a batch that prefilled `tokens`: of many, as they all count."""
         if tokens and duration_s > 0.0:
-            self.tokens_per_s += 0.2 * (tokens / duration_s - self.tokens_per_s)
+            self._tokens = MEMORY * self._tokens + tokens
+            self._duration_s = MEMORY * self._duration_s + duration_s
+            self.tokens_per_s = self._tokens / self._duration_s
 
     def _order(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
         """Prompts that can meet their deadline, and those that are late, most pressing first."""
@@ -105,14 +111,29 @@ class PrefillScheduler:
         if self.settings.policy == "fcfs":
             key = lambda s: (-s.request.priority, s.request.arrival_s, s.id)  # noqa: E731
             return sorted(waiting, key=key), []
-        ahead: list[Sequence] = []
-        late: list[Sequence] = []
-        for sequence in waiting:
-            done_s = now + sequence.uncomputed / self.tokens_per_s
-            (late if done_s > sequence.request.ttft_deadline_s else ahead).append(sequence)
-        ahead.sort(key=lambda s: (-s.request.priority, s.request.ttft_deadline_s, s.id))
+        waiting.sort(key=lambda s: (-s.request.priority, s.request.ttft_deadline_s, s.id))
+        late = self._too_much(waiting, now)
+        names = {sequence.id for sequence in late}
         late.sort(key=lambda s: (-s.request.priority, s.request.arrival_s, s.id))
-        return ahead, late
+        return [sequence for sequence in waiting if sequence.id not in names], late
+
+    def _too_much(self, waiting: list[Sequence], now: float) -> list[Sequence]:
+        """The fewest prompts without which all others, in this order, meet their deadlines.
+
+        Whenever one would be late, the longest of the least urgent up to it is put off (Moore and
+        Hodgson's rule): in a burst a few long prompts make room for many short ones.
+        """
+        late: list[Sequence] = []
+        kept: list[tuple[int, int, int]] = []
+        done_s = now
+        for place, sequence in enumerate(waiting):
+            done_s += sequence.uncomputed / self.tokens_per_s
+            heappush(kept, (sequence.request.priority, -sequence.uncomputed, place))
+            if done_s > sequence.request.ttft_deadline_s:
+                put_off = waiting[heappop(kept)[2]]
+                done_s -= put_off.uncomputed / self.tokens_per_s
+                late.append(put_off)
+        return late
 
     def _pack(self, order: list[Sequence], budget: int, chunks: list[Chunk]) -> int:
         """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps

@@ -78,6 +78,22 @@ def test_a_huge_prompt_that_misses_its_target_leaves_the_budget_to_others_but_fo
     assert sizes(prefill.next_chunks(0.0, 40)) == [("huge", 10), ("short0", 16), ("short1", 14)]
 
 
+def test_in_a_burst_the_longest_prompts_make_room_for_many_short_ones():
+    prefill = scheduler(blocks=1024, tokens_per_s=1000.0, late_share=0.0)
+    prefill.add(prompt("long", 900, ttft_s=1.0))
+    for n in range(8):
+        prefill.add(prompt(f"short{n}", 100, ttft_s=1.1 + n / 100, first=1000 * (n + 1)))
+    order = [name for name, _ in sizes(prefill.next_chunks(0.0, 4000))]
+    assert order == [*(f"short{n}" for n in range(8)), "long"]
+
+
+def test_an_urgent_long_prompt_is_not_put_off_for_less_urgent_ones():
+    prefill = scheduler(blocks=1024, tokens_per_s=1000.0, late_share=0.0)
+    prefill.add(prompt("long", 900, ttft_s=1.0, priority=1))
+    prefill.add(prompt("short", 200, ttft_s=1.0, first=2000))
+    assert [name for name, _ in sizes(prefill.next_chunks(0.0, 4000))] == ["long", "short"]
+
+
 def test_a_cached_prefix_is_not_computed_again_but_for_the_last_token():
     prefill = scheduler()
     prefill.add(prompt("a", 8))
