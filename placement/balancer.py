@@ -8,6 +8,7 @@ counts with the headroom it should find, and a draining instance counts as full.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from engine.blocks import blocks_for
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
 QUEUED = (SequenceState.WAITING.value, SequenceState.SWAPPED.value, TransferState.OFFERED.value)
 
 
+class BalancerPolicy(str, Enum):
+    """What an instance is judged by."""
+
+    FREENESS = "freeness"
+    TPOT = "tpot"
+
+
 @dataclass(frozen=True, slots=True)
 class BalancerSettings:
+    policy: BalancerPolicy = BalancerPolicy.FREENESS
+    """freeness looks at room alone; tpot also at the step that the profile predicts."""
     low_steps: float = 128.0
     """An instance with room for fewer decode steps is relieved ..."""
     high_steps: float = 256.0
@@ -57,6 +67,18 @@ class BalancerSettings:
     """What any move costs."""
     least_gain: float = 1.0
     """Seconds of decoding gained before blocks run out, per second of moving."""
+    tpot_s: float = 0.1
+    """With the tpot policy: the target ..."""
+    act_share: float = 0.95
+    """... an instance whose predicted step exceeds this share of it is relieved ..."""
+    rest_share: float = 0.85
+    """... until it is below this one, and so are targets."""
+    step_s: float = 0.01
+    """With the tpot policy, from `tandem profile`: what a decode step takes at least ..."""
+    step_sequence_s: float = 1e-4
+    """... more for each sequence in it ..."""
+    step_kv_token_s: float = 1e-7
+    """... and for each token of their context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +160,13 @@ class Balancer:
             for one in sorted(standings, key=lambda one: one.freeness):
                 moves += self._balance(one, standings, view.now_s)
         return tuple(moves)
+
+    def _relieved(self, source: Standing) -> bool:
+        return source.freeness > self.settings.high_steps
+
+    def _appeal(self, target: Standing) -> float:
+        """The target with most of it is chosen."""
+        return target.freeness
 
     def failed(self, request_id: str) -> None:
         """A move ended without effect: what was set aside for it is free again."""
@@ -267,7 +296,7 @@ class Balancer:
                 if (target := self._roomiest(one, source, standings)) is not None
             ]
             worthy = [choice for choice in choices if -choice[1] >= self.settings.least_gain]
-            if not worthy or source.freeness > self.settings.high_steps:
+            if not worthy or self._relieved(source):
                 break
             one, target = min(worthy, key=lambda choice: choice[:3])[3:]
             moves.append(self._move(one, source, target, "balance", now))
@@ -299,7 +328,7 @@ class Balancer:
         *,
         draining: bool = False,
     ) -> Standing | None:
-        """The freest instance that may take it; a draining source is content with less."""
+        """The best instance that may take it; a draining source is content with less."""
         targets = [
             target
             for target in standings
@@ -309,7 +338,7 @@ class Balancer:
             and self._within_limits(source, target, draining=draining)
             and (draining or self._relaxed(target))
         ]
-        return max(targets, key=lambda target: target.freeness, default=None)
+        return max(targets, key=self._appeal, default=None)
 
     def _room_for(self, one: Running, target: Standing) -> bool:
         return self._needs(one, target) <= target.free_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.messages import InstanceState
-from placement.balancer import Balancer
+from placement.pace_balancer import balancer_for
 from placement.view import View
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class World(Protocol):
 class Balancing:
     def __init__(self, world: World, migrations: Migrations, dynamics: Dynamics) -> None:
         self._world, self._migrations, self._dynamics = world, migrations, dynamics
-        self._balancer = Balancer(dynamics.balancer)
+        self._balancer = balancer_for(dynamics.balancer)
 
     def begin(self) -> None:
         self._world.at(self._dynamics.look_s, self._look, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import InstanceLost
 from engine.messages import Migrate
-from placement.balancer import Balancer
+from placement.pace_balancer import balancer_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ class Balancing:
         self, config: MigrationConfig, view: Callable[[], View], send: Send, note: Note
     ) -> None:
         self._config, self._view, self._send, self._note = config, view, send, note
-        self._balancer = Balancer(config.balancer)
+        self._balancer = balancer_for(config.balancer)
 
     async def run(self) -> None:
         while True:
