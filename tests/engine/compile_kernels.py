@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import triton_attention as kernels
+from engine import triton_attention, triton_decode, triton_prefill
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32", "slots": "*i64"}
@@ -16,14 +16,14 @@ SPLITS = {"parts": "*fp32", "weights": "*fp32"}
 SCALARS = {"scale": "fp32", "soft_cap": "fp32"}
 HEADS = {"dim": 128, "padded_dim": 128, "block_tokens": 16}
 LAYER = {**HEADS, "group": 4, "keys_at_once": 64, "windowed": True, "capped": True}
-CUT = {"split_tokens": kernels.SPLIT_TOKENS, "most_splits": kernels.MOST_SPLITS}
+CUT = {"split_tokens": triton_decode.SPLIT_TOKENS, "most_splits": triton_decode.MOST_SPLITS}
 JOIN = {"windowed": True, "keys_at_once": 64, "dim": 128, "padded_dim": 128, **CUT}
-CONSTANTS: dict[str, dict[str, int]] = {
-    "_store": {**HEADS, "kv_heads": 8, "padded_heads": 8},
-    "_chunk_kernel": {**LAYER, "padded_group": 4, "tile_tokens": 16},
-    "_split_kernel": {**LAYER, **CUT, "rows": 16},
-    "_join_kernel": JOIN,
-}
+CONSTANTS: list[tuple[Any, dict[str, int]]] = [
+    (triton_attention._store, {**HEADS, "kv_heads": 8, "padded_heads": 8}),
+    (triton_prefill._chunk_kernel, {**LAYER, "padded_group": 4, "tile_tokens": 16}),
+    (triton_decode._split_kernel, {**LAYER, **CUT, "rows": 16}),
+    (triton_decode._join_kernel, JOIN),
+]
 
 
 def compiled(kernel: Any, constants: dict[str, int]) -> Any:
@@ -35,6 +35,6 @@ def compiled(kernel: Any, constants: dict[str, int]) -> Any:
 
 
 if __name__ == "__main__":
-    for name, constants in CONSTANTS.items():
-        made = compiled(getattr(kernels, name), constants)
-        print(name, made.metadata.shared, len(made.asm["cubin"]))
+    for kernel, constants in CONSTANTS:
+        made = compiled(kernel, constants)
+        print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]))

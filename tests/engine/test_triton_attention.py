@@ -22,6 +22,7 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", "3.9", reason="older interpreters do not run on numpy 2.4")
 triton_attention = pytest.importorskip("engine.triton_attention")
+triton_decode = pytest.importorskip("engine.triton_decode")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -43,7 +44,7 @@ def test_a_long_context_attends_in_splits_of_bounded_number(
     batch = scene(4, 2, 32, 16, spans=((1, 900), (1, 20), (1, 520)))
     wanted = attention.paged_attention(batch.query.contiguous(), batch.kv, batch.packed, shape)
     for most_splits in (32, 2):
-        monkeypatch.setattr(triton_attention, "MOST_SPLITS", most_splits)
+        monkeypatch.setattr(triton_decode, "MOST_SPLITS", most_splits)
         got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
         assert_close(got, wanted)
 
