@@ -171,7 +171,12 @@ class Autoscaler:
         if floor > reactive:
             reactive, why = floor, f"forecast {history.rates.ahead:.0f} tokens/s"
         asked = min(max(reactive, least), most)
-        keep_s = max(self.policy.downscale_delay_s, self.policy.zero_delay_s)
+        windows_s = (
+            self.policy.zero_delay_s,
+            self.policy.downscale_delay_s,
+            self.policy.cooldown_s,
+        )
+        keep_s = max(windows_s)
         history.ask(asked, now, keep_s)
         wanted = self._settled(standing, history, now)
         wanted = self._stepped(standing, wanted, policy, history, now)
@@ -220,8 +225,9 @@ class Autoscaler:
         return min(max(wanted, standing - policy.max_step_down), standing + policy.max_step_up)
 
     def _spare(self, standing: int, least: int, history: RoleHistory, now: float) -> int:
-        """Moving an instance to where it is needed does not wait as long as stopping it."""
-        asked = history.most(self.policy.upscale_delay_s, now)
+        """Moving an instance to where it is needed does not wait as long as stopping it, but a
+        short lull must not send back and forth what both roles need."""
+        asked = history.most(max(self.policy.upscale_delay_s, self.policy.cooldown_s), now)
         if asked is None or self._cooling(history, -1, now):
             return 0
         return max(standing - max(asked, least), 0)
