@@ -51,9 +51,9 @@ class InstanceReport:
 
     spec: InstanceSpec
     stage: str
-    member: Member | None
     progress: float
     """Of the stage, where it has any."""
+    member: Member | None
     load: Load | None
 
 
@@ -186,9 +186,9 @@ class Controller:
             InstanceReport(
                 specs[name],
                 self._instances[name].stage if name in self._instances else "waiting",
+                self._instances[name].progress if name in self._instances else 0.0,
                 self._book.roster.find(name),
                 self._loads.get(name),
-                self._instances[name].progress if name in self._instances else 0.0,
             )
             for name in sorted(specs)
         )
