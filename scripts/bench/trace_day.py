@@ -3,7 +3,7 @@
 A trace is scaled in rate by adding time-shifted copies of itself, and thinned to a day's curve.
 The day may run faster than 24 hours: load then changes as many times more steeply, while
 instances take as long to start, which makes it harder to follow. Policies are the shipped ones,
-given the fleet's budget and what one instance of it handles, as an operator would.
+given the fleet's budget and what an instance of the best static plan handles at the peak.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,23 +56,16 @@ class Case:
     device: str
     target: Target
     peak_rps: float
-    prefill_tokens_s: float
-    """One instance's, within the targets."""
-    decode_tokens_s: float
     prefill_share: float
     """Of a static plan's instances: where its search begins."""
 
 
 CASES = {
     "conversation": Case(
-        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.1), 32.0, 2700.0, 500.0, 0.5
+        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.1), 32.0, 0.5
     ),
-    "code": Case(
-        "AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(2.0, 0.1), 24.0, 2700.0, 300.0, 0.8
-    ),
-    "mooncake": Case(
-        "mooncake_conversation_trace.jsonl", "a100-80gb", Target(10.0, 0.1), 9.0, 5200.0, 450.0, 0.7
-    ),
+    "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(2.0, 0.1), 16.0, 0.8),
+    "mooncake": Case("mooncake_conversation_trace.jsonl", "a100-80gb", Target(10.0, 0.1), 9.0, 0.7),
 }
 
 
@@ -126,8 +120,9 @@ class Bench:
         outcome = simulate(deployment, self.day, None if whole else ATTAINMENT)
         hours = deployment.accelerators * self.day_s / 3600
         name = f"static {prefill}P+{decode}D" if prefill else f"static {mixed} mixed"
-        return Row(name, outcome.attainment, hours, 0.0, 0, deployment.accelerators,
-                   time.perf_counter() - begun_s)  # fmt: skip
+        lasted_s = time.perf_counter() - begun_s
+        most = deployment.accelerators
+        return Row(name, prefill, decode, outcome.attainment, hours, 0.0, 0, most, lasted_s)
 
     def follow(self, name: str, policy: Policy, first: tuple[int, int]) -> Row:
         begun_s = time.perf_counter()
@@ -136,6 +131,7 @@ class Bench:
         outcome, record = simulation.run(), simulation.record
         return Row(
             name,
+            *first,
             outcome.attainment,
             record.accelerator_hours,
             max(record.turns_an_hour.values(), default=0.0),
@@ -144,12 +140,18 @@ class Bench:
             time.perf_counter() - begun_s,
         )
 
-    def policy(self, file: str, *, switch: bool) -> Policy:
+    def capacity(self, prefill: int, decode: int) -> dict[str, float]:
+        """Tokens per second that one instance of a plan handles at the day's peak."""
+        peak = self.case.peak_rps
+        prompt_s = peak * float(self.day.prompt_tokens.mean())
+        output_s = peak * float(self.day.output_tokens.mean())
+        return {"prefill": prompt_s / prefill, "decode": output_s / decode}
+
+    def policy(self, file: str, capacity: dict[str, float], *, switch: bool) -> Policy:
         """A shipped policy for this fleet."""
         values = parse_policy((POLICIES / file).read_text()).model_dump()
         values |= {"budget_accelerators": ACCELERATORS, "role_switch": switch}
-        capacity = (("prefill", self.case.prefill_tokens_s), ("decode", self.case.decode_tokens_s))
-        for role, tokens_s in capacity:
+        for role, tokens_s in capacity.items():
             values["roles"][role]["max_instances"] = ACCELERATORS - 2
             if values["roles"][role]["capacity_tokens_s"] is not None:
                 values["roles"][role]["capacity_tokens_s"] = tokens_s
@@ -163,6 +165,9 @@ class Bench:
 @dataclass(frozen=True)
 class Row:
     name: str
+    prefill: int
+    """Instances at first."""
+    decode: int
     attainment: float
     accelerator_hours: float
     turns_an_hour: float
@@ -208,14 +213,14 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     bench = Bench(case, arguments.data, arguments.day_s, arguments.swing, arguments.start_s)
     statics = best_static(bench, arguments.least)
-    half = ACCELERATORS // 2
-    prefill = round(half * case.prefill_share)
-    first = (prefill, half - prefill)
+    separate = statics[0]
+    capacity = bench.capacity(separate.prefill, separate.decode)
+    first = (ceil(separate.prefill / 2), ceil(separate.decode / 2))
     rows = list(statics)
     for file, title in (("reactive.yaml", "reactive"), ("predictive.yaml", "predictive")):
         for switch in (False, True):
             full = f"{title}, roles switch" if switch else title
-            rows.append(bench.follow(full, bench.policy(file, switch=switch), first))
+            rows.append(bench.follow(full, bench.policy(file, capacity, switch=switch), first))
     best_hours = min(row.accelerator_hours for row in statics if row.attainment >= ATTAINMENT)
     return {
         "trace": name,
