@@ -44,20 +44,30 @@ def article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def someone(rng: Random, *, avoid: str = "") -> Someone:
+def someone(rng: Random) -> Someone:
+    """One to tell of: an animal more often than not."""
+    animal = rng.random() < 0.85
+    return _drawn(rng, 0, WORDS["animals"] if animal else WORDS["people"])
+
+
+def friend(rng: Random) -> Someone:
+    """One whom the hero meets. No friend has a hero's name, so that who is who stays plain."""
+    return _drawn(rng, 1, WORDS["people"])
+
+
+def _drawn(rng: Random, parity: int, kinds: list[str]) -> Someone:
     girl = rng.random() < 0.5
-    name = rng.choice([n for n in (WORDS["girls"] if girl else WORDS["boys"]) if n != avoid])
-    kind = rng.choice(WORDS["animals"]) if rng.random() < 0.6 else rng.choice(WORDS["people"])
-    return Someone(name, kind, rng.choice(WORDS["traits"]), girl)
+    name = rng.choice(WORDS["girls" if girl else "boys"][parity::2])
+    return Someone(name, rng.choice(kinds), rng.choice(WORDS["traits"]), girl)
 
 
-def _slots(rng: Random, hero: Someone, friend: Someone) -> dict[str, str]:
-    place, place2, place3 = rng.sample(WORDS["places"], 3)
+def _slots(rng: Random, hero: Someone, met: Someone) -> dict[str, str]:
+    place, (place2, place3) = rng.choice(WORDS["places"]), rng.sample(WORDS["places away"], 2)
     he, him, his = hero.words
     picks = {
         "n": hero.name, "kind": hero.kind, "trait": hero.trait, "he": he, "him": him, "his": his,
         "He": he.capitalize(), "himself": f"{him}self",
-        "f": friend.name, "fkind": friend.kind, "ftrait": friend.trait,
+        "f": met.name, "fkind": met.kind, "ftrait": met.trait,
         "place": place, "place2": place2, "place3": place3,
         "thing": rng.choice(WORDS["things"]), "food": rng.choice(WORDS["foods"]),
         "weather": rng.choice(WORDS["weathers"]), "time": rng.choice(WORDS["times"]),
@@ -86,7 +96,7 @@ def _paragraphs(rng: Random, sentences: list[str]) -> str:
 def story(rng: Random, hero: Someone | None = None) -> str:
     """A whole story in one to three paragraphs; the hero is drawn when not given."""
     hero = hero or someone(rng)
-    slots = _slots(rng, hero, someone(rng, avoid=hero.name))
+    slots = _slots(rng, hero, friend(rng))
     sentences = [rng.choice(LINES["openings"]), *_events(rng, rng.choice(PLOTS))]
     return _paragraphs(rng, sentences).format(**slots)
 
@@ -95,7 +105,7 @@ def long_story(rng: Random, hero: Someone) -> str:
     """A story in two to four chapters, with a new friend in each."""
     chapters = []
     for number, plot in enumerate(rng.sample(PLOTS, rng.randint(2, 4)), 1):
-        slots = _slots(rng, hero, someone(rng, avoid=hero.name))
+        slots = _slots(rng, hero, friend(rng))
         opening = [rng.choice(LINES["openings"])] if number == 1 else []
         text = _paragraphs(rng, opening + _events(rng, plot)).format(**slots)
         chapters.append(f"Chapter {number}\n\n{text}")
