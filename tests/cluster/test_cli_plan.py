@@ -358,6 +358,7 @@ POLICY = {
     "downscale_delay_s": 2,
     "roles": {
         "prefill": {
+            "min_instances": 2,
             "max_instances": 2,
             "signals": [{"signal": "queued_prompt_tokens", "target": 1}],
         },
@@ -379,6 +380,7 @@ def test_a_policy_is_followed_with_its_cost_and_its_changes(tandem, files):
     assert (status, figures["finished"]) == (0, 30)
     assert fleet["most_accelerators"] <= 4
     assert fleet["starts"] > 0
+    assert fleet["timeline"][-1]["prefill"] == 2
     assert fleet["timeline"][0] == {"time_s": 0.0, "prefill": 1, "decode": 1}
     assert fleet["accelerator_hours"] > fleet["plan_accelerator_hours"]
     assert fleet["cost"] > 0
