@@ -66,13 +66,15 @@ public:
 
     int64_t threads() const { return static_cast<int64_t>(helpers_.size()) + 1; }
 
+    // Waits for the tasks, not for the helpers: one whose core was taken away holds up nothing but
+    // the task it may be in.
     void run(Job job) {
         job_ = job;
-        next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<int64_t>(helpers_.size()), std::memory_order_relaxed);
+        undone_.store(job.tasks, std::memory_order_relaxed);
+        unclaimed_.store(job.tasks, std::memory_order_release);
         announce();
         take_tasks();
-        for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++)
+        for (int spins = 0; undone_.load(std::memory_order_acquire) != 0; spins++)
             if (spins < kSpins) relax(); else std::this_thread::yield();
     }
 
@@ -84,9 +86,15 @@ private:
         wake_.notify_all();
     }
 
+    // A claim is what makes the job safe to look at: it stays until the claimed task is done.
     void take_tasks() {
-        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job_.tasks;)
-            job_.body(job_.context, task);
+        int64_t left = unclaimed_.load(std::memory_order_acquire);
+        while (left > 0) {
+            if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) continue;
+            job_.body(job_.context, job_.tasks - left);
+            undone_.fetch_sub(1, std::memory_order_release);
+            left = unclaimed_.load(std::memory_order_acquire);
+        }
     }
 
     void serve() {
@@ -94,7 +102,6 @@ private:
             seen = wait_for_news(seen);
             if (stopping_) return;
             take_tasks();
-            busy_.fetch_sub(1, std::memory_order_release);
         }
     }
 
@@ -115,8 +122,8 @@ private:
     Job job_{};
     std::atomic<bool> stopping_{false};
     alignas(64) std::atomic<int64_t> generation_{0};
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<int64_t> busy_{0};
+    alignas(64) std::atomic<int64_t> unclaimed_{0};
+    alignas(64) std::atomic<int64_t> undone_{0};
 };
 
 std::mutex pool_mutex;
