@@ -6,8 +6,11 @@ from __future__ import annotations
 class Line:
     """y = base + slope * x by least squares, older observations weighing less and less."""
 
-    def __init__(self, slope: float, decay: float = 0.95) -> None:
+    def __init__(self, slope: float, decay: float = 0.95, *, keep_slope: bool = False) -> None:
+        """Where no rising line fits, `keep_slope` moves the last one up or down; else the line
+        goes through the origin."""
         self.base, self.slope = 0.0, slope
+        self._keep_slope = keep_slope
         self.observations = 0
         self._decay = decay
         self._w = self._x = self._y = self._xx = self._xy = 0.0
@@ -35,7 +38,9 @@ class Line:
             if slope >= 0.0 and base >= 0.0:
                 self.base, self.slope = base, slope
                 return
-        if self._xx > 0.0:
+        if self._keep_slope and self._y > self.slope * self._x:
+            self.base = (self._y - self.slope * self._x) / self._w
+        elif self._xx > 0.0:
             self.base, self.slope = 0.0, self._xy / self._xx
         else:
             self.base = self._y / self._w

@@ -21,6 +21,9 @@ GAIN = 0.2
 """How much of its difference to the smoothed duration a new one adds."""
 MEMORY = 0.9
 """What an older batch counts against the one after it."""
+LEAST_PROMPTS = 0.15
+"""Prompts may add so much to a batch of decodes that fills the target by itself: at a crawl they
+would only make its sequences fewer, not faster."""
 MOST_GROWTH = 4
 """A batch holds at most so many times the prompt tokens of late: costs are only estimates."""
 MOST_OFF = 3.0
@@ -58,7 +61,7 @@ class RoleBatcher:
         self.decode = DecodeScheduler(pool, settings.decode)
         self.decode_step_s = 0.0
         """Smoothed duration of a batch with decodes only."""
-        self.step_cost = Line(1.0 / settings.prefill.tokens_per_s, MEMORY)
+        self.step_cost = Line(1.0 / settings.prefill.tokens_per_s, MEMORY, keep_slope=True)
         """Duration of a batch that holds decodes, over its prompt tokens."""
         self._most_prompts = 0.0
         """Prompt tokens of a batch lately."""
@@ -94,7 +97,8 @@ class RoleBatcher:
         if not decodes:
             return budget
         limit_s = self.tightest_tpot_s() * self.settings.tpot_share
-        spare_s = limit_s - self.step_cost.base
+        base_s = self.step_cost.base
+        spare_s = max(limit_s - base_s, base_s * LEAST_PROMPTS)
         fits = min(budget, int(MOST_GROWTH * max(self._most_prompts, self.settings.min_chunk)))
         if fits * self.step_cost.slope > spare_s:
             fits = int(spare_s / self.step_cost.slope)
