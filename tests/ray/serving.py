@@ -94,7 +94,8 @@ def descendants(ancestor: int) -> set[int]:
         except OSError:
             continue
         parents[int(path.parent.name)] = int(fields[1])
-    found, fresh = set(), {ancestor}
+    found: set[int] = set()
+    fresh = {ancestor}
     while fresh:
         fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
         found |= fresh
