@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,3 +190,18 @@ def test_what_came_before_does_not_make_it_babble(runner: Runner, corpus: Module
 def test_the_corpus_is_the_same_for_the_same_seed(corpus: ModuleType) -> None:
     assert list(corpus.documents(3, 50)) == list(corpus.documents(3, 50))
     assert list(corpus.documents(3, 50)) != list(corpus.documents(4, 50))
+
+
+def test_a_model_about_to_be_trained_already_repeats_random_text() -> None:
+    loader = SourceFileLoader("train_demo", str(SCRIPTS / "train_demo"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    script = importlib.util.module_from_spec(spec)
+    loader.exec_module(script)
+    torch.manual_seed(0)
+    model = script.new_model(TOKENIZER.backend)
+    said = torch.cat([tokens for tokens, _ in script.repeats(16)])
+    half = said.shape[1] // 2
+    with torch.inference_mode():
+        likely = model(input_ids=said).logits.argmax(-1)
+    assert (likely[:, half:-1] == said[:, half + 1 :]).float().mean() > 0.75
