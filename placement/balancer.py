@@ -383,7 +383,8 @@ class Balancer:
 
 
 def _runs(one: Running) -> bool:
-    return one.state == SequenceState.RUNNING.value
+    """Decodes: a prompt that is being computed cannot move."""
+    return one.state == SequenceState.RUNNING.value and one.output_tokens > 0
 
 
 def _waits_without_kv(one: Running) -> bool:

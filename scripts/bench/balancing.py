@@ -46,8 +46,9 @@ def skewed(arguments: argparse.Namespace, seed: int) -> Workload:
 def run(arguments: argparse.Namespace, router: str, seed: int, *, balance: bool) -> dict[str, Any]:
     cut = Cut(arguments.device)
     book = CostBook(find_model("llama-3.1-8b"), one_kind(arguments.device, 4, 8))
-    pools = [PoolPlan(Role.MIXED if arguments.mixed else Role.DECODE, arguments.instances, cut)]
-    if not arguments.mixed:
+    role = Role.DECODE if arguments.prefill else Role.MIXED
+    pools = [PoolPlan(role, arguments.instances, cut)]
+    if arguments.prefill:
         pools.insert(0, PoolPlan(Role.PREFILL, arguments.prefill, cut))
     target = Target(2.0, 0.1)
     deployment = deployment_of(book, Candidate(tuple(pools), 2048), target, Overheads())
@@ -73,13 +74,12 @@ def run(arguments: argparse.Namespace, router: str, seed: int, *, balance: bool)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instances", type=int, default=16)
-    parser.add_argument("--prefill", type=int, default=6)
-    parser.add_argument("--mixed", action="store_true", help="decode instances prefill, too")
+    parser.add_argument("--prefill", type=int, default=0, help="0: decode instances prefill, too")
     parser.add_argument("--device", default="a10g")
-    parser.add_argument("--requests", type=int, default=6000)
+    parser.add_argument("--requests", type=int, default=7000)
     parser.add_argument("--rate", type=float, default=20.0)
-    parser.add_argument("--long-share", type=float, default=0.03)
-    parser.add_argument("--long-tokens", type=int, default=6000)
+    parser.add_argument("--long-share", type=float, default=0.05)
+    parser.add_argument("--long-tokens", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--routers", nargs="*", default=["default", "round_robin"])
     parser.add_argument("--json", action="store_true")

@@ -283,3 +283,10 @@ def test_skewed_lengths_even_out(instances):
     for now in range(120):
         loads = after(loads, balancer.decide(view(*loads, now=now)))
     assert min(one.free_blocks for one in loads) > 150
+
+
+def test_a_prompt_that_is_being_computed_stays_where_it_is():
+    computing = replace(running("r", 10), output_tokens=0)
+    decoding = replace(computing, request_id="s", output_tokens=1)
+    seen = view(load("prefill-0", computing, decoding), load("decode-0"))
+    assert [move.request_id for move in Balancer().decide(seen)] == ["s"]
