@@ -8,7 +8,8 @@ Each host decodes 15 other sequences on a core of its own. A sequence of each co
 source, decodes, moves, and decodes on at the target. The gap is what its reader sees: from the
 source's last token to the target's first. The pause is that gap less an ordinary step of the
 target's batch of 16 with the sequence in it.
-The slow-down compares the other sequences' steps while KV moves with those just before.
+The slow-down compares the other sequences' steps while KV moves with those just before, when the
+sequence that moves was in the source's batch already.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
 SOURCE, TARGET = "decode-0", "decode-1"
 MODES = {"live": 8, "stop-and-copy": 0}
 """Rounds that a migration may copy while the source still decodes."""
-SETTLE_TOKENS = 12
+SETTLE_TOKENS = 24
 PATIENT = Slo(600.0, 10.0)
 HEADER = """{shape} in bf16, a batch of 16 on either side, medians in ms
 transport      mode           context     MB   pause     gap   step   total       slow-down    \
@@ -171,8 +172,9 @@ def timing(gateway: Gateway, stream: Stream, asked_s: float) -> dict[str, float]
     steps = {side: gateway.steps_s[name] for side, name in (("source", SOURCE), ("target", TARGET))}
     step_s = statistics.median(b - a for a, b in pairwise(stream.arrived_s[first:]))
     times = {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
+    joined_s = stream.arrived_s[1]
     for side, at in steps.items():
-        times[f"{side}_before_s"] = statistics.mean(lasting(at, asked_s - 1.0, asked_s))
+        times[f"{side}_before_s"] = statistics.mean(lasting(at, joined_s, asked_s))
         times[f"{side}_during_s"] = statistics.mean(lasting(at, asked_s, left_s) or [step_s])
     return times
 

@@ -87,6 +87,27 @@ def test_a_source_that_dies_before_commit_is_replayed_elsewhere(kind, moment):
     check_migration_works(scene, SOURCE[kind], TARGET[kind])
 
 
+@pytest.mark.parametrize("moment", BEFORE_COMMIT)
+def test_a_second_after_a_prefills_death_was_noticed_its_request_goes_on_and_nothing_is_reserved(
+    moment,
+):
+    scene = handing_off()
+    target, died_s = scene.nodes["decode-0"].instance, []
+
+    def check() -> None:
+        assert target.pool.counts().reserved == 0
+        assert len(target._arrivals) == 0
+        assert scene.delivered_s["a"][-1] > died_s[0]
+
+    def die() -> None:
+        died_s.append(scene.now)
+        scene.end("prefill-0")
+        scene.happen(DETECTED_S + 1.0, check)
+
+    scene.before(moment, die)
+    play_and_check(scene, "hand-off")
+
+
 @pytest.mark.parametrize("moment", [Ready, Sealed])
 @pytest.mark.parametrize("kind", SCENES)
 def test_the_targets_lease_frees_everything_when_nobody_notices_the_death(kind, moment):

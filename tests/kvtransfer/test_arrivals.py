@@ -1,0 +1,118 @@
+"""What a target refuses, by name, and that a refusal leaves nothing behind on either side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.blocks import BlockPool
+from engine.layout import KvLayout
+from engine.messages import Cancelled, Confirmed, Fenced, Offer, Reserved, Sealed, TransferKind
+from engine.request import Request
+from kvtransfer.arrivals import Arrivals
+from kvtransfer.transfer import TransferSettings
+
+LAYOUT = KvLayout("m", 4, 2, 8, 4, "float32")
+BLOCKS = 8
+
+
+class Target:
+    """Arrivals over a pool of their own, and what they have sent."""
+
+    def __init__(self, **settings):
+        self.pool = BlockPool(BLOCKS, LAYOUT.block_tokens)
+        self.sent = []
+        self.arrivals = Arrivals(
+            self.pool,
+            LAYOUT,
+            TransferSettings(**settings),
+            lambda to, message: self.sent.append((to, message)),
+            lambda blocks: self.pool.available >= blocks,
+        )
+
+    def offered(self, **change):
+        """What is sent in answer to an ordinary offer with something changed."""
+        self.arrivals.offer("prefill-0", replace(offer(), **change), 0.0)
+        self.arrivals.admit(0.0)
+        sent, self.sent = self.sent, []
+        return [message for _, message in sent]
+
+    def check_empty(self):
+        assert not len(self.arrivals)
+        assert self.pool.counts().available == BLOCKS
+        self.pool.check()
+
+
+def offer(transfer="t", tokens=14):
+    request = Request("r", tuple(range(1, 14)))
+    return Offer(transfer, TransferKind.HANDOFF, request, 2, "gateway-0", LAYOUT, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        ({"tokens": 33}, "OutOfBlocks", "9 blocks wanted of 8"),
+        ({"layout": replace(LAYOUT, model="n")}, "LayoutMismatch", "model: source 'n', target 'm'"),
+        ({"layout": replace(LAYOUT, layers=5)}, "LayoutMismatch", "layers: source 5, target 4"),
+        ({"layout": replace(LAYOUT, kv_heads=4)}, "LayoutMismatch", "kv_heads: source 4, target 2"),
+        (
+            {"layout": replace(LAYOUT, dtype="bfloat16")},
+            "LayoutMismatch",
+            "dtype: source 'bfloat16', target 'float32'",
+        ),
+        (
+            {"layout": replace(LAYOUT, block_tokens=8)},
+            "LayoutMismatch",
+            "block_tokens: 8 at the source, 4 here",
+        ),
+    ],
+)
+def test_an_offer_that_cannot_be_taken_is_refused_with_what_disagrees(change, error, reason):
+    target = Target()
+    assert target.offered(**change) == [Cancelled("t", error, reason), Fenced("t")]
+    target.check_empty()
+
+
+def test_more_offers_than_may_wait_are_refused():
+    target = Target(max_offers=1)
+    others = target.pool.allocate(BLOCKS)
+    assert target.offered() == []
+    refused = target.offered(transfer="u")
+    assert refused == [Cancelled("u", "Overloaded", "1 offers are waiting already"), Fenced("u")]
+    target.arrivals.lost("prefill-0")
+    target.pool.release(others)
+    target.check_empty()
+
+
+def test_an_offer_that_comes_again_after_its_end_starts_nothing():
+    target = Target()
+    target.offered(tokens=33)
+    assert target.offered() == []
+    target.check_empty()
+
+
+def test_only_the_source_is_heard():
+    target = Target()
+    assert target.offered() == [Reserved("t")]
+    sealed = Sealed("t", (5,), 13, (0, 1, 2, 3))
+    target.arrivals.sealed("stranger", sealed, 0.0)
+    assert target.arrivals.take_pulls() == []
+    assert target.arrivals.confirmed("stranger", Confirmed("t", (5,), 13), 0.0) is None
+    target.arrivals.cancelled("prefill-0", Cancelled("t", "StaleEpoch", "the request has ended"))
+    target.check_empty()
+
+
+def test_kv_that_has_not_come_in_full_is_never_used():
+    target = Target()
+    target.offered()
+    target.arrivals.sealed("prefill-0", Sealed("t", (5,), 13, (0, 1, 2, 3)), 0.0)
+    (order,) = target.arrivals.take_pulls()
+    assert target.arrivals.confirmed("prefill-0", Confirmed("t", (5,), 13), 0.0) is None
+    target.arrivals.pull_finished("t", order.number, None, 0.0)
+    assert target.arrivals.confirmed("prefill-0", Confirmed("t", (5,), 14), 0.0) is None
+    arrived = target.arrivals.confirmed("prefill-0", Confirmed("t", (5,), 13), 0.0)
+    assert arrived is not None
+    assert arrived.sequence.output == [5]
+    target.pool.release(arrived.sequence.blocks)
+    target.check_empty()
