@@ -29,7 +29,7 @@ CACHE_LINE_BYTES = 64
 
 # The records of engine/native/kernels.h: q is an integer or a pointer, d a double.
 _PACK = Struct("=6q")
-_LINEAR = Struct("=10q")
+_LINEAR = Struct("=11q")
 _NORM = Struct("=8qd")
 _ACTIVATION = Struct("=7q")
 _PLACE = Struct("=18qd")
@@ -120,9 +120,22 @@ class NativeOps(TorchOps):
     def linear(
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        dtype = DTYPES.get(x.dtype)
-        if dtype is None:
+        if x.dtype not in DTYPES:
             return super().linear(weight, x, bias)
+        return self._linear(weight, x, bias, x.dtype)
+
+    def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in DTYPES:
+            return super().logits(weight, x)
+        return self._linear(weight, x, None, torch.float32)
+
+    def _linear(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
         if isinstance(weight, PackedWeight):
             plain, pointer = 0, weight.pointer
             in_features, out_features = weight.in_features, weight.out_features
@@ -130,7 +143,7 @@ class NativeOps(TorchOps):
             plain, pointer = 1, weight.data_ptr()
             out_features, in_features = weight.shape
         rows = x.shape[0]
-        out = torch.empty((rows, out_features), dtype=x.dtype)
+        out = torch.empty((rows, out_features), dtype=out_dtype)
         self._native.linear(
             _LINEAR.pack(
                 x.data_ptr(),
@@ -141,8 +154,9 @@ class NativeOps(TorchOps):
                 in_features,
                 out_features,
                 x.stride(0),
-                dtype,
+                DTYPES[x.dtype],
                 plain,
+                int(out_dtype != x.dtype),
             )
         )
         return out

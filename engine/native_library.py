@@ -9,9 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
+from engine.errors import Unsupported
+
 log = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parent
+INTERFACE = 2
+"""Of the records in engine/native/kernels.h; a library of another was built of other sources."""
+BUILD = "python setup.py build_ext --inplace --force"
+INSTALL = "pip install --force-reinstall --no-deps ."
 
 Kernel = Callable[[bytes], None]
 """Takes a record of engine/native/kernels.h."""
@@ -22,6 +28,7 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
+        self._check_interface(path)
         self._library.tandem_set_name.restype = ctypes.c_char_p
         for name in ("set_name", "set_usable", "use_set", "set_threads"):
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_int64]
@@ -34,6 +41,16 @@ class NativeLibrary:
         self.place = self._kernel("place")
         self.attention = self._kernel("attention")
         self._index_of = dict(self._usable())
+
+    def _check_interface(self, path: Path) -> None:
+        tell = getattr(self._library, "tandem_interface", None)
+        found = None if tell is None else int(tell())
+        if found != INTERFACE:
+            built = "an interface without a number" if found is None else f"interface {found}"
+            raise Unsupported(
+                f"{path} has {built}, this engine has {INTERFACE}: "
+                f"build it anew, in place with `{BUILD}`, or install anew with `{INSTALL}`"
+            )
 
     def _kernel(self, name: str) -> Kernel:
         kernel = getattr(self._library, f"tandem_{name}")
@@ -73,7 +90,7 @@ class NativeLibrary:
 
 @cache
 def load_library() -> NativeLibrary | None:
-    """The kernels, or None where they were not built."""
+    """The kernels, or None where they were not built; those of other sources are refused."""
     paths = sorted(DIRECTORY.glob("_native*.so"))
     if not paths:
         log.warning("serving without native kernels reason=not built, for want of a C++ compiler")

@@ -62,6 +62,10 @@ class Ops(Protocol):
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
+    def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`linear` in fp32 at the end: rounded, the likeliest tokens would often be equal."""
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
 
     def add_rms_norm(
@@ -115,6 +119,9 @@ class TorchOps:
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return functional.linear(x, weight, bias)
+
+    def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(weight, x).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()

@@ -87,7 +87,8 @@ class Head:
             hidden = self._norm.after_adding(delta, hidden)
         if self._project is not None:
             hidden = self._project(hidden)
-        logits = self._parallel.gather_columns(self._output(hidden))[:, : self._vocab].float()
+        own = self._output.ops.logits(self._output.weight, hidden)
+        logits = self._parallel.gather_columns(own)[:, : self._vocab]
         if self._cap is not None:
             logits = torch.tanh(logits / self._cap) * self._cap
         return logits

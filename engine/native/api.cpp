@@ -17,6 +17,8 @@ const Args &unpack(const void *record) {
 #pragma GCC visibility push(default)
 extern "C" {
 
+int64_t tandem_interface() { return kInterface; }
+
 // The name of instruction set `index`, best first; null past the end.
 const char *tandem_set_name(int64_t index) {
     return index < kInstructionSets ? instruction_sets[index].name : nullptr;

@@ -11,14 +11,16 @@ using bf16 = uint16_t;
 enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
 
-// The records below arrive from Python as packed bytes: every field is eight bytes wide.
+// The records below arrive from Python as packed bytes: every field is eight bytes wide. Whoever
+// changes one counts the interface up, here and in engine/native_library.py.
+constexpr int64_t kInterface = 2;
 
 struct LinearArgs {
     const void *x;       // [rows, in_features], rows x_stride elements apart
     const void *weight;  // packed panels, or plain [out_features, in_features]
     const void *bias;    // null, or [out_features] of the same dtype
-    void *y;             // [rows, out_features]
-    int64_t rows, in_features, out_features, x_stride, dtype, plain;
+    void *y;             // [rows, out_features]; fp32 if wide, else as x
+    int64_t rows, in_features, out_features, x_stride, dtype, plain, wide;
 };
 
 struct PackArgs {

@@ -1,15 +1,21 @@
 // y = x W^T + bias on packed or plain weights.
 
 // Writes sums [rows, 32] of panel columns first .. first + 31 out.
-template <class T>
-void emit(const LinearArgs &args, const float *sums, int64_t row, int64_t rows, int64_t first) {
+template <class T, class Y>
+void emit_as(const LinearArgs &args, const float *sums, int64_t row, int64_t rows, int64_t first) {
     int64_t columns = args.out_features - first;
     const T *bias = args.bias == nullptr ? nullptr : static_cast<const T *>(args.bias) + first;
     for (int64_t i = 0; i < rows; i++, sums += kPanel) {
-        T *y = static_cast<T *>(args.y) + (row + i) * args.out_features + first;
+        Y *y = static_cast<Y *>(args.y) + (row + i) * args.out_features + first;
         row_map(y, columns < kPanel ? columns : kPanel,
                 [=](auto at) { return bias == nullptr ? at(sums) : at(sums) + at(bias); });
     }
+}
+
+template <class T>
+void emit(const LinearArgs &args, const float *sums, int64_t row, int64_t rows, int64_t first) {
+    auto body = args.wide ? emit_as<T, float> : emit_as<T, T>;
+    body(args, sums, row, rows, first);
 }
 
 // x as it is, or a copy whose rows are zero padded to whole steps.
@@ -81,7 +87,7 @@ inline void add_dots(const float *x, int64_t ldx, const float *w, int64_t depth,
                                         : fma(load(x + m * ldx + k, left), load(w + n * depth + k, left), sums[m][n]);
 }
 
-template <class T, int M, int N>
+template <class T, class Y, int M, int N>
 void dots(const LinearArgs &args, const T *x, int64_t row, int64_t column) {
     Vec sums[M][N];
     for (auto &line : sums)
@@ -89,7 +95,7 @@ void dots(const LinearArgs &args, const T *x, int64_t row, int64_t column) {
     const T *weight = static_cast<const T *>(args.weight) + column * args.in_features;
     add_dots(x + row * args.x_stride, args.x_stride, weight, args.in_features, sums);
     for (int m = 0; m < M; m++) {
-        T *y = static_cast<T *>(args.y) + (row + m) * args.out_features + column;
+        Y *y = static_cast<Y *>(args.y) + (row + m) * args.out_features + column;
         const T *bias = args.bias == nullptr ? nullptr : static_cast<const T *>(args.bias) + column;
         for (int n = 0; n < N; n++) {
             Vec total = splat(sum(sums[m][n]));
@@ -98,8 +104,8 @@ void dots(const LinearArgs &args, const T *x, int64_t row, int64_t column) {
     }
 }
 
-template <class T>
-void linear_plain(const LinearArgs &args) {
+template <class T, class Y>
+void linear_plain_as(const LinearArgs &args) {
     constexpr int kRows = kMaxRows > 4 ? 4 : 1, kColumns = 4;
     const T *x = static_cast<const T *>(args.x);
     parallel_ranges(args.out_features, 256, [&](int64_t begin, int64_t end) {
@@ -107,14 +113,19 @@ void linear_plain(const LinearArgs &args) {
             bool wide = column + kColumns <= end;
             for (int64_t row = 0; row < args.rows;) {
                 bool tall = row + kRows <= args.rows;
-                auto body = wide ? tall ? dots<T, kRows, kColumns> : dots<T, 1, kColumns>
-                                 : tall ? dots<T, kRows, 1> : dots<T, 1, 1>;
+                auto body = wide ? tall ? dots<T, Y, kRows, kColumns> : dots<T, Y, 1, kColumns>
+                                 : tall ? dots<T, Y, kRows, 1> : dots<T, Y, 1, 1>;
                 body(args, x, row, column);
                 row += tall ? kRows : 1;
             }
             column += wide ? kColumns : 1;
         }
     });
+}
+
+template <class T>
+void linear_plain(const LinearArgs &args) {
+    args.wide ? linear_plain_as<T, float>(args) : linear_plain_as<T, T>(args);
 }
 
 template <class T>

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
+from numpy._core import _multiarray_umath
 
 import engine.native_library as native
 from engine.attention import AttentionShape, KvLayer
 from engine.batch import Chunk
+from engine.errors import Unsupported
 from engine.kernels import NativeOps, PackedWeight, cpu_ops
 from engine.ops import Activation, QkNorm, Rotary, TorchOps
 from engine.packing import Packed, pack
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LIBRARY = native.load_library()
 SETS = () if LIBRARY is None else LIBRARY.instruction_sets
@@ -72,6 +71,18 @@ def test_linear_agrees_with_double_precision(
         wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
         prepared = ops.prepare_weight(weight, shared=shared)
         assert_close(ops.linear(prepared, x, bias if biased else None), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_logits_are_not_rounded(ops: NativeOps, dtype: torch.dtype, *, shared: bool) -> None:
+    for rows, outputs, inputs in SIZES:
+        weight, x = (
+            torch.randn(outputs, inputs, dtype=dtype),
+            torch.randn(rows, inputs, dtype=dtype),
+        )
+        got = ops.logits(ops.prepare_weight(weight, shared=shared), x)
+        assert_close(got, (x.double() @ weight.double().T).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -298,3 +309,28 @@ def test_a_library_that_does_not_load_is_named(
     finally:
         native.load_library.cache_clear()
     assert "_native.so" in caplog.text
+
+
+def test_a_library_built_of_other_sources_is_refused_with_what_builds_it_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    native.load_library.cache_clear()
+    try:
+        with pytest.raises(Unsupported, match="build_ext --inplace --force"):
+            native.load_library()
+    finally:
+        native.load_library.cache_clear()
+
+
+def test_a_library_from_before_interfaces_were_counted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_native.so").write_bytes(Path(_multiarray_umath.__file__).read_bytes())
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    native.load_library.cache_clear()
+    try:
+        with pytest.raises(Unsupported, match="an interface without a number"):
+            native.load_library()
+    finally:
+        native.load_library.cache_clear()
