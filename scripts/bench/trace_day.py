@@ -1,9 +1,11 @@
 """A day of production traffic in the simulator: the best static plans beside autoscaling policies.
 
 A trace is scaled in rate by adding time-shifted copies of itself, and thinned to a day's curve.
-The day may run faster than 24 hours: load then changes as many times more steeply, while
-instances take as long to start, which makes it harder to follow. Policies are the shipped ones,
-given the fleet's budget and what an instance of the best static plan handles at the peak.
+The day may run faster than 24 hours: starting an instance and the delay before stopping one are
+then as much shorter, the delay never below the look-back period; all else is as shipped, so that
+windows see fewer requests and weigh more, which makes the day harder to follow. The policies are
+the shipped ones, given the fleet's budget and what an instance of the best static plan handles at
+the peak.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def _merged(parts: list[Workload]) -> Workload:
 
 class Bench:
     def __init__(self, case: Case, data: Path, day_s: float, swing: float, start_s: float) -> None:
-        self.case, self.day_s, self.start_s = case, day_s, start_s
+        self.case, self.day_s, self.start_s = case, day_s, start_s * day_s / DAY_S
         trace = read_workload(data / case.file)
         self.day = day_workload(trace, case, day_s, swing, seed=0)
         before = [day_workload(trace, case, day_s, swing, seed) for seed in (1, 2)]
@@ -159,6 +161,8 @@ class Bench:
             sample_s = self.day_s / SAMPLES_A_DAY
             season = {"season_s": self.day_s, "sample_s": sample_s}
             values["forecast"] |= {**season, "horizon_s": max(self.start_s, sample_s)}
+        down_s = values["downscale_delay_s"] * self.day_s / DAY_S
+        values["downscale_delay_s"] = max(down_s, values["look_back_period_s"])
         return type(parse_policy((POLICIES / file).read_text())).model_validate(values)
 
 
@@ -247,10 +251,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="*", default=list(CASES))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--day-s", type=float, default=7200.0, help="how long the day lasts")
+    parser.add_argument("--day-s", type=float, default=3600.0, help="how long the day lasts")
     parser.add_argument("--swing", type=float, default=0.7, help="the day's curve: 1 +- this")
-    parser.add_argument("--start-s", type=float, default=60.0, help="until an instance serves")
-    parser.add_argument("--least", type=int, default=20, help="the smallest static plan tried")
+    parser.add_argument(
+        "--start-s",
+        type=float,
+        default=120.0,
+        help="until an instance serves, in a day of 24 hours",
+    )
+    parser.add_argument("--least", type=int, default=14, help="the smallest static plan tried")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = []
