@@ -23,6 +23,7 @@ TandemError
 ├── BadLogits                a forward pass gave NaN or infinity
 ├── BatchFailed              a batch gave nothing because of the request it was run for
 ├── PoisonRequest            a request that brought down whatever it ran on, again and again
+├── PlannerFailed            the process that plans again ended without a plan
 └── Unsupported              this machine or build cannot do what was asked
 """
 
@@ -147,6 +148,10 @@ class BatchFailed(TandemError):
 
 
 class PoisonRequest(TandemError):
+    pass
+
+
+class PlannerFailed(TandemError):
     pass
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -18,6 +18,9 @@ from pydantic import (
 
 from engine.messages import Role
 from placement.schedule import check_cron, is_open
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Seconds = Annotated[float, Field(ge=0.0, le=31_536_000.0)]
 PositiveSeconds = Annotated[float, Field(gt=0.0, le=31_536_000.0)]
@@ -260,6 +263,31 @@ class RolePolicies(Section):
         return tuple((role, found) for role in Role if (found := self.of(role)) is not None)
 
 
+class ReplanMode(str, Enum):
+    ADVISE = "advise"
+    APPLY = "apply"
+
+
+class Replan(Section):
+    """Another plan once requests are not what they were; see docs/planning.md for the test."""
+
+    mode: ReplanMode = ReplanMode.ADVISE
+    """advise only tells; apply makes the plan's counts the roles' minimums, which are then
+    reached by switches, stops and starts within the budget."""
+    device: Annotated[str, Field(min_length=1, max_length=100)]
+    """The accelerators' name in the planner's catalog."""
+    profile: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """What `tandem profile` measured, a file on the controller's node."""
+    window_s: PositiveSeconds = 600.0
+    """Requests of this long are compared with those that the last plan was made for."""
+    least_requests: Annotated[int, Field(ge=50, le=4000)] = 200
+    """In a window, before it is compared."""
+    interval_s: PositiveSeconds = 600.0
+    """Between two plans at least."""
+    plan_s: PositiveSeconds = 300.0
+    """How long the planner may take."""
+
+
 class Policy(Section):
     name: Annotated[str, Field(min_length=1, max_length=100)] = "policy"
     """Shown in the status and in events."""
@@ -290,6 +318,9 @@ class Policy(Section):
     """What is scaled."""
     forecast: Forecast = Field(default_factory=Forecast)
     """The load ahead, a floor where a role's capacity_tokens_s is given."""
+
+    replan: Replan | None = None
+    """Without it nobody plans again."""
 
     @field_validator("look_back_period_s")
     @classmethod
@@ -324,6 +355,16 @@ class Policy(Section):
         if budget is not None and least > budget:
             raise ValueError(f"min_instances add up to {least}, above the budget of {budget}")
         return roles
+
+    def at_least(self, counts: Mapping[Role, int]) -> Policy:
+        """With other minimums, as far as each role's maximum and the budget allow."""
+        left = self.budget_accelerators
+        roles: dict[str, RolePolicy] = {}
+        for role, found in self.roles.named:
+            least = min(counts.get(role, 0), found.max_instances, left)
+            left -= least
+            roles[role.value] = found.model_copy(update={"min_instances": least})
+        return self.model_copy(update={"roles": self.roles.model_copy(update=roles)})
 
     @property
     def zero_delay_s(self) -> float:

@@ -51,7 +51,13 @@ def as_document(reply: pb.StatusReply) -> dict[str, Any]:
             "attainment": slo.attainment if slo.HasField("attainment") else None,
             "window_s": slo.window_s,
         },
+        "policy": _policy(reply.policy) if reply.HasField("policy") else None,
     }
+
+
+def _policy(policy: pb.PolicyStatus) -> dict[str, Any]:
+    names = ("name", "version", "dry_run", "replan")
+    return {name: getattr(policy, name) for name in names}
 
 
 def _instance(instance: pb.Instance) -> dict[str, Any]:
@@ -101,7 +107,15 @@ def _title(status: dict[str, Any]) -> str:
     return (
         f"{status['model']} at {endpoints['http']} and {endpoints['grpc']}; "
         f"TTFT {slo['ttft_s']:g} s and TPOT {slo['tpot_s']:g} s: {met} in {slo['window_s']:g} s"
+        f"{_in_force(status['policy'])}"
     )
+
+
+def _in_force(policy: dict[str, Any] | None) -> str:
+    if policy is None:
+        return ""
+    dry = ", dry run" if policy["dry_run"] else ""
+    return f"; policy {policy['name']} {policy['version']}{dry}"
 
 
 def summarize(status: dict[str, Any]) -> dict[str, Any]:
@@ -114,4 +128,5 @@ def summarize(status: dict[str, Any]) -> dict[str, Any]:
         "requests": dict(sorted(requests.items())),
         "migrations": sum(one["migrations"] for one in status["requests"]),
         "slo": status["slo"],
+        "policy": status["policy"],
     }

@@ -22,7 +22,8 @@ from cluster.control.launch import Launched, Launcher
 from cluster.control.liveness import Heartbeats, RestartBudget
 from cluster.control.pools import Ground, initial_specs, pool_spec
 from cluster.control.recovery import Recovered, recover
-from cluster.control.scaling import Scaling, Usage
+from cluster.control.replanning import PlannerProcess
+from cluster.control.scaling import PolicyStatus, Scaling, Usage
 from cluster.events import Event, EventLog
 from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, RosterBook, next_name
 from cluster.watching.logs import set_up_logging
@@ -84,7 +85,8 @@ class Controller:
         self._fatal: BadInput | None = None
         self._balancing = Balancing(self._config.migration, self._view, self._send, self._note)
         accelerators = {role: self._config.pools.of(role).workers for role in Role}
-        self._scaling = Scaling(self, accelerators, self._note, self._clock)
+        planner = PlannerProcess(self._config)
+        self._scaling = Scaling(self, accelerators, self._note, self._clock, planner)
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._lease_until_s = self._clock.now() + self._config.limits.supervisor_lease_s
         self._main = asyncio.get_running_loop().create_task(self._run())
@@ -220,6 +222,11 @@ class Controller:
         """From now on the autoscaler follows this policy; what changes, a line each."""
         await self._recovered.wait()
         return self._scaling.apply(text)
+
+    async def policy(self) -> PolicyStatus | None:
+        """What is in force; None while nothing is."""
+        await self._recovered.wait()
+        return self._scaling.status
 
     async def set_role(self, name: str, role: Role) -> None:
         launched = self._up(name)

@@ -8,18 +8,23 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.control.replanning import Replanning
 from cluster.policy_file import parse_policy
+from engine.errors import BadConfig, TandemError
 from placement.allotment import Start, Stop, Switch
 from placement.autoscaler import Autoscaler
+from placement.policy import ReplanMode
 from placement.signals import Observation, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cluster.control.balancing import Note
+    from cluster.control.replanning import Planned, Planner
     from engine.clock import Clock
     from engine.messages import Role
     from placement.allotment import Action
+    from placement.drift import Shape
     from placement.policy import Policy
     from placement.signals import Unit
 
@@ -39,6 +44,19 @@ class Usage:
     prompt_tokens: int = 0
     output_tokens: int = 0
     policy: str | None = None
+    ended: tuple[Shape, ...] = ()
+    """Requests that were answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStatus:
+    """As `status --json` shows it."""
+
+    name: str
+    version: str
+    dry_run: bool
+    replan: str
+    """advise, apply, or empty where nobody plans again."""
 
 
 class Fleet(Protocol):
@@ -60,6 +78,7 @@ class _InForce:
     policy: Policy
     version: str
     scaler: Autoscaler
+    replanning: Replanning | None
     told: tuple[Action, ...] = ()
 
 
@@ -72,6 +91,7 @@ class _Tally:
     tpot_shares: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     output_tokens: int = 0
+    ended: list[Shape] = field(default_factory=list)
 
     def add(self, gateway: str, usage: Usage) -> None:
         self.waiting[gateway] = usage.waiting_requests
@@ -79,15 +99,23 @@ class _Tally:
         self.tpot_shares += usage.tpot_shares[: MOST_SHARES - len(self.tpot_shares)]
         self.prompt_tokens += usage.prompt_tokens
         self.output_tokens += usage.output_tokens
+        self.ended += usage.ended[: MOST_SHARES - len(self.ended)]
 
 
 class Scaling:
     def __init__(
-        self, fleet: Fleet, accelerators: Mapping[Role, int], note: Note, clock: Clock
+        self,
+        fleet: Fleet,
+        accelerators: Mapping[Role, int],
+        note: Note,
+        clock: Clock,
+        planner: Planner | None = None,
     ) -> None:
+        """Without a planner a policy that asks for re-planning is refused."""
         self._fleet, self._accelerators, self._note = fleet, accelerators, note
-        self._clock = clock
+        self._clock, self._planner = clock, planner
         self._tally = _Tally()
+        self._planning: asyncio.Task[None] | None = None
         self._in_force: _InForce | None = None
         self._applied = asyncio.Event()
         self._closed = False
@@ -98,13 +126,25 @@ class Scaling:
     def version(self) -> str | None:
         return None if self._in_force is None else self._in_force.version
 
+    @property
+    def status(self) -> PolicyStatus | None:
+        if self._in_force is None:
+            return None
+        policy = self._in_force.policy
+        replan = "" if policy.replan is None else policy.replan.mode.value
+        return PolicyStatus(policy.name, self._in_force.version, policy.dry_run, replan)
+
     def apply(self, text: str) -> list[str]:
         """Puts a policy in force; a bad one is refused and the running one stays."""
         policy = parse_policy(text)
         version = hashlib.sha256(text.encode()).hexdigest()[:12]
         before = self._in_force
         lines = changes(None if before is None else before.policy, policy)
-        self._in_force = _InForce(policy, version, Autoscaler(policy, self._accelerators))
+        if policy.replan is not None and self._planner is None:
+            raise BadConfig("replan", policy.replan.mode.value, "there is no planner here")
+        replanning = None if policy.replan is None else Replanning(policy.replan, self._note)
+        scaler = Autoscaler(policy, self._accelerators)
+        self._in_force = _InForce(policy, version, scaler, replanning)
         self._applied.set()
         self._note("policy", policy.name, "applied", version=version, dry_run=policy.dry_run)
         return [f"version: {version}", *lines]
@@ -145,7 +185,9 @@ class Scaling:
         """One decision; it is dropped if the fleet has changed while it was made."""
         in_force = self._in_force
         assert in_force is not None
+        ended = tuple(self._tally.ended)
         seen = self._observe()
+        self._plan_again(in_force, ended)
         # Off the event loop: a seasonal forecast takes a while.
         decision = await asyncio.to_thread(in_force.scaler.decide, seen)
         changed = _gist(self._fleet.units()) != _gist(seen.units)
@@ -157,6 +199,47 @@ class Scaling:
         why = {want.role: want.why for want in decision.wants}
         for action in decision.actions:
             self._carry_out(action, why)
+
+    def _plan_again(self, in_force: _InForce, ended: tuple[Shape, ...]) -> None:
+        """Starts a plan when one is due; while it is made, the loop goes on."""
+        replanning = in_force.replanning
+        if replanning is None or not replanning.wants_plan(ended, self._clock.now()):
+            return
+        if self._planning is None or self._planning.done():
+            self._planning = asyncio.create_task(self._plan(in_force, replanning))
+
+    async def _plan(self, in_force: _InForce, replanning: Replanning) -> None:
+        assert self._planner is not None, "checked when the policy came"
+        seen = replanning.profiler.window(self._clock.now())
+        try:
+            planned = await self._planner.plan(seen, in_force.policy)
+        except (TandemError, OSError, TimeoutError) as error:
+            self._note("plan", "workload", "no plan", reason=str(error) or "took too long")
+            return
+        if in_force is self._in_force and not self._closed:
+            replanning.profiler.settle(seen)
+            self._follow(in_force, planned, replanning.settings.mode)
+
+    def _follow(self, in_force: _InForce, planned: Planned, mode: ReplanMode) -> None:
+        """The plan's counts become the minimums, or are only told."""
+        why_not = self._obstacle(in_force.policy, planned)
+        fields = {"instances": str(planned), "reason": planned.reason}
+        if mode is ReplanMode.ADVISE or in_force.policy.dry_run or why_not is not None:
+            self._note("plan", in_force.policy.name, "advised", **fields, why_not=why_not or "")
+            return
+        policy = in_force.policy.at_least(planned.instances)
+        in_force.scaler = Autoscaler(policy, self._accelerators)
+        self._note("plan", in_force.policy.name, "applied", **fields)
+
+    def _obstacle(self, policy: Policy, planned: Planned) -> str | None:
+        """What keeps a plan from being reached by starts, stops and switches alone."""
+        for role, count in planned.instances.items():
+            if count and policy.roles.of(role) is None:
+                return f"the policy leaves {role.value} alone"
+            size = planned.accelerators.get(role)
+            if count and size != self._accelerators[role]:
+                return f"a {role.value} instance would take {size} accelerators"
+        return None
 
     def _observe(self) -> Observation:
         tally, self._tally = self._tally, _Tally(dict(self._tally.waiting))

@@ -28,12 +28,14 @@ class ClusterOperator:
 
     async def status(self) -> dict[str, Any]:
         reports = await _ask(self._controller.report.remote())
+        policy = await _ask(self._controller.policy.remote())
         return {
             "model": self._front.gateway.model,
             "endpoints": {"http": self._front.http_url, "grpc": self._front.grpc_address},
             "instances": [instance_document(report) for report in reports],
             "requests": await self._front.gateway.requests_everywhere(),
             "slo": self._front.slo_document(),
+            "policy": None if policy is None else asdict(policy),
         }
 
     async def scale(self, role: Role, instances: int) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from cluster.control.scaling import MOST_SHARES, Usage
+from placement.drift import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ class UsageReporter:
         self._ttft_shares: list[float] = []
         self._tpot_shares: list[float] = []
         self._prompt_tokens = self._output_tokens = 0
+        self._ended: list[Shape] = []
 
     async def run(self, waiting_requests: Callable[[], int]) -> None:
         while True:
@@ -41,8 +43,9 @@ class UsageReporter:
             self._prompt_tokens,
             self._output_tokens,
             self.policy,
+            tuple(self._ended),
         )
-        self._ttft_shares, self._tpot_shares = [], []
+        self._ttft_shares, self._tpot_shares, self._ended = [], [], []
         self._prompt_tokens = self._output_tokens = 0
         return usage
 
@@ -56,6 +59,7 @@ class UsageReporter:
         ttft_s = event.timeline.ttft_s
         if ttft_s is None or len(self._ttft_shares) >= MOST_SHARES:
             return
+        self._ended.append(Shape(event.prompt_tokens, event.output_tokens))
         self._ttft_shares.append(ttft_s / event.slo.ttft_s)
         tpot_s = event.timeline.tpot_s(event.output_tokens)
         if tpot_s is not None:
