@@ -1,7 +1,8 @@
 """Prompts of exactly (token ids) or about (text) the wanted length, different from each other.
 
 No two prompts share their first tokens by accident, so a server's prefix cache helps only
-where the workload says that prefixes are shared.
+where the workload says that prefixes are shared. Another seed gives other prompts throughout, or
+else a second run would find the first one's in that cache.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ class TokenPrompts:
     """Token ids of `digits` digits cut from one random pool: rendering is a copy of bytes."""
 
     def __init__(self, digits: int = 3, seed: int = 0) -> None:
-        self._width = digits + 1
+        self._digits, self._width = digits, digits + 1
         self._low, self._high = int(10 ** (digits - 1)), int(10**digits)
         ids = np.random.default_rng(seed).integers(self._low, self._high, POOL_TOKENS)
         self._pool = b"".join(b"%d," % one for one in ids)
+
+    def reseeded(self, seed: int) -> TokenPrompts:
+        return TokenPrompts(self._digits, seed)
 
     @property
     def highest_id(self) -> int:
@@ -74,24 +78,26 @@ WORDS = (
 class TextPrompts:
     """Common words; how many tokens one takes was measured on the server."""
 
-    def __init__(self, tokens_per_word: float = 1.0) -> None:
-        self._tokens_per_word = tokens_per_word
+    def __init__(self, tokens_per_word: float = 1.0, seed: int = 0) -> None:
+        self._tokens_per_word, self._seed = tokens_per_word, seed
+
+    def reseeded(self, seed: int) -> TextPrompts:
+        return TextPrompts(self._tokens_per_word, seed)
 
     def text(self, number: int, tokens: int, prefix: Prefix | None = None) -> str:
         words = self._words_of(tokens)
         shared = (
-            _words(2 * prefix.number + 1, min(self._words_of(prefix.tokens), words))
+            self._words(2 * prefix.number + 1, min(self._words_of(prefix.tokens), words))
             if prefix
             else []
         )
-        return " ".join([*shared, *_words(2 * number, words - len(shared))])
+        return " ".join([*shared, *self._words(2 * number, words - len(shared))])
 
     def _words_of(self, tokens: int) -> int:
         return max(1, round(tokens / self._tokens_per_word))
 
-
-def _words(number: int, count: int) -> list[str]:
-    """The first words of an endless text known by its number."""
-    lead = [WORDS[number // len(WORDS) ** place % len(WORDS)] for place in range(LEAD_TOKENS)]
-    drawn = np.random.default_rng(number).integers(0, len(WORDS), count)
-    return (lead + [WORDS[one] for one in drawn])[:count]
+    def _words(self, number: int, count: int) -> list[str]:
+        """The first words of an endless text known by its number."""
+        lead = [WORDS[number // len(WORDS) ** place % len(WORDS)] for place in range(LEAD_TOKENS)]
+        drawn = np.random.default_rng((self._seed, number)).integers(0, len(WORDS), count)
+        return (lead + [WORDS[one] for one in drawn])[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.figures import attainment_over_scale, figures, share_interval
@@ -76,7 +77,10 @@ class Bench:
         """Measures the first server and those it is compared with, in one run."""
         settings = replace(self._plan.settings, text=self._plan.arrangement.text)
         servers = [await connect(target, settings) for target in targets]
-        measured = [Measured(one.url, one.dialect.model, one.dialect.notes) for one in servers]
+        seeded = f"prompt seed {settings.prompt_seed}"
+        measured = [
+            Measured(one.url, one.dialect.model, [*one.dialect.notes, seeded]) for one in servers
+        ]
         try:
             for server in servers:
                 await self._warm_up(server)
@@ -125,10 +129,11 @@ class Bench:
         search = self._plan.search
         if search is None:
             return
-        best_rps = 0.0
+        best_rps, probes = 0.0, count(1)
 
         async def attainment_at(rate_rps: float) -> float:
             nonlocal best_rps
+            server.renew_prompts(next(probes))
             load = self._plan.arrangement.at_rate(rate_rps, search.probe_s)
             samples = await self._once(
                 server, load.conversations(), f"{rate_rps:.3g}/s {server.url}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.http import Client, HttpRefused, Target, now
@@ -48,6 +48,8 @@ class Settings:
     """Prompts as text even where token ids are taken; turns of a conversation need it."""
     temperature: float = 0.0
     timeout_s: float = 600.0
+    prompt_seed: int = 0
+    """Prompts of another seed share nothing with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class Server:
             return prompts.render(turn.index, turn.prompt_tokens, turn.prefix)
         said = [*history, self.text(turn)]
         return json.dumps(_messages(said) if self.dialect.chat else " ".join(said)).encode()
+
+    def renew_prompts(self, number: int) -> None:
+        """Prompts that the server has not met in an earlier part of the run."""
+        seed = self._settings.prompt_seed + number
+        self.dialect = replace(self.dialect, prompts=self.dialect.prompts.reseeded(seed))
 
     def text(self, turn: Turn) -> str:
         """What its user says in this turn."""
@@ -187,6 +194,7 @@ async def connect(target: Target, settings: Settings) -> Server:
         server = Server(target, client, dialect, settings)
         fitted = await _try(server)
         if fitted is not None:
+            fitted = replace(fitted, prompts=fitted.prompts.reseeded(settings.prompt_seed))
             return Server(target, client, fitted, settings)
     raise BadInput("url", target.url, "the server takes none of the completion requests we know")
 
@@ -201,9 +209,10 @@ async def _served_model(client: Client) -> str:
 
 def _dialects(model: str, settings: Settings) -> list[Dialect]:
     """From the most exact to the most modest."""
-    prompts: list[TokenPrompts | TextPrompts] = [TextPrompts()]
+    seed = settings.prompt_seed
+    prompts: list[TokenPrompts | TextPrompts] = [TextPrompts(seed=seed)]
     if not (settings.chat or settings.text):
-        prompts = [TokenPrompts(3), TokenPrompts(2), *prompts]
+        prompts = [TokenPrompts(3, seed), TokenPrompts(2, seed), *prompts]
     return [
         Dialect(model, settings.chat, one, exact, usage)
         for one in prompts

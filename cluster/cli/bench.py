@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads it from the signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,18 @@ def bench(
     think_s: Annotated[float, typer.Option(min=0.0, help="Between its turns.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="How often servers take turns.")] = 3,
     warm_up: Annotated[int, typer.Option(min=0, help="Requests before, not counted.")] = 4,
-    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of times and lengths.", show_default="0")
+    ] = None,
+    prompt_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            help="Of the prompts; new in every run, so that no prefix cache knows them.",
+            show_default="random, printed",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The first one served.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use /v1/chat/completions.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -126,7 +138,13 @@ def bench(
         search=Search(rate or load.rate_rps or 1.0, attainment) if goodput else None,
         rounds=rounds if vs else 1,
         warm_up=warm_up,
-        settings=Settings(model, chat, temperature=temperature, timeout_s=timeout_s),
+        settings=Settings(
+            model,
+            chat,
+            temperature=temperature,
+            timeout_s=timeout_s,
+            prompt_seed=secrets.randbits(32) if prompt_seed is None else prompt_seed,
+        ),
     )
     measured = _run(plan, [parse_target(one, api_key) for one in (url, *(vs or ()))])
     documents = [one.document() for one in measured]

@@ -47,7 +47,9 @@ async def test_every_request_is_sent_as_planned_and_counted() -> None:
     assert {len(body["prompt"]) for body in server.bodies} == {32}
     assert all(body["ignore_eos"] and body["min_tokens"] == 5 for body in server.bodies)
     assert len({tuple(body["prompt"][:3]) for body in server.bodies}) == 20
-    assert json.loads(json.dumps(whole_document([figures]), allow_nan=False))["notes"] == []
+    assert json.loads(json.dumps(whole_document([figures]), allow_nan=False))["notes"] == [
+        "prompt seed 0"
+    ]
 
 
 async def test_a_stall_shows_in_every_request_that_was_due_during_it() -> None:
