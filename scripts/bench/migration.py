@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from scripts.bench.two_hosts import Stream
 
 BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
+NEIGHBOUR_BLOCKS = 160
+"""Room for each neighbour to go on decoding through all rounds."""
 SOURCE, TARGET = "decode-0", "decode-1"
 MODES = {"live": 8, "stop-and-copy": 0}
 """Rounds that a migration may copy while the source still decodes."""
@@ -80,7 +82,7 @@ async def run(
     """All contexts over one pair of hosts."""
     sockets = directory / f"{transport}-{mode}"
     sockets.mkdir()
-    blocks = blocks_for(max(options.contexts) + 1024, BLOCK_TOKENS) + NEIGHBOURS * 64
+    blocks = blocks_for(max(options.contexts) + 1024, BLOCK_TOKENS) + NEIGHBOURS * NEIGHBOUR_BLOCKS
     plans = [
         HostPlan(
             name,
