@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from engine.request import Request
 
 
+SUSPECT_CRASHES = 2
+
+
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
     replays: int = 5
@@ -117,7 +120,18 @@ class Entry:
         """What an instance must have room for to draw its next token."""
         return len(self.request.prompt) + len(self.output) + 1
 
-    def progressed(self, tokens: int) -> bool:
+    def count_crash(self, progress_tokens: int) -> None:
+        """After so many tokens since the one before, it is the first one again."""
+        if self._progressed(progress_tokens):
+            self.crashes = 0
+        self.crashes += 1
+        self.crashed_at = len(self.output)
+
+    def is_suspect(self, progress_tokens: int) -> bool:
+        """Whether it was there at several crashes with no progress in between."""
+        return self.crashes >= SUSPECT_CRASHES and not self._progressed(progress_tokens)
+
+    def _progressed(self, tokens: int) -> bool:
         return len(self.output) - self.crashed_at >= tokens
 
     def knows(self, epoch: int) -> bool:

@@ -60,7 +60,6 @@ COMMITTED = "committed"
 """The state of a sequence that an instance holds only until its target is accepted."""
 ARRIVING = frozenset(("offered", "reserved", "copying"))
 """States of a sequence whose KV is on its way to the instance that lists it."""
-SUSPECT_CRASHES = 2
 
 
 class Journal:
@@ -115,15 +114,11 @@ class Journal:
     def may_restart(self, request_id: str) -> bool:
         """Requests that several instances have died or failed under go one at a time: the one
         behind it must not take the others along."""
-        if not self._is_suspect(self._entries[request_id]):
+        patience = self.settings.progress_tokens
+        if not self._entries[request_id].is_suspect(patience):
             return True
         others = (entry for entry in self._entries.values() if entry.id != request_id)
-        return not any(entry.owner and self._is_suspect(entry) for entry in others)
-
-    def _is_suspect(self, entry: Entry) -> bool:
-        if entry.crashes < SUSPECT_CRASHES:
-            return False
-        return not entry.progressed(self.settings.progress_tokens)
+        return not any(entry.owner and entry.is_suspect(patience) for entry in others)
 
     def abort(self, request_id: str) -> list[Action]:
         """End a request early: its client left, or its text is complete."""
@@ -348,10 +343,7 @@ class Journal:
 
     def _crashed(self, entry: Entry) -> bool:
         """Counts a crash under the request; whether it has had too many."""
-        if entry.progressed(self.settings.progress_tokens):
-            entry.crashes = 0
-        entry.crashes += 1
-        entry.crashed_at = len(entry.output)
+        entry.count_crash(self.settings.progress_tokens)
         return entry.crashes >= self.settings.crashes
 
     def _poison(self, entry: Entry, why: str) -> PoisonRequest:
