@@ -97,7 +97,7 @@ class Inference(rpc.InferenceServicer):  # type: ignore[misc]
         try:
             caller = self._door.caller(context)
             tenant = None if caller.operator else caller.tenant
-            await self._gateway.abort_anywhere(request.request_id, tenant)
+            await self._gateway.everywhere.abort(request.request_id, tenant)
         except TandemError as error:
             await refuse(context, error)
         return pb.AbortReply()

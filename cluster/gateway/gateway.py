@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import Deliver, Fail, JournalSettings, Reroute, Send
 from cluster.gateway.intake import Intake
 from cluster.gateway.journal import Journal
-from cluster.gateway.peers import Peers
+from cluster.gateway.peers import Everywhere, Peers
 from cluster.gateway.view import RequestStatus, Sightings, status_of
 from cluster.watching.observer import Ended, Observers, Opened, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
@@ -105,8 +105,7 @@ class Gateway:
         self._pending: dict[str, _Pending] = {}
         self._changed = asyncio.Event()
         self.peers = Peers(link)
-        self.peers.answer("requests", lambda _: [asdict(one) for one in self.requests()])
-        self.peers.answer("abort", self._aborted_for_another)
+        self.everywhere = Everywhere(self, self.peers)
 
     # For the doors.
 
@@ -154,22 +153,6 @@ class Gateway:
                 self._abort(choice, FinishReason.ABORT)
                 choice.end(FinishReason.ABORT)
 
-    async def abort_anywhere(self, request_id: str, tenant: str | None = None) -> None:
-        """The same, for a call whose client may be at another gateway."""
-        try:
-            self.abort(request_id, tenant)
-        except NotFound:
-            found = await self.peers.ask("abort", [request_id, tenant])
-            if not any(found.values()):
-                raise
-
-    def _aborted_for_another(self, question: list[Any]) -> bool:
-        try:
-            self.abort(question[0], question[1])
-        except NotFound:
-            return False
-        return True
-
     def _check_elsewhere(self, answer: Answer) -> None:
         """A caller's own request id must not be that of another gateway's request."""
         for choice in answer.choices:
@@ -180,12 +163,6 @@ class Gateway:
     def requests(self) -> list[RequestStatus]:
         """Every request whose client is here, in order of arrival."""
         return [status_of(choice) for choice in self._choices.values()]
-
-    async def requests_everywhere(self) -> list[dict[str, Any]]:
-        """Every gateway's requests under way."""
-        others = await self.peers.ask("requests")
-        mine = [asdict(one) for one in self.requests()]
-        return mine + [one for name in sorted(others) for one in others[name]]
 
     def loads(self) -> list[Load]:
         """The instances' latest loads, in order of id."""

@@ -33,7 +33,7 @@ class ClusterOperator:
             "model": self._front.gateway.model,
             "endpoints": {"http": self._front.http_url, "grpc": self._front.grpc_address},
             "instances": [instance_document(report) for report in reports],
-            "requests": await self._front.gateway.requests_everywhere(),
+            "requests": await self._front.gateway.everywhere.requests(),
             "slo": self._front.slo_document(),
             "policy": None if policy is None else asdict(policy),
         }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InstanceLost
+from engine.errors import InstanceLost, NotFound
 from engine.messages import Query, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cluster.gateway.gateway import Gateway
     from cluster.links import Link
 
     Answerer = Callable[[Any], Any]
@@ -67,3 +69,35 @@ class Peers:
         future = self._awaited.get(reply.number)
         if future is not None and not future.done():
             future.set_result(json.loads(reply.body))
+
+
+class Everywhere:
+    """A gateway's requests together with those of the others."""
+
+    def __init__(self, gateway: Gateway, peers: Peers) -> None:
+        self._gateway, self._peers = gateway, peers
+        peers.answer("requests", lambda _: self._mine())
+        peers.answer("abort", lambda question: self._aborts(*question))
+
+    async def requests(self) -> list[dict[str, Any]]:
+        """Every gateway's requests under way, this one's first."""
+        others = await self._peers.ask("requests")
+        return self._mine() + [one for name in sorted(others) for one in others[name]]
+
+    async def abort(self, request_id: str, tenant: str | None = None) -> None:
+        """Ends a call whose client may be at another gateway. Raises NotFound."""
+        if self._aborts(request_id, tenant):
+            return
+        found = await self._peers.ask("abort", [request_id, tenant])
+        if not any(found.values()):
+            raise NotFound(f"request {request_id!r} is not under way")
+
+    def _mine(self) -> list[dict[str, Any]]:
+        return [asdict(one) for one in self._gateway.requests()]
+
+    def _aborts(self, request_id: str, tenant: str | None) -> bool:
+        try:
+            self._gateway.abort(request_id, tenant)
+        except NotFound:
+            return False
+        return True

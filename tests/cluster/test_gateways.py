@@ -36,15 +36,15 @@ async def test_either_gateway_lists_and_aborts_the_others_requests():
         first, second = cluster.gateways.values()
         answer = await first.open(call(max_tokens=1000, request_id="far", tenant="a"))
         await until(lambda: answer.output_tokens > 3)
-        assert [one["id"] for one in await second.requests_everywhere()] == ["far"]
+        assert [one["id"] for one in await second.everywhere.requests()] == ["far"]
         assert second.requests() == []
         with pytest.raises(NotFound):
-            await second.abort_anywhere("far", tenant="b")
-        await second.abort_anywhere("far", tenant="a")
+            await second.everywhere.abort("far", tenant="b")
+        await second.everywhere.abort("far", tenant="a")
         assert (await read(answer))[-1].finish is FinishReason.ABORT
         first.close(answer)
         with pytest.raises(NotFound):
-            await second.abort_anywhere("far")
+            await second.everywhere.abort("far")
         await settle()
         cluster.assert_empty()
 
@@ -54,7 +54,7 @@ async def test_a_gateway_that_is_gone_is_left_out_of_the_answers():
         first, _ = cluster.gateways.values()
         cluster.network.kill("gateway-1")
         answer = await first.open(call(max_tokens=1000))
-        assert [one["id"] for one in await first.requests_everywhere()] == [answer.id]
+        assert [one["id"] for one in await first.everywhere.requests()] == [answer.id]
         first.close(answer)
 
 
