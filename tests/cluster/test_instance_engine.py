@@ -84,8 +84,16 @@ class Played:
 class EngineScene(Scene):
     """The scripted world over real engines; KV is compared bit for bit at each commit."""
 
-    def __init__(self, engines: dict[str, Engine], wanted: dict[str, list[int]], seed: int) -> None:
+    def __init__(
+        self,
+        engines: dict[str, Engine],
+        wanted: dict[str, list[int]],
+        seed: int,
+        *,
+        cache_prefixes: bool = False,
+    ) -> None:
         self._engines, self._wanted = engines, wanted
+        self._cache_prefixes = cache_prefixes
         self._seals: dict[str, Sealed] = {}
         self._moves: dict[str, int] = {}
         self._chance = Random(seed)
@@ -106,7 +114,7 @@ class EngineScene(Scene):
 
     def _node(self, name, settings, blocks) -> Node:
         one = self._engines[name]
-        pool = BlockPool(BLOCKS, BLOCK_TOKENS, cache_prefixes=False)
+        pool = BlockPool(BLOCKS, BLOCK_TOKENS, cache_prefixes=self._cache_prefixes)
         role = self._roles[name]
         instance = Instance(name, role, pool, one.layout, settings=settings, eos=frozenset())
         return Node(instance, Played(one))
@@ -226,3 +234,20 @@ def test_requests_that_migrate_five_times_give_the_same_tokens(cut, single, want
     play(scene)
     assert scene._moves == dict.fromkeys(SAMPLINGS, MIGRATIONS)
     assert scene.compared == MIGRATIONS * len(SAMPLINGS)
+
+
+def test_branches_that_share_blocks_on_either_side_give_the_same_tokens(cut, single, wanted):
+    engines = {"decode-0": cut, "decode-1": single}
+    scene = EngineScene(engines, wanted, seed=5, cache_prefixes=True)
+    branches = [name for name in SAMPLINGS if name.startswith("branch")]
+    for name in branches:
+        scene.ask_for(name, Route("decode-0"))
+
+    def move_all() -> None:
+        for name in branches:
+            scene.keep_moving(name, "decode-0", "decode-1")
+
+    scene.at_token(branches[-1], 2, move_all)
+    scene.play()
+    assert scene.finished == dict.fromkeys(branches, TOKENS)
+    assert scene._moves == dict.fromkeys(branches, MIGRATIONS)
