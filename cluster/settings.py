@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.settings import GatewaySettings
 from cluster.instance.instance import InstanceSettings
 from engine.slo import Slo
 from placement.role import RoleSettings

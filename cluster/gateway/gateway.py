@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.gateway.call import RequestLimits
-from cluster.gateway.entry import Deliver, Fail, JournalSettings, Reroute, Send
+from cluster.gateway.entry import Deliver, Fail, Reroute, Send
 from cluster.gateway.intake import Intake
 from cluster.gateway.journal import Journal
 from cluster.gateway.peers import Everywhere, Peers
+from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.telling import ended, opened
 from cluster.gateway.view import RequestStatus, Sightings, status_of
-from cluster.watching.observer import Ended, Observers, Opened, Rerouted
+from cluster.watching.observer import Observers, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
 from engine.messages import Dropped, Load, Lost, Migrated, Query, Reply, Resume, Tokens
 from engine.request import FinishReason
-from engine.slo import Slo
-from placement.admission import Admission, AdmissionSettings, Forecast
-from placement.router import Router, RouterSettings
+from placement.admission import Admission, Forecast
+from placement.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,24 +41,6 @@ if TYPE_CHECKING:
     from placement.router import Route
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GatewaySettings:
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    journal: JournalSettings = field(default_factory=JournalSettings)
-    routing: RouterSettings = field(default_factory=RouterSettings)
-    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
-    slo: Slo = field(default_factory=Slo)
-    """Targets of requests that state none."""
-    queue_s: float = 120.0
-    """The longest that a request may wait before it is sent anywhere."""
-    request_s: float = 3600.0
-    """The longest that a request may take."""
-    silence_s: float = 2.0
-    """After so long without a heartbeat an instance is only sent what nobody else can take."""
-    sweep_s: float = 0.1
-    """How often time limits are looked at."""
 
 
 @dataclass(slots=True, eq=False)
@@ -288,17 +270,7 @@ class Gateway:
         request = choice.request
         self._router.dispatched(request, route, now)
         trace = self._traces.get(choice.answer.id)
-        self.observers.opened(
-            Opened(
-                request.id,
-                now,
-                len(request.prompt),
-                request.slo,
-                route.prefill,
-                route.decode,
-                trace,
-            )
-        )
+        self.observers.opened(opened(request, route, trace, now))
         actions = self._journal.open(request, route, now)
         choice.entry = self._journal.find(request.id)
         self._act(actions, now)
@@ -399,19 +371,7 @@ class Gateway:
         self, choice: Choice, outcome: str, error: TandemError | None, now: float
     ) -> None:
         choice.timeline.finished_s = now
-        request = choice.request
-        self.observers.ended(
-            Ended(
-                request.id,
-                outcome,
-                choice.timeline,
-                len(request.prompt),
-                choice.output_tokens,
-                request.slo,
-                choice.kv_bytes,
-                None if error is None else type(error).__name__,
-            )
-        )
+        self.observers.ended(ended(choice, outcome, error))
 
     def _abort(self, choice: Choice, finish: FinishReason) -> None:
         now = self.clock.now()

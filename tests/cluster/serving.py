@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from cluster.gateway.gateway import Gateway, GatewaySettings
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.settings import GatewaySettings
 from cluster.links import LocalNetwork
 from cluster.watching.observer import Observers
 from engine.clock import SystemClock

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.gateway.call import Call, Targets
 from cluster.gateway.entry import JournalSettings
-from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.settings import GatewaySettings
 from engine.errors import (
     BadRequest,
     DeadlineExceeded,

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import GatewayConfig, load_config
 from cluster.gateway.call import Call
-from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.settings import GatewaySettings
 from cluster.watching.metrics import Metrics
 from cluster.watching.slo_window import SloWindow
 from engine.errors import BadConfig, BadRequest, NotFound

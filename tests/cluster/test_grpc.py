@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from cluster.doors.grpc_door import GrpcDoor
 from cluster.events import Event
-from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.settings import GatewaySettings
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import NotFound

@@ -10,7 +10,7 @@ from cluster.doors.both import listen
 from cluster.doors.http import HttpDoor, HttpSettings
 from cluster.doors.limits import HttpLimits
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
-from cluster.gateway.gateway import GatewaySettings
+from cluster.gateway.settings import GatewaySettings
 from engine.request import Request, Sampling
 from placement.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens

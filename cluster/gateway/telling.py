@@ -1,0 +1,32 @@
+"""What a gateway tells its observers about a request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.watching.observer import Ended, Opened
+
+if TYPE_CHECKING:
+    from cluster.gateway.answer import Choice
+    from engine.errors import TandemError
+    from engine.request import Request
+    from placement.router import Route
+
+
+def opened(request: Request, route: Route, trace: str | None, now: float) -> Opened:
+    tokens = len(request.prompt)
+    return Opened(request.id, now, tokens, request.slo, route.prefill, route.decode, trace)
+
+
+def ended(choice: Choice, outcome: str, error: TandemError | None) -> Ended:
+    request = choice.request
+    return Ended(
+        request.id,
+        outcome,
+        choice.timeline,
+        len(request.prompt),
+        choice.output_tokens,
+        request.slo,
+        choice.kv_bytes,
+        None if error is None else type(error).__name__,
+    )
