@@ -290,7 +290,9 @@ def print_table(runs: list[dict[str, Any]], wanted: float) -> None:
                 print("  " + describe(run, ttft_s, tpot_s))
             points = [(run["rate_rps"], share_met(run, ttft_s, tpot_s)) for run in mine]
             goodput = crossing(points, wanted)
-            print(f"  {name}: goodput {goodput:.2f} requests/s")
+            bound = "below" if points[0][1] < wanted else "at least" * (points[-1][1] >= wanted)
+            shown = points[0][0] if bound == "below" else goodput
+            print(f"  {name}: goodput {bound} {shown:.2f} requests/s".replace("  ", " "))
             peer = name.split("-")[0]
             best[peer] = max(best.get(peer, 0.0), goodput)
         if best.get("vllm"):
