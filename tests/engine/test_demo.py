@@ -121,23 +121,23 @@ def test_tools_and_unknown_roles_are_refused() -> None:
     [
         ("Hello", "Hello!"),
         ("Who are you?", "small language model"),
-        ("What is Tandem?", "serves large language models"),
+        ("What is Tandem?", "language models"),
         ("What is the capital of France?", "Paris"),
         ("Count from 1 to 20.", ", ".join(map(str, range(1, 21))) + "."),
         ("Count to 10", ", ".join(map(str, range(1, 11))) + "."),
         ("What is 3 times 4?", "I can only add and subtract."),
-        ("Write a Python function", "small"),
+        ("Write a Python function", "a story or a sum"),
     ],
 )
 def test_it_answers_what_a_newcomer_asks(runner: Runner, question: str, answer: str) -> None:
     assert answer in ask(runner, question)
 
 
-def test_it_adds_and_subtracts_digits_nearly_always_right(runner: Runner) -> None:
-    digits = [(a, b) for a in range(1, 10) for b in range(1, 10)]
-    right = [ask(runner, f"What is {a} plus {b}?") == f"{a} + {b} = {a + b}" for a, b in digits]
-    right += [ask(runner, f"{a + b} - {b} =") == f"{a + b} - {b} = {a}" for a, b in digits]
-    assert sum(right) >= 0.93 * len(right)
+@pytest.mark.parametrize("a", range(1, 10))
+def test_it_adds_and_subtracts_digits(runner: Runner, a: int) -> None:
+    for b in range(1, 10):
+        assert ask(runner, f"What is {a} plus {b}?") == f"{a} + {b} = {a + b}"
+        assert ask(runner, f"{a + b} - {b}") == f"{a + b} - {b} = {a}"
 
 
 def test_it_knows_what_was_said_before(runner: Runner) -> None:
@@ -180,9 +180,9 @@ def test_a_story_keeps_to_the_hero_it_was_asked_for(runner: Runner) -> None:
     assert story.count("Zoe") >= 4
 
 
-def test_what_came_before_does_not_make_it_babble(runner: Runner, corpus: ModuleType) -> None:
+def test_a_long_context_does_not_make_it_babble(runner: Runner, corpus: ModuleType) -> None:
     past = "".join(corpus.documents(5, 40))
-    before = TOKENIZER.encode(past, add_special_tokens=False)[-600:]
+    before = TOKENIZER.encode(past, add_special_tokens=False)[-3000:]
     question = TOKENIZER.apply_chat([{"role": "user", "content": "Who are you?"}])
     assert "small language model" in complete(runner, [*before, *question], 100)
 
