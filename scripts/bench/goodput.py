@@ -290,13 +290,11 @@ def print_table(runs: list[dict[str, Any]], wanted: float) -> None:
                 print("  " + describe(run, ttft_s, tpot_s))
             points = [(run["rate_rps"], share_met(run, ttft_s, tpot_s)) for run in mine]
             goodput = crossing(points, wanted)
-            bound = "below" if points[0][1] < wanted else "at least" * (points[-1][1] >= wanted)
-            shown = points[0][0] if bound == "below" else goodput
-            print(f"  {name}: goodput {bound} {shown:.2f} requests/s".replace("  ", " "))
+            print(f"  {name}: goodput {bounded(points, wanted, goodput)} requests/s")
             peer = name.split("-")[0]
             best[peer] = max(best.get(peer, 0.0), goodput)
-        if best.get("vllm"):
-            print(f"  tandem / vllm = {best.get('tandem', 0.0) / best['vllm']:.2f}")
+        if best.get("vllm") and best.get("tandem"):
+            print(f"  tandem / vllm = {best['tandem'] / best['vllm']:.2f}")
 
 
 def outcomes_of(run: dict[str, Any]) -> list[Outcome]:
@@ -325,6 +323,14 @@ def quantiles(values: Sequence[float]) -> str:
     if not values:
         return "-"
     return "/".join(f"{1000 * float(np.quantile(values, q)):.0f}" for q in (0.5, 0.9))
+
+
+def bounded(points: Sequence[tuple[float, float]], wanted: float, goodput: float) -> str:
+    """Only a bound where all rates that were measured hold, or none does."""
+    (lowest, first), (_, last) = points[0], points[-1]
+    if first < wanted:
+        return f"below {lowest:g}"
+    return f"{goodput:.2f}" if last < wanted else f"at least {goodput:g}"
 
 
 def crossing(points: Sequence[tuple[float, float]], wanted: float) -> float:
