@@ -203,7 +203,7 @@ class LimitsConfig(Section):
     """How often an instance tells its load."""
     silence_s: Seconds = 1.0
     """After so long without a heartbeat the instance is asked whether it lives."""
-    gateway_silence_s: Seconds = 5.0
+    gateway_silence_s: Seconds = 10.0
     """After so long without a sign of a gateway its requests are dropped everywhere."""
     answer_s: Seconds = 2.0
     """How long it may take over the answer before it is declared lost."""

@@ -43,7 +43,8 @@ async def run_gateway(folder: Path) -> None:
     from cluster.doors.both import listen
     from cluster.doors.grpc_door import GrpcDoor
     from cluster.doors.http import HttpDoor
-    from cluster.gateway.gateway import Gateway, GatewaySettings
+    from cluster.gateway.gateway import Gateway
+    from cluster.gateway.settings import GatewaySettings
     from engine.clock import SystemClock
     from engine.tokenizer import Tokenizer
     from placement.admission import AdmissionSettings
