@@ -134,8 +134,7 @@ class DecodeScheduler:
         return bool(self._swapped) or any(not s.blocks for s in self._waiting.values())
 
     def _by_urgency(self, held: dict[str, Sequence]) -> list[Sequence]:
-        key = lambda s: (-s.request.priority, s.request.arrival_s, s.id)  # noqa: E731
-        return sorted(held.values(), key=key)
+        return sorted(held.values(), key=_urgency)
 
     def _grow(self, sequence: Sequence, held: Collection[str], step: DecodeStep) -> None:
         """Give the sequence the blocks of its next token, displacing less urgent ones."""
@@ -198,10 +197,19 @@ class DecodeScheduler:
             self._run(sequence)
 
     def _let_in(self) -> None:
-        """Sequences that gave way first, then newcomers, as far as places and blocks go."""
-        displaced = {k: s for k, s in self._waiting.items() if not s.blocks}
-        newcomers = {k: s for k, s in self._waiting.items() if s.blocks}
-        for sequence in [*self._by_urgency(displaced), *self._by_urgency(newcomers)]:
+        """Sequences that gave way first, then newcomers, as far as places and blocks go; but what
+        holds all it needs and is more urgent than they are would only keep its blocks idle."""
+        displaced = self._by_urgency({k: s for k, s in self._waiting.items() if not s.blocks})
+        newcomers = self._by_urgency({k: s for k, s in self._waiting.items() if s.blocks})
+        swapped = [sequence for sequence, _ in self._swapped.values()]
+        gave_way = min(map(_urgency, [*displaced, *swapped]), default=None)
+        ready = [
+            one
+            for one in newcomers
+            if gave_way is not None and _urgency(one) < gave_way and self._missing_blocks(one) <= 0
+        ]
+        rest = [one for one in newcomers if one not in ready]
+        for sequence in [*ready, *displaced, *rest]:
             if not self._place_for(sequence):
                 if self._running:
                     return
@@ -229,8 +237,11 @@ class DecodeScheduler:
     def _place_for(self, sequence: Sequence) -> bool:
         if len(self._running) >= self.settings.max_sequences:
             return False
+        missing = self._missing_blocks(sequence)
+        if missing <= 0:
+            return True
         spare = int(self.pool.total_blocks * self.settings.watermark) if self._running else 0
-        return self.pool.available - self._missing_blocks(sequence) >= spare
+        return self.pool.available - missing >= spare
 
     def _share_prefix(self, sequence: Sequence) -> None:
         last_token_block = (len(sequence.tokens) - 1) // self.pool.block_tokens
@@ -241,3 +252,8 @@ class DecodeScheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
+
+
+def _urgency(sequence: Sequence) -> tuple[int, float, str]:
+    """Sorts the most urgent first."""
+    return -sequence.request.priority, sequence.request.arrival_s, sequence.id

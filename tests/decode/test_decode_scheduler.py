@@ -143,6 +143,30 @@ def test_newcomers_that_hold_all_blocks_and_lack_one_each_do_not_wait_for_each_o
     drain(decode)
 
 
+def crowded(newcomer_arrival_s):
+    """A newcomer that holds all it needs, as `young` has to give way to `a`."""
+    decode = scheduler(blocks=6, max_sequences=2)
+    arrive(decode, "a", 7)
+    arrive(decode, "young", 7, arrival_s=2.0)
+    assert names(step(decode)) == ["a", "young"]
+    arrive(decode, "newcomer", 7, arrival_s=newcomer_arrival_s)
+    return decode
+
+
+def test_a_senior_newcomer_does_not_keep_its_blocks_idle_behind_those_that_gave_way():
+    decode = crowded(newcomer_arrival_s=1.0)
+    taken = step(decode)
+    assert taken.preempted == ["young"]
+    assert names(taken) == ["a", "newcomer"]
+    drain(decode)
+
+
+def test_a_junior_newcomer_waits_for_those_that_gave_way():
+    decode = crowded(newcomer_arrival_s=3.0)
+    assert names(step(decode)) == ["a"]
+    drain(decode)
+
+
 def test_the_watermark_leaves_room_to_grow():
     decode = DecodeScheduler(BlockPool(10, 4), DecodeSettings(watermark=0.2))
     assert decode.has_room(10)
