@@ -43,7 +43,7 @@ from engine.sampler import Sampler
 from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     Figures = dict[str, float | str]
 
@@ -172,7 +172,7 @@ def machine(device: torch.device, sizes: Sizes) -> Figures:
     }
 
 
-def time_of(calls: list[Callable[[], object]], count: int, device: torch.device) -> float:
+def time_of(calls: Sequence[Callable[[], object]], count: int, device: torch.device) -> float:
     """Seconds a call, the best of three rounds of `count`, the calls taking turns."""
     turns, best_s = cycle(calls), float("inf")
     for _ in range(len(calls) + 2):  # every call once, so that all is compiled
@@ -238,7 +238,7 @@ class Bench:
         layers = max(1, min(64, self.sizes.pool_bytes // layer_bytes))
         sizes = (sum(counts), layers, 2, kv_heads, BLOCK_TOKENS, dim)
         pool = torch.randn(sizes, generator=random, device=self.device, dtype=self.dtype)
-        numbers, chunks = torch.randperm(sum(counts)).tolist(), []
+        numbers, chunks = torch.randperm(sum(counts)).tolist(), list[Chunk]()
         for (new, cached), count in zip(spans, counts, strict=True):
             taken, numbers = numbers[:count], numbers[count:]
             chunks.append(Chunk(str(len(chunks)), (0,) * new, cached, tuple(taken), None))

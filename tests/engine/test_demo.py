@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -38,10 +39,10 @@ BLOCKS = range(256)
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
     sys.path.insert(0, str(SCRIPTS))
-    import demo_corpus
+    corpus = importlib.import_module("demo_corpus")
 
     sys.path.remove(str(SCRIPTS))
-    return demo_corpus
+    return corpus
 
 
 @pytest.fixture(scope="module")
