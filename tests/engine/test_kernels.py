@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numpy._core import _multiarray_umath
+from numpy.random import _pcg64
 
 import engine.native_library as native
 from engine.attention import AttentionShape, KvLayer
@@ -326,7 +326,7 @@ def test_a_library_built_of_other_sources_is_refused_with_what_builds_it_anew(
 def test_a_library_from_before_interfaces_were_counted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "_native.so").write_bytes(Path(_multiarray_umath.__file__).read_bytes())
+    (tmp_path / "_native.so").write_bytes(Path(_pcg64.__file__).read_bytes())
     monkeypatch.setattr(native, "DIRECTORY", tmp_path)
     native.load_library.cache_clear()
     try:
