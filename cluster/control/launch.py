@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util import placement_group, remove_placement_group
+from ray.util import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import NAMESPACE, find_worker, worker_name
@@ -24,8 +30,11 @@ if TYPE_CHECKING:
     from cluster.instance.leading import Network
     from cluster.roster import InstanceSpec
 
+log = logging.getLogger(__name__)
+
 PROGRESS_S = 0.2
 """Between two looks at how far workers are."""
+GROUP_PREFIX = "tandem-"
 GONE_POLL_S = 0.05
 GONE_S = 30.0
 
@@ -96,6 +105,32 @@ async def _until_gone(instance: str, rank: int) -> None:
     raise DeadlineExceeded(f"{worker_name(instance, rank)} does not die")
 
 
+def group_name(instance: str) -> str:
+    return f"{GROUP_PREFIX}{instance}"
+
+
+async def remove_groups_but(instances: set[str]) -> None:
+    """Frees what a dead controller reserved for instances that it did not bring up."""
+    kept = {group_name(instance) for instance in instances}
+    names = {group["name"] for group in placement_group_table().values()}
+    left = {name for name in names - kept if name.startswith(GROUP_PREFIX)}
+    for name in sorted(left):
+        await _remove_group(name)
+
+
+async def _remove_group(name: str) -> None:
+    """Returns when the name can be given again; Ray also lists groups that are long gone."""
+    for _ in range(int(GONE_S / GONE_POLL_S)):
+        try:
+            group = get_placement_group(name)
+        except ValueError:
+            return
+        log.warning("leftover removed placement_group=%s", name)
+        remove_placement_group(group)
+        await asyncio.sleep(GONE_POLL_S)
+    raise DeadlineExceeded(f"placement group {name} is not removed")
+
+
 def stage_bundles(spec: InstanceSpec) -> list[dict[str, float]]:
     """A bundle per pipeline stage: Ray keeps a bundle on one node, and stages may part."""
     worker = {name: amount for name, amount in spec.resources if amount > 0}
@@ -121,7 +156,7 @@ class Launcher:
         if bundles := stage_bundles(spec):
             strategy = "STRICT_PACK" if spec.pipeline_parallel == 1 else "PACK"
             instance.group = placement_group(
-                bundles, strategy=strategy, name=f"tandem-{spec.name}", lifetime="detached"
+                bundles, strategy=strategy, name=group_name(spec.name), lifetime="detached"
             )
             await instance.group.ready()
         instance.stage = "starting"
@@ -173,5 +208,5 @@ async def _watched(work: asyncio.Future[Any], instance: Launched) -> Any:
 def adopt(spec: InstanceSpec) -> Launched:
     """An instance that was up before this controller was."""
     workers = [find_worker(spec.name, rank) for rank in range(spec.workers)]
-    group = ray.util.get_placement_group(f"tandem-{spec.name}") if stage_bundles(spec) else None
+    group = get_placement_group(group_name(spec.name)) if stage_bundles(spec) else None
     return Launched(spec, workers, group, "up")

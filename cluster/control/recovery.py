@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.actors import NAMESPACE, answer
-from cluster.control.launch import Launched, adopt
+from cluster.control.launch import Launched, adopt, remove_groups_but
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from engine.errors import TandemError
 
@@ -44,6 +44,7 @@ async def recover(specs: tuple[InstanceSpec, ...], answer_s: float, now: float) 
         if description.spec.name not in names:
             log.warning("leftover removed worker=%s", name)
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    await remove_groups_but(names)
     members = tuple(member for member in last.members if _stays(member, names))
     settled = tuple(name for name in last.settled if any(m.name == name for m in members))
     roster = Roster(version, members, last.desired or specs, settled)

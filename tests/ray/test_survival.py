@@ -49,3 +49,17 @@ async def test_streams_do_not_notice_the_controllers_death(cluster, undisturbed)
     await until(all_ready(cluster))
     assert await read_all(cluster, disturb=lambda: cluster.kill_worker("decode-1")) == undisturbed
     await until(all_ready(cluster))
+
+
+async def test_an_instance_is_started_anew_by_a_controller_whose_predecessor_died_at_it(
+    cluster, undisturbed
+):
+    def lost():
+        with cluster.client() as client:
+            return [one.state for one in client.status().instances].count("ready") < 3
+
+    cluster.kill_worker("decode-0")
+    await until(lost)
+    os.kill(cluster.controller_pid(), signal.SIGKILL)
+    await until(all_ready(cluster))
+    assert await read_all(cluster) == undisturbed
