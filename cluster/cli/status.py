@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -70,8 +71,8 @@ def _instance(instance: pb.Instance) -> dict[str, Any]:
 
 def draw(status: dict[str, Any]) -> Group:
     """Instances, then the requests under way."""
-    instances = Table("instance", "role", "state", "device", "tp x pp", "pids", "queue", "running",
-                      "KV used", title=_title(status), title_justify="left")  # fmt: skip
+    instances = _table("instance", "role", "state", "device", "tp x pp", "pids", "queue", "running",
+                       "KV used", folds="pids", title=_title(status))  # fmt: skip
     for one in status["instances"]:
         used = one["total_blocks"] - one["free_blocks"]
         instances.add_row(
@@ -85,7 +86,9 @@ def draw(status: dict[str, Any]) -> Group:
             str(one["running_sequences"]),
             f"{100 * used / max(one['total_blocks'], 1):.0f}% of {one['total_blocks']}",
         )
-    requests = Table("request", "state", "prefill", "decode", "prompt", "output", "moves")
+    requests = _table(
+        "request", "state", "prefill", "decode", "prompt", "output", "moves", folds="request"
+    )
     for one in status["requests"][:REQUESTS_SHOWN]:
         requests.add_row(
             one["id"],
@@ -98,6 +101,14 @@ def draw(status: dict[str, Any]) -> Group:
         )
     more = len(status["requests"]) - REQUESTS_SHOWN
     return Group(instances, requests, f"... and {more} more requests" if more > 0 else "")
+
+
+def _table(*columns: str, folds: str, title: str | None = None) -> Table:
+    """Narrow, and nothing cut: names are typed into other commands; one column folds instead."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column != folds, overflow="fold")
+    return table
 
 
 def _title(status: dict[str, Any]) -> str:

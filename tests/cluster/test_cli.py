@@ -1,14 +1,16 @@
 """The command line without a cluster: statuses, one-line errors, documents."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from cluster.cli.app import run
 from cluster.cli.chat import as_document
 from cluster.cli.serve import pool_flags
 from cluster.cli.status import as_document as status_document
-from cluster.cli.status import summarize
+from cluster.cli.status import draw, summarize
 from cluster.config_docs import config_page, config_schema
 from cluster.rpc import tandem_pb2 as pb
 
@@ -121,3 +123,19 @@ def test_a_status_document_has_the_promised_fields():
     assert document["slo"]["attainment"] is None
     assert summarize(document)["instances"] == {"decode ready": 1}
     assert summarize(document)["migrations"] == 2
+
+
+def test_no_name_is_cut_on_a_narrow_terminal():
+    reply = pb.StatusReply(
+        model="demo",
+        instances=[
+            pb.Instance(id="prefill-10", role="prefill", state="ready", device="cpu"),
+            pb.Instance(id="decode-10", role="decode", state="ready", device="cpu"),
+        ],
+        requests=[pb.RequestStatus(id="r" * 37, prefill="prefill-10", decode="decode-10")],
+    )
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(draw(status_document(reply)))
+    text = console.export_text()
+    assert text.count("prefill-10") == text.count("decode-10") == 2
+    assert "…" not in text
