@@ -65,6 +65,7 @@ def test_the_archive_has_no_requests_but_counts(monkeypatch: pytest.MonkeyPatch)
         "instances": [{"id": "mixed-0", "role": "mixed", "state": "ready"}],
         "requests": [{"id": "a client's own words", "state": "decoding", "migrations": 0}],
         "slo": {},
+        "policy": None,
     }
     monkeypatch.setattr(bundle, "_status", lambda _: status)
     monkeypatch.setattr(bundle, "_metrics", lambda *_: "tandem_instances 1\n")
