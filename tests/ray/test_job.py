@@ -87,7 +87,11 @@ def submit(environment, directory):
         assert time.monotonic() < deadline, submitted.stderr[-2000:]
     follow = [RAY, "job", "logs", "--follow", "tandem-test"]
     return subprocess.Popen(
-        follow, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        follow,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
