@@ -65,7 +65,7 @@ async def test_either_gateway_shows_operates_and_ends_the_others_requests(pair):
         await near.abort(seen.id)
         await reader.task
         assert reader.finish == "abort"
-        assert reader.migrations == 1
+        assert reader.migrations >= 1  # it goes home from an instance that only prefills
     await until(holds_nothing(first))
 
 
