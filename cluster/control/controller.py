@@ -126,6 +126,7 @@ class Controller:
 
     def _lose_gateway(self, name: str) -> None:
         self._gateways.forget(name)
+        self._scaling.gateway_lost(name)
         if self._book.leave(name):
             self._note("gateway", name, "lost")
             self._announce()

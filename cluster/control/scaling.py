@@ -155,6 +155,10 @@ class Scaling:
         if self._in_force is None and usage.policy is not None:
             self.apply(usage.policy)
 
+    def gateway_lost(self, name: str) -> None:
+        """What waited there waits no more: its clients are gone with it."""
+        self._tally.waiting.pop(name, None)
+
     def up(self, name: str) -> None:
         role = self._starting.pop(name, None)
         if role is not None and self._in_force is not None:

@@ -160,6 +160,18 @@ async def test_what_gateways_tell_is_counted_once():
     assert (again.waiting_requests, again.ttft_shares, again.prompt_tokens) == (2, (), 0)
 
 
+async def test_what_waited_at_a_lost_gateway_waits_no_more():
+    made, _ = scaling(Fleet())
+    made.told("gateway-0", Usage(3, prompt_tokens=100))
+    made.told("gateway-1", Usage(2, prompt_tokens=50))
+    made.gateway_lost("gateway-0")
+    made.gateway_lost("gateway-2")
+    seen = made._observe()
+    assert (seen.waiting_requests, seen.prompt_tokens) == (2, 150)
+    made.gateway_lost("gateway-1")
+    assert made._observe().waiting_requests == 0
+
+
 async def test_the_loop_waits_for_a_policy_and_then_looks():
     fleet = Fleet(**{"prefill-0": 1.0})
     made, _ = scaling(fleet, text="")
