@@ -78,7 +78,8 @@ class Token:
     finish: FinishReason | None = None
     logprobs: Logprobs | None = None
     stamps: tuple[tuple[str, float], ...] = ()
-    """Moments of events.Timeline that this token makes known, and `kv_bytes` that were copied."""
+    """Moments of events.Timeline that this token makes known, `kv_bytes` that were copied, and
+    `cached_tokens` of the prompt that were not computed."""
 
 
 @dataclass(frozen=True, slots=True)

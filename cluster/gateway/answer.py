@@ -57,6 +57,7 @@ class Choice:
         self.charged_tokens = 0
         """Output tokens that the tenant's share has paid for."""
         self.kv_bytes = 0
+        self.cached_tokens = 0
         self.last_s = 0.0
         self._text, self._stops, self._echo = text, stops, echo
 
@@ -121,6 +122,8 @@ class Choice:
                 setattr(self.timeline, name, value)
             elif name == "kv_bytes":
                 self.kv_bytes = int(value)
+            elif name == "cached_tokens":
+                self.cached_tokens = int(value)
 
 
 class Answer:

@@ -30,3 +30,4 @@ def ended(choice: Choice, outcome: str, error: TandemError | None) -> Ended:
         choice.kv_bytes,
         None if error is None else type(error).__name__,
     )
+        choice.cached_tokens,

@@ -64,6 +64,8 @@ class Ended:
     """Name of the error's class."""
 
     @property
+    cached_tokens: int = 0
+    """Of the prompt, that a cached prefix spared."""
     def met_targets(self) -> bool:
         """A request that failed or was refused did not."""
         ttft_s = self.timeline.ttft_s

@@ -59,7 +59,7 @@ class UsageReporter:
         ttft_s = event.timeline.ttft_s
         if ttft_s is None or len(self._ttft_shares) >= MOST_SHARES:
             return
-        self._ended.append(Shape(event.prompt_tokens, event.output_tokens))
+        self._ended.append(Shape(event.prompt_tokens, event.output_tokens, event.cached_tokens))
         self._ttft_shares.append(ttft_s / event.slo.ttft_s)
         tpot_s = event.timeline.tpot_s(event.output_tokens)
         if tpot_s is not None:
