@@ -29,5 +29,5 @@ def ended(choice: Choice, outcome: str, error: TandemError | None) -> Ended:
         request.slo,
         choice.kv_bytes,
         None if error is None else type(error).__name__,
-    )
         choice.cached_tokens,
+    )

@@ -62,10 +62,10 @@ class Ended:
     """Moved in its hand-off; 0 where there was none."""
     error: str | None = None
     """Name of the error's class."""
-
-    @property
     cached_tokens: int = 0
     """Of the prompt, that a cached prefix spared."""
+
+    @property
     def met_targets(self) -> bool:
         """A request that failed or was refused did not."""
         ttft_s = self.timeline.ttft_s
