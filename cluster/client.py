@@ -81,6 +81,11 @@ class Client:
         reply: pb.StatusReply = self._call(self._cluster.Status, pb.StatusRequest())
         return reply
 
+    def describe(self) -> pb.DescribeReply:
+        """All that the live page shows, and the configuration in force."""
+        reply: pb.DescribeReply = self._call(self._cluster.Describe, pb.DescribeRequest())
+        return reply
+
     def scale(self, role: str, instances: int) -> pb.ScaleReply:
         request = pb.ScaleRequest(role=role, instances=instances)
         reply: pb.ScaleReply = self._call(self._cluster.Scale, request)
@@ -195,6 +200,11 @@ class AsyncClient:
 
     async def status(self) -> pb.StatusReply:
         reply: pb.StatusReply = await self._call(self._cluster.Status, pb.StatusRequest())
+        return reply
+
+    async def describe(self) -> pb.DescribeReply:
+        """All that the live page shows, and the configuration in force."""
+        reply: pb.DescribeReply = await self._call(self._cluster.Describe, pb.DescribeRequest())
         return reply
 
     async def scale(self, role: str, instances: int) -> pb.ScaleReply:

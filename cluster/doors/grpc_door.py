@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -140,6 +141,13 @@ class Cluster(rpc.ClusterServicer):  # type: ignore[misc]
             return json_format.ParseDict(
                 _without_none(await self._operator.status()), pb.StatusReply()
             )
+
+        return await self._answer(context, work)
+
+    async def Describe(self, _: pb.DescribeRequest, context: Context) -> pb.DescribeReply:  # noqa: N802
+        async def work() -> pb.DescribeReply:
+            seen, config = await self._operator.describe()
+            return pb.DescribeReply(seen=json.dumps(seen), config=json.dumps(config))
 
         return await self._answer(context, work)
 

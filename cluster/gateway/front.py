@@ -103,6 +103,7 @@ class Front:
         me = Member(self.name, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         self.membership = Membership(me, self._link, self, ControllerSync())
         self.gateway.peers.answer("tally", lambda _: self._watching.metrics.document())
+        self.whole = self._watching.whole(self.gateway)
         self._make_doors(ClusterOperator(self, controller))
 
     def _make_doors(self, operator: ClusterOperator) -> None:
@@ -114,7 +115,7 @@ class Front:
             HttpSettings(gateway.http, model_root=self._config.model),
             keys=keys,
             metrics=self._watching.metrics.page,
-            extra=self._watching.routes(keys),
+            extra=self._watching.routes(self.whole, keys),
         )
         self._http = HttpServer(door.app, gateway)
         self._grpc = GrpcDoor(
@@ -144,7 +145,7 @@ class Front:
             await asyncio.sleep(TALLY_S)
 
     def _waiting_requests(self) -> int:
-        return sum(request.state == "waiting" for request in self.gateway.requests())
+        return len(self.gateway.waiting())
 
     def ready(self) -> bool:
         """Whether every instance that was asked for takes requests."""
@@ -152,6 +153,10 @@ class Front:
         loads = self.gateway.loads()
         seen = {load.instance for load in loads if load.state is InstanceState.READY}
         return bool(wanted) and wanted <= seen
+
+    def config_document(self) -> dict[str, Any]:
+        """What is in force; of secrets it has only the files' paths."""
+        return self._config.model_dump(mode="json")
 
     def slo_document(self) -> dict[str, float | None]:
         slo = self._config.slo

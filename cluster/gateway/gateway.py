@@ -146,6 +146,10 @@ class Gateway:
         """Every request whose client is here, in order of arrival."""
         return [status_of(choice) for choice in self._choices.values()]
 
+    def waiting(self) -> list[Request]:
+        """Those of them that have not been sent anywhere yet."""
+        return [one.request for one in self._choices.values() if one.entry is None]
+
     def loads(self) -> list[Load]:
         """The instances' latest loads, in order of id."""
         return [one.load for one in self._sightings.view(self.clock.now()).instances]
@@ -270,7 +274,7 @@ class Gateway:
         request = choice.request
         self._router.dispatched(request, route, now)
         trace = self._traces.get(choice.answer.id)
-        self.observers.opened(opened(request, route, trace, now))
+        self.observers.opened(opened(choice, route, trace, now))
         actions = self._journal.open(request, route, now)
         choice.entry = self._journal.find(request.id)
         self._act(actions, now)

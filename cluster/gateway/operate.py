@@ -38,6 +38,9 @@ class ClusterOperator:
             "policy": None if policy is None else asdict(policy),
         }
 
+    async def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return await self._front.whole.document(), self._front.config_document()
+
     async def scale(self, role: Role, instances: int) -> tuple[list[str], list[str]]:
         scaled = await _ask(self._controller.scale.remote(role, instances))
         return list(scaled.started), list(scaled.draining)

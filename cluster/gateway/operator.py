@@ -18,6 +18,10 @@ class Operator(Protocol):
         """The document that `tandem status --json` prints."""
         ...
 
+    async def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The document of the live page, and the configuration in force."""
+        ...
+
     async def scale(self, role: Role, instances: int) -> tuple[list[str], list[str]]:
         """Instances that were started, and those that are draining now."""
         ...

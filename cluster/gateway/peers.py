@@ -37,6 +37,11 @@ class Peers:
         """Who the other gateways are from now on."""
         self._names = tuple(name for name in names if name != self._link.name)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The other gateways'."""
+        return self._names
+
     def answer(self, about: str, answerer: Answerer) -> None:
         """Others that ask `about` get what `answerer` makes of their question."""
         self._answerers[about] = answerer
@@ -52,11 +57,14 @@ class Peers:
                 continue
             self._awaited[number] = asyncio.get_running_loop().create_future()
             asked[name] = number
-        waited = [self._awaited[number] for number in asked.values()]
-        if waited:
-            await asyncio.wait(waited, timeout=ANSWER_S)
-        futures = {name: self._awaited.pop(number) for name, number in asked.items()}
-        return {name: future.result() for name, future in futures.items() if future.done()}
+        waited = {name: self._awaited[number] for name, number in asked.items()}
+        try:
+            if waited:
+                await asyncio.wait(waited.values(), timeout=ANSWER_S)
+        finally:
+            for number in asked.values():
+                del self._awaited[number]
+        return {name: future.result() for name, future in waited.items() if future.done()}
 
     def asked(self, sender: str, query: Query) -> None:
         answerer = self._answerers.get(query.about)

@@ -9,13 +9,21 @@ from cluster.watching.observer import Ended, Opened
 if TYPE_CHECKING:
     from cluster.gateway.answer import Choice
     from engine.errors import TandemError
-    from engine.request import Request
     from placement.router import Route
 
 
-def opened(request: Request, route: Route, trace: str | None, now: float) -> Opened:
-    tokens = len(request.prompt)
-    return Opened(request.id, now, tokens, request.slo, route.prefill, route.decode, trace)
+def opened(choice: Choice, route: Route, trace: str | None, now: float) -> Opened:
+    request = choice.request
+    return Opened(
+        request.id,
+        now,
+        len(request.prompt),
+        request.slo,
+        route.prefill,
+        route.decode,
+        choice.timeline,
+        trace,
+    )
 
 
 def ended(choice: Choice, outcome: str, error: TandemError | None) -> Ended:

@@ -156,6 +156,11 @@ class ClusterStub:
                 request_serializer=cluster_dot_rpc_dot_tandem__pb2.StatusRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_tandem__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/tandem.v1.Cluster/Describe',
+                request_serializer=cluster_dot_rpc_dot_tandem__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_tandem__pb2.DescribeReply.FromString,
+                _registered_method=True)
         self.Scale = channel.unary_unary(
                 '/tandem.v1.Cluster/Scale',
                 request_serializer=cluster_dot_rpc_dot_tandem__pb2.ScaleRequest.SerializeToString,
@@ -193,6 +198,13 @@ class ClusterServicer:
 
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """All that the live page shows, and the configuration in force.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -246,6 +258,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=cluster_dot_rpc_dot_tandem__pb2.StatusRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_tandem__pb2.StatusReply.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=cluster_dot_rpc_dot_tandem__pb2.DescribeRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_tandem__pb2.DescribeReply.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
@@ -305,6 +322,33 @@ class Cluster:
             '/tandem.v1.Cluster/Status',
             cluster_dot_rpc_dot_tandem__pb2.StatusRequest.SerializeToString,
             cluster_dot_rpc_dot_tandem__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Cluster/Describe',
+            cluster_dot_rpc_dot_tandem__pb2.DescribeRequest.SerializeToString,
+            cluster_dot_rpc_dot_tandem__pb2.DescribeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
-    from cluster.watching.live import Live
+    from cluster.watching.whole import WholeCluster
 
 REFRESH_S = 0.5
 MOST_VIEWERS = 32
@@ -39,15 +39,13 @@ class Dashboard:
 
     def __init__(
         self,
-        live: Live,
-        now: Callable[[], float],
+        whole: WholeCluster,
         admit: Callable[[Request], object] = lambda _: None,
         refresh_s: float = REFRESH_S,
     ) -> None:
-        self._live, self._now, self._admit = live, now, admit
-        self._refresh_s = refresh_s
+        self._whole, self._admit, self._refresh_s = whole, admit, refresh_s
         self._viewers = 0
-        self._latest: tuple[float, bytes] | None = None
+        self._latest: tuple[dict[str, Any], bytes] | None = None
 
     def routes(self) -> list[BaseRoute]:
         return [
@@ -71,7 +69,7 @@ class Dashboard:
             self._admit(request)
         except TandemError as error:
             return error_response(error)
-        return Response(self._document(), media_type="application/json", headers=HEADERS)
+        return Response(await self._document(), media_type="application/json", headers=HEADERS)
 
     async def _stream(self, request: Request) -> Response:
         try:
@@ -86,15 +84,14 @@ class Dashboard:
         self._viewers += 1
         try:
             while True:
-                yield b"data: " + self._document() + b"\n\n"
+                yield b"data: " + await self._document() + b"\n\n"
                 await asyncio.sleep(self._refresh_s)
         finally:
             self._viewers -= 1
 
-    def _document(self) -> bytes:
-        """Made once per refresh, however many watch."""
-        now = self._now()
-        if self._latest is None or now - self._latest[0] >= self._refresh_s / 2:
-            text = json.dumps(self._live.snapshot(now), separators=(",", ":"))
-            self._latest = now, text.encode()
+    async def _document(self) -> bytes:
+        """Written once, however many watch."""
+        document = await self._whole.document()
+        if self._latest is None or self._latest[0] is not document:
+            self._latest = document, json.dumps(document, separators=(",", ":")).encode()
         return self._latest[1]

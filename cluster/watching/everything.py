@@ -9,7 +9,7 @@ from cluster.watching.live import Live
 from cluster.watching.metrics import Metrics
 from cluster.watching.slo_window import SloWindow
 from cluster.watching.tracing import open_tracing
-from engine.slo import Slo
+from cluster.watching.whole import WholeCluster
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cluster.config import Config
     from cluster.doors.keys import Keyring
+    from cluster.gateway.gateway import Gateway
     from cluster.watching.observer import Observer
     from engine.clock import Clock
 
@@ -28,15 +29,23 @@ class Watching:
         self._clock = clock
         self.slo = SloWindow()
         self.metrics = Metrics(self.slo, clock.now)
-        target = Slo(config.slo.ttft_s, config.slo.tpot_s)
-        self._live = Live(config.served_name, target, config.slo.attainment, config.predicted)
+        self._live = Live()
+        self._about = {
+            "model": config.served_name,
+            "slo": config.slo.model_dump(),
+            "predicted": config.predicted,
+        }
         self._tracing = open_tracing()
 
     def observers(self) -> list[Observer]:
         watchers: list[Observer] = [self.slo, self.metrics, self._live]
         return watchers if self._tracing is None else [*watchers, self._tracing]
 
-    def routes(self, keys: Keyring | None) -> list[BaseRoute]:
+    def whole(self, gateway: Gateway) -> WholeCluster:
+        """What all gateways see together, as this one shows it."""
+        return WholeCluster(self._live, gateway, self._about)
+
+    def routes(self, whole: WholeCluster, keys: Keyring | None) -> list[BaseRoute]:
         """The live page's, with the same keys as the API."""
 
         def admit(request: Request) -> None:
@@ -45,7 +54,7 @@ class Watching:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             keys.caller(key.strip() if scheme.lower() == "bearer" else None, self._clock.now())
 
-        return Dashboard(self._live, self._clock.now, admit).routes()
+        return Dashboard(whole, admit).routes()
 
     def close(self) -> None:
         """Sends the last spans."""

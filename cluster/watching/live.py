@@ -1,4 +1,4 @@
-"""What the live page shows: an observer that remembers the last minutes, and no prompt ever."""
+"""What one gateway contributes to the live page: the last minutes, and no prompt ever."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.watching.history import History
-from cluster.watching.tracing import phases
+from cluster.watching.others import new_life
+from cluster.watching.tracing import phases, phases_so_far
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from cluster.watching.observer import Ended, Opened, Rerouted
+    from engine.events import Timeline
     from engine.messages import Load, Migrated
+    from engine.request import Request
     from engine.slo import Slo
 
 MOST_REQUESTS = 10_000
@@ -28,7 +31,7 @@ class Tracked:
     """A request on its way through the cluster."""
 
     id: str
-    arrived_s: float
+    timeline: Timeline
     prompt_tokens: int
     slo: Slo
     at: str
@@ -38,16 +41,10 @@ class Tracked:
 
 
 class Live:
-    """An observer; `snapshot` is the page's one document."""
+    """An observer; `share` is what it contributes to the page's one document."""
 
-    def __init__(
-        self, model: str, slo: Slo, attainment: float, predicted: Mapping[str, Any] | None = None
-    ) -> None:
-        self._about = {
-            "model": model,
-            "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "attainment": attainment},
-            "predicted": None if predicted is None else dict(predicted),
-        }
+    def __init__(self) -> None:
+        self.life = new_life()
         self._loads: dict[str, Load] = {}
         self._requests: OrderedDict[str, Tracked] = OrderedDict()
         self._ended: deque[dict[str, Any]] = deque(maxlen=SHOWN_ENDED)
@@ -63,7 +60,7 @@ class Live:
         self._now_s = event.at_s
         self._requests[event.request_id] = Tracked(
             event.request_id,
-            event.at_s,
+            event.timeline,
             event.prompt_tokens,
             event.slo,
             event.prefill,
@@ -120,17 +117,17 @@ class Live:
         now = event.timeline.finished_s or event.timeline.arrived_s
         self._now_s = max(self._now_s, now)
         one = self._requests.pop(event.request_id, None)
-        met = self._history.ended(event, self._now_s)
+        self._history.step(self._now_s).add(event)
         self._totals["requests"] += 1
         self._totals["failed"] += event.outcome in ("error", "refused")
-        self._ended.appendleft(_ended(event, one, met=met))
+        self._ended.appendleft(_ended(event, one))
 
     def _move(
         self, kind: str, one: Tracked, source: str, target: str, at_s: float, **about: object
     ) -> None:
         one.at = target
         move = {
-            "number": next(self._numbers),
+            "id": f"{self.life}/{next(self._numbers)}",
             "kind": kind,
             "at_s": at_s,
             "request": one.id,
@@ -144,23 +141,29 @@ class Live:
 
     # What the page asks for.
 
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """Numbers, names and moments; small enough to send every second."""
-        running = list(self._requests.values())
+    def share(self, now: float, since_s: float, waiting: Sequence[Request]) -> dict[str, Any]:
+        """Numbers, names and moments; small enough to send twice a second. `waiting` are those
+        that have not been sent anywhere yet."""
+        running = list(self._requests.values())[-SHOWN_REQUESTS:]
         return {
-            "now_s": now,
-            **self._about,
-            "instances": [_instance(self._loads[name]) for name in sorted(self._loads)],
-            "totals": {**self._totals, "running": len(running), "waiting": self._waiting()},
-            "observed": self._history.observed(now),
-            "history": self._history.points(now),
-            "requests": [_running(one, now) for one in running[-SHOWN_REQUESTS:][::-1]],
+            "life": self.life,
+            "steps": self._history.since(since_s, now),
+            "totals": {
+                **self._totals,
+                "running": len(self._requests) + len(waiting),
+                "waiting": len(waiting),
+            },
+            "requests": [
+                *(_running(one, now) for one in running),
+                *(_waiting(one, now) for one in waiting[-SHOWN_REQUESTS:]),
+            ],
             "ended": list(self._ended),
             "moves": list(self._moves),
         }
 
-    def _waiting(self) -> int:
-        return sum(load.queue_requests for load in self._loads.values())
+    def instances(self) -> list[dict[str, Any]]:
+        """All there are: every gateway hears every instance."""
+        return [_instance(self._loads[name]) for name in sorted(self._loads)]
 
 
 def _instance(load: Load) -> dict[str, Any]:
@@ -183,18 +186,36 @@ def _instance(load: Load) -> dict[str, Any]:
 
 
 def _running(one: Tracked, now: float) -> dict[str, Any]:
+    arrived_s = one.timeline.arrived_s
     return {
         "id": one.id,
         "at": one.at,
-        "decode": one.decode,
         "prompt_tokens": one.prompt_tokens,
         "output_tokens": one.output_tokens,
-        "age_s": max(now - one.arrived_s, 0.0),
+        "arrived_s": arrived_s,
+        "ttft_s": one.timeline.ttft_s,
+        "slo": {"ttft_s": one.slo.ttft_s, "tpot_s": one.slo.tpot_s},
+        "phases": _since(arrived_s, phases_so_far(one.timeline, now)),
         "moves": one.moves,
     }
 
 
-def _ended(event: Ended, one: Tracked | None, *, met: bool) -> dict[str, Any]:
+def _waiting(request: Request, now: float) -> dict[str, Any]:
+    """Not sent anywhere yet."""
+    return {
+        "id": request.id,
+        "at": None,
+        "prompt_tokens": len(request.prompt),
+        "output_tokens": 0,
+        "arrived_s": request.arrival_s,
+        "ttft_s": None,
+        "slo": {"ttft_s": request.slo.ttft_s, "tpot_s": request.slo.tpot_s},
+        "phases": _since(request.arrival_s, [("queue", request.arrival_s, now)]),
+        "moves": [],
+    }
+
+
+def _ended(event: Ended, one: Tracked | None) -> dict[str, Any]:
     timeline, arrived_s = event.timeline, event.timeline.arrived_s
     return {
         "id": event.request_id,
@@ -204,14 +225,19 @@ def _ended(event: Ended, one: Tracked | None, *, met: bool) -> dict[str, Any]:
         "prompt_tokens": event.prompt_tokens,
         "output_tokens": event.output_tokens,
         "arrived_s": arrived_s,
+        "ended_s": timeline.finished_s or arrived_s,
         "ttft_s": timeline.ttft_s,
         "tpot_s": timeline.tpot_s(event.output_tokens),
         "e2e_s": None if timeline.finished_s is None else timeline.finished_s - arrived_s,
-        "met": met,
+        "met": event.met_targets,
         "slo": {"ttft_s": event.slo.ttft_s, "tpot_s": event.slo.tpot_s},
-        "phases": [
-            {"name": name, "start_s": start_s - arrived_s, "end_s": end_s - arrived_s}
-            for name, start_s, end_s in phases(timeline)
-        ],
+        "phases": _since(arrived_s, phases(timeline)),
         "moves": [] if one is None else one.moves,
     }
+
+
+def _since(arrived_s: float, found: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "start_s": start_s - arrived_s, "end_s": end_s - arrived_s}
+        for name, start_s, end_s in found
+    ]

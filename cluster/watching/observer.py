@@ -30,6 +30,8 @@ class Opened:
     prefill: str
     decode: str | None
     """None where one instance does both phases."""
+    timeline: Timeline
+    """Goes on being filled in."""
     trace: str | None = None
     """The caller's W3C traceparent, if it sent one."""
 

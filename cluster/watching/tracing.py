@@ -121,8 +121,12 @@ class Tracing:
         child.end(_ns(end_s))
 
 
-def phases(timeline: Timeline) -> list[tuple[str, float, float]]:
-    """Each phase that took place, with its start and end."""
+Phase = tuple[str, float, float]
+"""Its name, start and end."""
+
+
+def phases(timeline: Timeline) -> list[Phase]:
+    """Each phase that took place."""
     transferred_s = timeline.transferred_s or timeline.first_token_s
     moments = (
         ("queue", timeline.arrived_s, timeline.prefill_started_s),
@@ -137,6 +141,15 @@ def phases(timeline: Timeline) -> list[tuple[str, float, float]]:
         for name, start_s, end_s in moments
         if start_s is not None and end_s is not None
     ]
+
+
+def phases_so_far(timeline: Timeline, now: float) -> list[Phase]:
+    """Of a request under way: instances tell their moments with its first two tokens."""
+    if timeline.first_token_s is None:
+        return [("to_first_token", timeline.arrived_s, now)]
+    if timeline.second_token_s is None:
+        return [*phases(timeline), ("to_second_token", timeline.first_token_s, now)]
+    return [*phases(timeline), ("decode", timeline.second_token_s, now)]
 
 
 def _attributes(event: Ended, trail: _Trail | None) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
@@ -37,6 +38,9 @@ class FakeOperator:
             "requests": [],
             "slo": {"ttft_s": 2.0, "tpot_s": 0.1, "attainment": None, "window_s": 60.0},
         }
+
+    async def describe(self):
+        return {"gateways": [{"id": "gateway-0", "answers": True}]}, {"model": "fake"}
 
     async def scale(self, role, instances):
         self.asked.append((role, instances))
@@ -175,6 +179,9 @@ async def test_the_operators_verbs_reach_the_operator():
         status = await server.cluster.Status(pb.StatusRequest())
         assert status.instances[0].workers[0].pid == 7
         assert not status.slo.HasField("attainment")
+        described = await server.cluster.Describe(pb.DescribeRequest())
+        assert json.loads(described.seen)["gateways"][0]["answers"]
+        assert json.loads(described.config) == {"model": "fake"}
         scaled = await server.cluster.Scale(pb.ScaleRequest(role="decode", instances=2))
         assert list(scaled.started) == ["decode-1"]
         await server.cluster.SetRole(pb.SetRoleRequest(instance="mixed-0", role="prefill"))

@@ -40,6 +40,7 @@ def opened(request_id: str = "r", at_s: float = 100.0, **changes: object) -> Ope
         "slo": Slo(),
         "prefill": "prefill-0",
         "decode": "decode-0",
+        "timeline": Timeline(at_s),
     }
     return Opened(request_id, at_s, **{**fields, **changes})  # type: ignore[arg-type]
 

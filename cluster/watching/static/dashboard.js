@@ -11,7 +11,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const byId = (id) => document.getElementById(id);
-let lastMove = null;
+let seenMoves = null;
 let shown = null;
 let detailOf = null;
 
@@ -146,8 +146,8 @@ function fillInstance(card, one) {
 // Moves fly from card to card; without motion, the cards light up.
 
 function fly(moves) {
-  const fresh = lastMove === null ? [] : moves.filter((move) => move.number > lastMove);
-  lastMove = moves.at(-1)?.number ?? lastMove ?? 0;
+  const fresh = seenMoves === null ? [] : moves.filter((move) => !seenMoves.has(move.id));
+  seenMoves = new Set(moves.map((move) => move.id));
   for (const move of fresh.slice(-MOST_DOTS)) {
     const source = card(move.source), target = card(move.target);
     if (target === null) continue;
@@ -173,7 +173,7 @@ function flyDot(kind, source, target) {
 
 function moveList(moves) {
   byId("no-moves").hidden = moves.length > 0;
-  keyed(byId("moves"), moves.slice().reverse(), (move) => String(move.number),
+  keyed(byId("moves"), moves.slice().reverse(), (move) => move.id,
     (move) => make("li", {}, make("i", { class: `dot ${move.kind}` }), make("span"), make("span", { class: "soft" })),
     (row, move) => {
       const outcome = move.outcome === "committed" ? "" : `, ${move.outcome}`;
@@ -293,7 +293,8 @@ function parts(state) {
 // Requests and the timeline of one.
 
 function requests(state) {
-  table("running", state.requests, (one) => [one.at, `${one.prompt_tokens} + ${one.output_tokens}`, seconds(one.age_s)]);
+  table("running", state.requests, (one) => [one.at ?? "waiting", `${one.prompt_tokens} + ${one.output_tokens}`,
+    seconds(Math.max(state.now_s - one.arrived_s, 0))]);
   table("ended", state.ended, (one) => [one.at ?? "–", `${one.prompt_tokens} + ${one.output_tokens}`,
     seconds(one.ttft_s), seconds(one.tpot_s), one.error ?? one.outcome]);
   for (const [place, one] of state.ended.entries()) {
@@ -325,21 +326,22 @@ function fillDetail() {
   if (one === undefined) return;
   setText(byId("detail-title"), one.id);
   const body = byId("detail-body");
-  const facts = one.phases === undefined
-    ? `on ${one.at}, ${one.prompt_tokens} prompt and ${one.output_tokens} output tokens so far`
+  const first = one.ttft_s === null ? "no token yet" : `first token after ${seconds(one.ttft_s)}`;
+  const facts = one.outcome === undefined
+    ? `${one.at === null ? "waiting at the gateway" : `on ${one.at}`}, ${one.prompt_tokens} prompt and ${one.output_tokens} output tokens so far, ${first} (target ${seconds(one.slo.ttft_s)})`
     : `${one.error ?? one.outcome}, ${one.prompt_tokens} prompt and ${one.output_tokens} output tokens, first token after ${seconds(one.ttft_s)} `
       + `(target ${seconds(one.slo.ttft_s)}), ${seconds(one.tpot_s)} per token (target ${seconds(one.slo.tpot_s)})`;
-  body.replaceChildren(make("p", {}, facts), gantt(one.phases ?? []), moveLines(one));
+  body.replaceChildren(make("p", {}, facts), gantt(one.phases), moveLines(one));
 }
 
 function gantt(phases) {
   const chart = make("div", { class: "gantt" });
   const end = Math.max(...phases.map((phase) => phase.end_s), 1e-9);
   for (const phase of phases) {
-    const bar = make("i", { class: `part${PARTS.indexOf(phase.name)}` });
+    const bar = make("i", { class: PARTS.includes(phase.name) ? `part${PARTS.indexOf(phase.name)}` : "open" });
     bar.style.left = `${100 * phase.start_s / end}%`;
     bar.style.width = `${100 * (phase.end_s - phase.start_s) / end}%`;
-    chart.append(make("span", {}, phase.name.replace("_", " ")), make("span", { class: "track" }, bar), make("span", {}, seconds(phase.end_s - phase.start_s)));
+    chart.append(make("span", {}, phase.name.replaceAll("_", " ")), make("span", { class: "track" }, bar), make("span", {}, seconds(phase.end_s - phase.start_s)));
   }
   return chart;
 }
@@ -355,6 +357,7 @@ function moveLines(one) {
 function show(state) {
   shown = state;
   setText(byId("model"), state.model);
+  sayGateways(state.gateways);
   tiles(state);
   pools(state);
   charts(state);
@@ -364,6 +367,14 @@ function show(state) {
   moveList(state.moves);
   fly(state.moves);
   if (byId("detail").open) fillDetail();
+}
+
+function sayGateways(gateways) {
+  const silent = gateways.filter((one) => !one.answers).map((one) => one.id);
+  const text = silent.length > 0 ? `${silent.join(", ")} ${silent.length > 1 ? "do" : "does"} not answer`
+    : gateways.length > 1 ? `${gateways.length} gateways` : "";
+  setText(byId("gateways"), text);
+  byId("gateways").className = silent.length > 0 ? "bad" : "soft";
 }
 
 function say(state, text) {
