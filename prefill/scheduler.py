@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from engine.batch import Chunk, chunk_of
@@ -12,8 +14,13 @@ from engine.errors import OutOfBlocks
 from engine.request import SequenceState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from engine.blocks import BlockPool
     from engine.request import Sequence
+
+    Entry = tuple[tuple[int, float, str], Sequence]
+    """What it is sorted by, ending in its id, so that no two are alike."""
 
 POLICIES = ("deadline", "fcfs")
 MEMORY = 0.9
@@ -48,6 +55,14 @@ class PrefillScheduler:
         self._tokens = self._duration_s = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._hashes: dict[str, list[bytes]] = {}
+        self._admitted: dict[str, Sequence] = {}
+        """Those that hold blocks."""
+        self._waiting_tokens = 0
+        """Of the others."""
+        self._open: list[Entry] = []
+        """In the order of the policy."""
+        self._expired: list[Entry] = []
+        """Past their deadline, the oldest of the most urgent first."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -64,7 +79,7 @@ class PrefillScheduler:
 
     @property
     def queued_tokens(self) -> int:
-        return sum(sequence.uncomputed for sequence in self._sequences.values())
+        return self._waiting_tokens + sum([one.uncomputed for one in self._admitted.values()])
 
     def add(self, sequence: Sequence) -> None:
         """Raises OutOfBlocks for a prompt that an empty pool could not hold."""
@@ -74,11 +89,21 @@ class PrefillScheduler:
         assert sequence.id not in self._sequences
         self._sequences[sequence.id] = sequence
         self._hashes[sequence.id] = self.pool.hashes(sequence.tokens, sequence.request.tenant)
+        insort(self._open, (self._rank(sequence), sequence))
+        if sequence.blocks:
+            self._admitted[sequence.id] = sequence
+        else:
+            self._waiting_tokens += sequence.uncomputed
 
     def remove(self, request_id: str) -> Sequence:
         """Forget a sequence; its blocks stay with the caller."""
         del self._hashes[request_id]
-        return self._sequences.pop(request_id)
+        sequence = self._sequences.pop(request_id)
+        if self._admitted.pop(request_id, None) is None:
+            self._waiting_tokens -= sequence.uncomputed
+        if not _take_out(self._open, self._rank(sequence)):
+            _take_out(self._expired, _age(sequence))
+        return sequence
 
     def next_chunks(self, now: float, budget: int) -> list[Chunk]:
         """Chunks of at most `budget` tokens together; admitted prompts have all their blocks."""
@@ -86,8 +111,8 @@ class PrefillScheduler:
         ahead, late = self._order(now)
         chunks: list[Chunk] = []
         if late and ahead:
-            budget -= self._pack(late[:1], late_budget, chunks)
-        self._pack([*ahead, *late], budget, chunks)
+            budget -= self._pack([late[0][1]], late_budget, chunks)
+        self._pack(chain(ahead, (sequence for _, sequence in late)), budget, chunks)
         return chunks
 
     def computed(self, chunk: Chunk) -> Sequence:
@@ -105,17 +130,35 @@ class PrefillScheduler:
             self._duration_s = MEMORY * self._duration_s + duration_s
             self.tokens_per_s = self._tokens / self._duration_s
 
-    def _order(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
-        """Prompts that can meet their deadline, and those that are late, most pressing first."""
-        waiting = list(self._sequences.values())
+    def _rank(self, sequence: Sequence) -> tuple[int, float, str]:
+        request = sequence.request
         if self.settings.policy == "fcfs":
-            key = lambda s: (-s.request.priority, s.request.arrival_s, s.id)  # noqa: E731
-            return sorted(waiting, key=key), []
-        waiting.sort(key=lambda s: (-s.request.priority, s.request.ttft_deadline_s, s.id))
-        late = self._too_much(waiting, now)
-        names = {sequence.id for sequence in late}
-        late.sort(key=lambda s: (-s.request.priority, s.request.arrival_s, s.id))
+            return _age(sequence)
+        return -request.priority, request.ttft_deadline_s, request.id
+
+    def _order(self, now: float) -> tuple[list[Sequence], list[Entry]]:
+        """Prompts that can meet their deadline, and those that are late, most pressing first."""
+        if self.settings.policy == "fcfs":
+            return [sequence for _, sequence in self._open], []
+        self._expire(now)
+        waiting = [sequence for _, sequence in self._open]
+        put_off = self._too_much(waiting, now)
+        if not put_off:
+            return waiting, self._expired
+        late = self._expired.copy()
+        for sequence in put_off:
+            insort(late, (_age(sequence), sequence))
+        names = {sequence.id for sequence in put_off}
         return [sequence for sequence in waiting if sequence.id not in names], late
+
+    def _expire(self, now: float) -> None:
+        """Whatever else waits, these are late from now on, and make nobody else late."""
+        over = [sequence for (_, deadline_s, _), sequence in self._open if deadline_s <= now]
+        if not over:
+            return
+        self._open = [entry for entry in self._open if entry[0][1] > now]
+        for sequence in over:
+            insort(self._expired, (_age(sequence), sequence))
 
     def _too_much(self, waiting: list[Sequence], now: float) -> list[Sequence]:
         """The fewest prompts without which all others, in this order, meet their deadlines.
@@ -135,13 +178,13 @@ class PrefillScheduler:
                 late.append(put_off)
         return late
 
-    def _pack(self, order: list[Sequence], budget: int, chunks: list[Chunk]) -> int:
+    def _pack(self, order: Iterable[Sequence], budget: int, chunks: list[Chunk]) -> int:
         """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps
         those behind it out, or else small prompts would starve it; admitted ones go on."""
         used = 0
         full = False
         packed = {chunk.request_id for chunk in chunks}
-        computing = self._blocks_under_way(packed)
+        computing = self._blocks_under_way()
         for sequence in order:
             if used >= budget or len(chunks) >= self.settings.max_sequences:
                 break
@@ -160,12 +203,11 @@ class PrefillScheduler:
     def _block_tokens(self) -> int:
         return self.pool.block_tokens
 
-    def _blocks_under_way(self, packed: set[str]) -> set[bytes]:
+    def _blocks_under_way(self) -> set[bytes]:
         computing: set[bytes] = set()
-        for sequence in self._sequences.values():
-            if sequence.blocks or sequence.id in packed:
-                start = sequence.computed // self._block_tokens
-                computing.update(self._hashes[sequence.id][start:])
+        for request_id, sequence in self._admitted.items():
+            start = sequence.computed // self._block_tokens
+            computing.update(self._hashes[request_id][start:])
         return computing
 
     def _sibling_computes(self, sequence: Sequence, computing: set[bytes]) -> bool:
@@ -186,7 +228,27 @@ class PrefillScheduler:
         if missing > self.pool.available:
             self.pool.release(shared)
             return False
+        self._waiting_tokens -= sequence.uncomputed
+        self._admitted[sequence.id] = sequence
         sequence.blocks = shared + self.pool.allocate(missing)
         sequence.computed = len(shared) * self._block_tokens
         sequence.state = SequenceState.RUNNING
         return True
+
+
+def _age(sequence: Sequence) -> tuple[int, float, str]:
+    request = sequence.request
+    return -request.priority, request.arrival_s, request.id
+
+
+def _take_out(entries: list[Entry], rank: tuple[int, float, str]) -> bool:
+    """Whether the sequence of this rank was there."""
+    place = bisect_left(entries, rank, key=_rank_of)
+    found = place < len(entries) and entries[place][0] == rank
+    if found:
+        del entries[place]
+    return found
+
+
+def _rank_of(entry: Entry) -> tuple[int, float, str]:
+    return entry[0]
