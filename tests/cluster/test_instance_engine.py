@@ -131,7 +131,7 @@ class EngineScene(Scene):
         super().send(sender, to, message)
 
     def _compare(self, source: str, target: str, confirmed: Confirmed) -> None:
-        arriving = self.nodes[target].instance._arrivals._open.get(confirmed.transfer)
+        arriving = self.nodes[target].instance._transfers._arrivals._open.get(confirmed.transfer)
         if arriving is None:
             return
         tokens, sealed = confirmed.computed, self._seals[confirmed.transfer]

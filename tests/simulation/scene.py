@@ -150,8 +150,10 @@ class Scene(World):
             one = node.instance
             assert one.pool.counts().available == one.pool.total_blocks
             assert not one.load().sequences
-            kept = (one._gateways, one._stamps, one._doomed, one._migrations.held)
-            assert not any((*kept, len(one._arrivals), len(one._departures)))
+            residents, transfers = one._residents, one._transfers
+            assert not any((residents._gateways, residents.stamps, residents._doomed))
+            assert not transfers.held
+            assert (len(transfers._arrivals), len(transfers._departures)) == (0, 0)
         assert not any(len(gateway) for gateway in self.gateways.values())
 
     # What came of it.

@@ -96,7 +96,7 @@ def test_a_second_after_a_prefills_death_was_noticed_its_request_goes_on_and_not
 
     def check() -> None:
         assert target.pool.counts().reserved == 0
-        assert len(target._arrivals) == 0
+        assert len(target._transfers._arrivals) == 0
         assert scene.delivered_s["a"][-1] > died_s[0]
 
     def die() -> None:
@@ -116,7 +116,7 @@ def test_the_targets_lease_frees_everything_when_nobody_notices_the_death(kind, 
 
     def nothing_is_reserved() -> None:
         assert target.pool.counts().reserved == 0
-        assert len(target._arrivals) == 0
+        assert len(target._transfers._arrivals) == 0
 
     def die() -> None:
         scene.end(SOURCE[kind], detected_s=LEASE_S + 1.0)
