@@ -244,6 +244,14 @@ class Config(Section):
                 raise ValueError(f"{path} is {value}: must be finite and not negative")
         return self
 
+    @model_validator(mode="after")
+    def _checksums_are_of_plain_kv(self) -> Self:
+        if self.transfer.checksums and self.transfer.compression != "off":
+            raise ValueError(
+                "transfer.checksums needs transfer.compression to be off: coded KV differs"
+            )
+        return self
+
     @property
     def served_name(self) -> str:
         return self.gateway.served_name or Path(self.model).name

@@ -271,6 +271,8 @@ class Pulled:
 
     transfer: str
     tokens: int
+    checked: bool
+    """Whether it has compared the copy with what was sealed, if it compares at all."""
 
 
 @dataclass(frozen=True, slots=True)

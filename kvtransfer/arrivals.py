@@ -95,7 +95,8 @@ class Arrivals:
             return
         lease_until_s = now + self.settings.lease_s
         prefix = self._pool.hashes(offer.request.prompt, offer.request.tenant)
-        self._open[offer.transfer] = Incoming(offer, sender, lease_until_s, now, prefix)
+        compares = self.settings.checksums
+        self._open[offer.transfer] = Incoming(offer, sender, lease_until_s, now, prefix, compares)
         self._next_word_s[offer.transfer] = now + self.settings.heartbeat_s
 
     def admit(self, now: float) -> None:
@@ -130,7 +131,7 @@ class Arrivals:
     def confirmed(self, sender: str, message: Confirmed, now: float) -> Arrived | None:
         """The sequence that may go on here, its KV complete and owned."""
         incoming = self._heard(message.transfer, sender, now)
-        if incoming is None or not incoming.has(message.computed):
+        if incoming is None or not (incoming.has(message.computed) and incoming.checked):
             return None
         incoming.commit()
         self._forget(incoming)
@@ -231,16 +232,18 @@ class Arrivals:
         return True
 
     def _report(self, incoming: Incoming, now: float) -> None:
+        if incoming.may_compare:
+            self._pulls.append(incoming.order_comparison())
         tokens = incoming.complete_tokens
         if tokens is not None and tokens > incoming.reported:
             incoming.reported = tokens
-            self._say(incoming, Pulled(incoming.id, tokens), now)
+            self._say(incoming, Pulled(incoming.id, tokens, incoming.checked), now)
 
     def _last_word(self, incoming: Incoming) -> Message:
         if incoming.state is TransferState.RESERVED:
             return Reserved(incoming.id)
         if incoming.reported:
-            return Pulled(incoming.id, incoming.reported)
+            return Pulled(incoming.id, incoming.reported, incoming.checked)
         return Renew(incoming.id)
 
     def _say(self, incoming: Incoming, message: Message, now: float) -> None:

@@ -139,6 +139,7 @@ class Departures:
         if out is None or (out.sealed is None and message.tokens <= out.pulled_tokens):
             return None
         out.pulled_tokens = max(message.tokens, out.pulled_tokens)
+        out.checked = out.checked or message.checked
         return out
 
     def cancelled(self, sender: str, message: Cancelled, now: float) -> Outgoing | None:

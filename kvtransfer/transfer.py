@@ -10,7 +10,7 @@ keeps one of the two records below; every verb asserts the state it starts in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,9 @@ class TransferSettings:
     sequences hardly notice; its last round, hand-offs and GPUs copy as fast as they can."""
     accept_lease_s: float = 10.0
     """How long a migrated request's source waits for news of the target's first token."""
+    checksums: bool = False
+    """Whether a target compares what it has copied with its source, by checksums, before it uses
+    it: both sides read all of it once more. For links that are not trusted to keep bytes whole."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +100,8 @@ class Outgoing(_Stateful):
     sealed: Sealed | None = None
     sealed_at_s: float | None = None
     pulled_tokens: int = 0
+    checked: bool = False
+    """Whether the target has nothing left to compare."""
     rounds: int = 0
     round_started_s: float = 0.0
     round_from: int = 0
@@ -119,7 +124,9 @@ class Outgoing(_Stateful):
 
     @property
     def fully_pulled(self) -> bool:
-        return self.sealed is not None and self.pulled_tokens >= self.sealed.computed
+        if self.sealed is None or not self.checked:
+            return False
+        return self.pulled_tokens >= self.sealed.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,8 @@ class PullOrder:
     """Positions that these blocks hold; what lies behind them has no meaning."""
     urgent: bool = True
     """Whether somebody waits for it; the live rounds of a migration have time."""
+    compare: bool = False
+    """Whether the bytes are here already, and only their checksums are to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,9 @@ class Incoming(_Stateful):
     arrived_s: float
     prefix: list[bytes] = field(default_factory=list)
     """Hashes of the prompt's full blocks, if prefixes are shared here."""
+    compares: bool = False
+    comparison: int | None = None
+    """The number of the order that compares all of it, once there is one."""
     shared: list[int] = field(default_factory=list)
     """Blocks of a prefix that was here already; they are not copied."""
     reserved: list[int] = field(default_factory=list)
@@ -169,7 +181,6 @@ class Incoming(_Stateful):
     sealed: Sealed | None = None
     reported: int = 0
     orders: int = 0
-    failure: tuple[str, str] | None = None
 
     @property
     def id(self) -> str:
@@ -207,25 +218,59 @@ class Incoming(_Stateful):
         layers = self.offer.layout.layers
         return self.order(Ready(self.id, self.sealed.computed, 0, layers, self.sealed.blocks))
 
+    @property
+    def may_compare(self) -> bool:
+        """Whether all is here, will not change any more and has not been compared yet."""
+        if not self.compares or self.sealed is None or self.comparison is not None:
+            return False
+        return self.has(self.sealed.computed)
+
+    @property
+    def checked(self) -> bool:
+        if not self.compares:
+            return True
+        return self.comparison is not None and self.comparison not in self.outstanding
+
+    def order_comparison(self) -> PullOrder:
+        """Compares every block that was copied; a prefix known here before was not."""
+        assert self.sealed is not None
+        self.reported = 0  # it counts once it has been compared
+        block_tokens = self.offer.layout.block_tokens
+        have, tokens = len(self.shared), self.sealed.computed
+        order = self._order(
+            range(have, -(-tokens // block_tokens)),
+            range(self.offer.layout.layers),
+            self.sealed.blocks,
+            tokens,
+        )
+        self.comparison = order.number
+        return replace(order, compare=True)
+
     def _order_run(self, first: int, last: int, ready: Ready) -> PullOrder:
         block_tokens = self.offer.layout.block_tokens
         start = self.requested[first] // block_tokens
         end = -(-ready.tokens // block_tokens)
         self.requested[first:last] = [ready.tokens] * (last - first)
-        self.orders += 1
-        self.outstanding[self.orders] = (first, last, ready.tokens)
         if self.state is TransferState.RESERVED:
             self.become(TransferState.COPYING)
+        return self._order(range(start, end), range(first, last), ready.blocks, ready.tokens)
+
+    def _order(
+        self, places: range, layers: range, source_blocks: tuple[int, ...], tokens: int
+    ) -> PullOrder:
+        """For these places of both block tables."""
+        self.orders += 1
+        self.outstanding[self.orders] = (layers.start, layers.stop, tokens)
         return PullOrder(
             self.id,
             self.orders,
             self.source,
             self.offer.layout,
-            ready.blocks[start:end],
-            tuple(self.blocks[start:end]),
-            first,
-            last,
-            ready.tokens - start * block_tokens,
+            source_blocks[places.start : places.stop],
+            tuple(self.blocks[places.start : places.stop]),
+            layers.start,
+            layers.stop,
+            tokens - places.start * self.offer.layout.block_tokens,
             urgent=self.sealed is not None or self.offer.kind is TransferKind.HANDOFF,
         )
 

@@ -79,6 +79,14 @@ class Pool:
         memory = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
         return np.ctypeslib.as_array(memory)
 
+    def fetch(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Some of its bytes where the host can read them: in place, or a copy from a GPU."""
+        if self.device == "cpu":
+            return self.bytes()[start : start + count]
+        memory: torch.Tensor = self.owner  # type: ignore[assignment]
+        found: NDArray[np.uint8] = memory[start : start + count].cpu().numpy()
+        return found
+
 
 class Pull(Protocol):
     """Copies under way."""
@@ -256,13 +264,13 @@ def _check_side(side: str, offsets: Offsets, nbytes: Offsets, limit: int) -> Non
 
 
 def checksum(pool: Pool, offsets: Offsets, nbytes: Offsets) -> int:
-    """CRC-32 over pieces of a host pool, in order: equal on both sides of a faithful pull."""
-    memory, crc = pool.bytes(), 0
+    """CRC-32 over pieces of a pool, in order: equal on both sides of a faithful pull."""
+    crc = 0
     for start, count in zip(offsets.tolist(), nbytes.tolist(), strict=True):
-        crc = zlib.crc32(memory[start : start + count].data, crc)
+        crc = zlib.crc32(pool.fetch(start, count).data, crc)
     return crc
 
 
-def compare_checksums(source: int, target: int) -> None:
+def compare_checksums(what: str, source: int, target: int) -> None:
     if source != target:
-        raise ChecksumMismatch(f"source sent {source:#010x}, target holds {target:#010x}")
+        raise ChecksumMismatch(f"{what}: source sent {source:#010x}, target holds {target:#010x}")

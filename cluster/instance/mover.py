@@ -6,14 +6,15 @@ import asyncio
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.instance.serving import Asking, Serving
+from cluster.instance.serving import Asking, Serving, order_parts
 from engine.errors import TransferError, TransportError
-from kvtransfer.plan import plan_cells, plan_rank
+from kvtransfer.plan import plan_cells
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from cluster.instance.coded import CodedPiece, Coder, Staged, StageRequest
+    from cluster.instance.comparing import CompareRequest, Comparing
     from cluster.instance.serving import Peers, ServeRequest
     from engine.layout import KvLayout
     from kvtransfer.plan import Copies, RankCells, RankPull
@@ -71,10 +72,11 @@ class RankMover:
         *,
         peers: Peers | None = None,
         coder: Coder | None = None,
+        comparing: Comparing | None = None,
     ) -> None:
         self._layout, self._rank, self._transport = layout, rank, transport
         self._copy_share = copy_share
-        self._peers, self._coder = peers, coder
+        self._peers, self._coder, self._comparing = peers, coder, comparing
         self._serving = Serving(layout, rank, transport)
         self._asking = Asking(layout, rank, transport, peers)
         self._under_way: dict[str, list[Pull]] = {}
@@ -103,6 +105,15 @@ class RankMover:
     def unstage(self, ticket: int) -> None:
         self._own_coder.unstage(ticket)
 
+    async def checksum(self, request: CompareRequest) -> int:
+        return await self._own_comparing.checksum(request)
+
+    @property
+    def _own_comparing(self) -> Comparing:
+        if self._comparing is None:
+            raise TransportError("transfer.checksums is off here")
+        return self._comparing
+
     @property
     def _own_coder(self) -> Coder:
         if self._coder is None:
@@ -112,15 +123,13 @@ class RankMover:
     # What this rank pulls.
 
     async def pull(self, order: PullOrder) -> None:
-        """Returns once all bytes are here; raises TransferError otherwise."""
-        parts = plan_rank(
-            order.layout,
-            self._layout,
-            order.source_blocks,
-            order.target_blocks,
-            self._rank,
-            layers=range(order.first_layer, order.last_layer),
-        )
+        """Returns once all bytes are here, and are the right ones if the order is to compare them;
+        raises TransferError otherwise."""
+        if order.compare:
+            with self._paced(order) as pace:
+                await self._own_comparing.compare(order, pace.next_piece)
+            return
+        parts = order_parts(order, order.layout, self._layout, self._rank)
         if not parts:
             return
         two_sided = any(self._transport.two_sided(_peer(order, part)) for part in parts)

@@ -9,6 +9,7 @@ from engine.errors import DeadlineExceeded, InstanceLost, PeerLost, TransportErr
 
 if TYPE_CHECKING:
     from cluster.instance.coded import Staged, StageRequest
+    from cluster.instance.comparing import CompareRequest
     from cluster.instance.serving import ServeRequest
 
 
@@ -30,6 +31,10 @@ class RayPeers:
 
     async def unstage(self, peer: str, ticket: int) -> None:
         await self._call(peer, "unstage", ticket)
+
+    async def checksum(self, peer: str, request: CompareRequest) -> int:
+        found: int = await self._call(peer, "checksum", request)
+        return found
 
     async def _call(self, peer: str, method: str, argument: object) -> Any:
         instance, _, rank = peer.rpartition("/")

@@ -54,11 +54,13 @@ def load_rank(
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
     import torch
 
+    from cluster.instance.comparing import Comparing
     from cluster.instance.peers import RayPeers
     from cluster.instance.transports import open_transport
     from engine.checkpoint import open_checkpoint
     from engine.parallel import join
     from engine.runner import Runner, resolve_dtype
+    from kvtransfer.transport import Pool
 
     checkpoint = open_checkpoint(config.model, config.engine.max_length)
     device = torch.device(spec.device)
@@ -94,14 +96,18 @@ def load_rank(
     )
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
+    peers = RayPeers(me, config.limits.answer_s)
+    pool = Pool.of_tensor(runner.kv.memory)
+    comparing = Comparing(runner.layout, rank, pool, peers) if config.transfer.checksums else None
     copy_share = config.transfer.copy_share if device.type == "cpu" else 1.0
     mover = RankMover(
         runner.layout,
         rank,
         transport,
         copy_share,
-        peers=RayPeers(me, config.limits.answer_s),
+        peers=peers,
         coder=open_coder(config, runner, blocks) if staging else None,
+        comparing=comparing,
     )
     return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
 

@@ -16,8 +16,9 @@ from kvtransfer.plan import plan_rank
 
 if TYPE_CHECKING:
     from cluster.instance.coded import Staged, StageRequest
+    from cluster.instance.comparing import CompareRequest
     from engine.layout import KvLayout
-    from kvtransfer.plan import Copies
+    from kvtransfer.plan import Copies, RankPull
     from kvtransfer.transfer import PullOrder
     from kvtransfer.transport import Pull, Transport
 
@@ -52,6 +53,26 @@ class Peers(Protocol):
     async def stage(self, peer: str, request: StageRequest) -> Staged: ...
 
     async def unstage(self, peer: str, ticket: int) -> None: ...
+
+    async def checksum(self, peer: str, request: CompareRequest) -> int: ...
+
+
+def order_parts(
+    order: PullOrder, source: KvLayout, target: KvLayout, rank: int
+) -> tuple[RankPull, ...]:
+    """What a target's rank copies to carry the order out."""
+    layers = range(order.first_layer, order.last_layer)
+    return plan_rank(source, target, order.source_blocks, order.target_blocks, rank, layers=layers)
+
+
+def taken_from(
+    rank: int, layout: KvLayout, order: PullOrder, target: KvLayout, target_rank: int
+) -> Copies:
+    """The source's view of it: what a target's rank copies from this one."""
+    for part in order_parts(order, layout, target, target_rank):
+        if part.source_rank == rank:
+            return part.copies
+    raise TransportError(f"rank {target_rank} of the reader takes nothing from rank {rank}")
 
 
 def connection_of(metadata: bytes) -> bytes:
@@ -96,19 +117,7 @@ class Serving:
             line.next_turn += 1
 
     def _copies(self, request: ServeRequest) -> Copies:
-        order = request.order
-        parts = plan_rank(
-            self._layout,
-            request.layout,
-            order.source_blocks,
-            order.target_blocks,
-            request.rank,
-            layers=range(order.first_layer, order.last_layer),
-        )
-        for part in parts:
-            if part.source_rank == self._rank:
-                return part.copies
-        raise TransportError(f"{request.reader} takes nothing from rank {self._rank}")
+        return taken_from(self._rank, self._layout, request.order, request.layout, request.rank)
 
 
 class Asking:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from cluster.instance.coded import Staged, StageRequest
+    from cluster.instance.comparing import CompareRequest
     from cluster.instance.leading import Network
     from cluster.instance.rank import LoadedRank
     from cluster.instance.serving import ServeRequest
@@ -168,6 +169,9 @@ class Worker:
 
     async def unstage(self, ticket: int) -> None:
         self._rank_loaded.mover.unstage(ticket)
+
+    async def checksum(self, request: CompareRequest) -> int:
+        return await self._rank_loaded.mover.checksum(request)
 
     async def meet(self, instance: str, ranks: int) -> None:
         """Makes the pools of another instance's ranks reachable."""

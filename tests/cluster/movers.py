@@ -60,6 +60,9 @@ class DirectPeers:
     async def unstage(self, peer, ticket):
         self._movers[peer].unstage(ticket)
 
+    async def checksum(self, peer, request):
+        return await self._movers[peer].checksum(request)
+
 
 class PipePeers:
     """Calls to the one rank at the other end of a pipe, one at a time."""

@@ -51,6 +51,10 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(values, ma
         ({"device": "tpu"}, "^device: 'tpu': "),
         ({"slo": {"ttft_s": 0}}, "^slo.ttft_s: 0: "),
         ({"transfer": {"lease_s": -1}}, "transfer.lease_s is -1"),
+        (
+            {"transfer": {"checksums": True, "compression": "int8"}},
+            "transfer.checksums needs transfer.compression to be off",
+        ),
         ({"gateway": {"http_port": 70000}}, "^gateway.http_port: 70000: "),
         ({"gateway": None}, "^gateway: None: "),
         ({"engine": {"dtype": "int8"}}, "^engine.dtype: 'int8': "),

@@ -7,8 +7,20 @@ from dataclasses import replace
 import pytest
 
 from engine.blocks import BlockPool
+from engine.errors import ChecksumMismatch
 from engine.layout import KvLayout
-from engine.messages import Cancelled, Confirmed, Fenced, Offer, Reserved, Sealed, TransferKind
+from engine.messages import (
+    Cancelled,
+    Confirmed,
+    Fenced,
+    Offer,
+    Pulled,
+    Ready,
+    Renew,
+    Reserved,
+    Sealed,
+    TransferKind,
+)
 from engine.request import Request
 from kvtransfer.arrivals import Arrivals
 from kvtransfer.transfer import TransferSettings
@@ -115,4 +127,77 @@ def test_kv_that_has_not_come_in_full_is_never_used():
     assert arrived is not None
     assert arrived.sequence.output == [5]
     target.pool.release(arrived.sequence.blocks)
+    target.check_empty()
+
+
+BLOCK_TABLE = (0, 1, 2, 3)
+CONFIRMED = Confirmed("t", (5,), 13)
+
+
+def copied(target):
+    """A target that compares has copied all of a sealed transfer: the order to compare it."""
+    target.offered()
+    target.arrivals.ready("prefill-0", Ready("t", 13, 0, 4, BLOCK_TABLE), 0.0)
+    (copy,) = target.arrivals.take_pulls()
+    target.arrivals.pull_finished("t", copy.number, None, 0.0)
+    assert target.sent.pop() == ("prefill-0", Pulled("t", 13, checked=False))
+    assert target.arrivals.take_pulls() == []
+    target.arrivals.sealed("prefill-0", Sealed("t", (5,), 13, BLOCK_TABLE), 0.0)
+    (order,) = target.arrivals.take_pulls()
+    assert order.compare
+    assert (order.source_blocks, order.tokens) == (BLOCK_TABLE, 13)
+    assert (order.first_layer, order.last_layer) == (0, 4)
+    return order
+
+
+def test_kv_is_used_only_after_it_was_compared():
+    target = Target(checksums=True)
+    order = copied(target)
+    assert target.arrivals.confirmed("prefill-0", CONFIRMED, 0.0) is None
+    target.arrivals.tick(TransferSettings().heartbeat_s)
+    assert target.sent.pop() == ("prefill-0", Renew("t"))
+    target.arrivals.pull_finished("t", order.number, None, 1.0)
+    assert target.sent.pop() == ("prefill-0", Pulled("t", 13, checked=True))
+    target.arrivals.tick(2.0)
+    assert target.sent.pop() == ("prefill-0", Pulled("t", 13, checked=True))
+    arrived = target.arrivals.confirmed("prefill-0", CONFIRMED, 2.0)
+    assert arrived is not None
+    target.pool.release(arrived.sequence.blocks)
+    target.check_empty()
+
+
+def test_a_checksum_mismatch_ends_the_transfer_with_what_disagreed():
+    target = Target(checksums=True)
+    order = copied(target)
+    differs = ChecksumMismatch("blocks 2, 3 of prefill-0/0")
+    target.arrivals.pull_finished("t", order.number, differs, 0.0)
+    assert [message for _, message in target.sent] == [
+        Cancelled("t", "ChecksumMismatch", "blocks 2, 3 of prefill-0/0"),
+        Fenced("t"),
+    ]
+    target.check_empty()
+
+
+def test_a_transfer_that_is_cancelled_while_it_is_compared_keeps_its_blocks_until_that_is_over():
+    target = Target(checksums=True)
+    order = copied(target)
+    target.arrivals.cancelled("prefill-0", Cancelled("t", "StaleEpoch", "the request has ended"))
+    assert target.pool.counts().reserved == 4
+    target.arrivals.pull_finished("t", order.number, None, 0.0)
+    target.check_empty()
+
+
+def test_a_prefix_that_was_here_before_is_not_compared():
+    target = Target(checksums=True)
+    known = target.pool.allocate(3)
+    target.pool.remember(known, target.pool.hashes(offer().request.prompt, ""))
+    target.pool.release(known)
+    target.offered()
+    target.arrivals.sealed("prefill-0", Sealed("t", (5,), 13, BLOCK_TABLE), 0.0)
+    (copy,) = target.arrivals.take_pulls()
+    target.arrivals.pull_finished("t", copy.number, None, 0.0)
+    (order,) = target.arrivals.take_pulls()
+    assert (order.compare, order.source_blocks, order.tokens) == (True, (3,), 1)
+    target.arrivals.lost("prefill-0")
+    target.arrivals.pull_finished("t", order.number, None, 0.0)
     target.check_empty()

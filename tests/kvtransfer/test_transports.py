@@ -163,10 +163,12 @@ def test_checksums_agree_on_both_sides_and_tell_an_altered_byte(bench):
     sent = shared_pool(POOL_BYTES)
     sent.bytes()[:] = source.content
     theirs = checksum(sent, copies.source_offsets, copies.nbytes)
-    compare_checksums(theirs, checksum(bench.pool, copies.target_offsets, copies.nbytes))
+    compare_checksums("block 3", theirs, checksum(bench.pool, copies.target_offsets, copies.nbytes))
     bench.pool.bytes()[900001] ^= 1
-    with pytest.raises(ChecksumMismatch, match="source sent 0x"):
-        compare_checksums(theirs, checksum(bench.pool, copies.target_offsets, copies.nbytes))
+    with pytest.raises(ChecksumMismatch, match="block 3: source sent 0x"):
+        compare_checksums(
+            "block 3", theirs, checksum(bench.pool, copies.target_offsets, copies.nbytes)
+        )
 
 
 def test_after_cancel_no_byte_is_written(bench):

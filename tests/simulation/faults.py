@@ -27,6 +27,8 @@ class Faults:
     lethal: float = 0.03
     """Any batch with this request in it ends the instance."""
     pull_error: float = 0.03
+    corrupt: float = 0.1
+    """A copy alters what it carries, where checksums are compared."""
     migrate_per_s: float = 15.0
     drain_per_s: float = 0.1
     switch_role_per_s: float = 0.2

@@ -67,6 +67,7 @@ class FakeModel:
         self.memory: Memory = {}
         self._host: dict[int, Memory] = {}
         self._block_tokens = block_tokens
+        self._slots = range(block_tokens)
 
     def swap(self, swaps: tuple[Swap, ...]) -> None:
         for swap in swaps:
@@ -95,6 +96,14 @@ class FakeModel:
                 for slot in range(self._block_tokens):
                     cell = other.memory.get((theirs, layer, slot), b"nothing")
                     self.memory[mine, layer, slot] = cell
+
+    def block(self, block: int) -> list[Cell]:
+        """All that stands in a block."""
+        cells = ((block, layer, slot) for layer in range(LAYERS) for slot in self._slots)
+        return [self.memory.get(cell, b"nothing") for cell in cells]
+
+    def corrupt(self, block: int, layer: int) -> None:
+        self.memory[block, layer, 0] = b"altered"
 
     def _compute_layer(self, chunk: Chunk, layer: int) -> None:
         cell = b"start" if chunk.start == 0 else self._at(chunk, layer, chunk.start - 1)

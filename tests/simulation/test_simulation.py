@@ -22,7 +22,7 @@ def test_the_same_seed_gives_the_same_trace():
     assert first.trace.digest() == second.trace.digest()
 
 
-def test_worlds_meet_hand_offs_migrations_preemptions_swaps_deaths_and_poison():
+def test_worlds_meet_hand_offs_migrations_preemptions_swaps_deaths_poison_and_altered_copies():
     met: Counter[str] = Counter()
     for seed in range(40):
         world = World(seed)

@@ -18,7 +18,14 @@ from cluster.instance.instance import Instance, InstanceSettings
 from decode.scheduler import DecodeSettings
 from engine import wire
 from engine.blocks import BlockPool
-from engine.errors import BadLogits, PeerLost, PoisonRequest, TransferError, TransportError
+from engine.errors import (
+    BadLogits,
+    ChecksumMismatch,
+    PeerLost,
+    PoisonRequest,
+    TransferError,
+    TransportError,
+)
 from engine.messages import Confirmed, Lost, Message, Migrate, Migrated, Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
@@ -49,6 +56,7 @@ class Node:
     model: FakeModel
     running: bool = False
     preemptions: int = 0
+    compares: bool = False
     pulls: dict[tuple[str, int], PullOrder] = field(default_factory=dict)
 
 
@@ -71,6 +79,7 @@ class World:
             "preemptions": 0,
             "swaps": 0,
             "poisoned": 0,
+            "mismatches": 0,
         }
         self._poison: set[str] = set()
         self._lethal: set[str] = set()
@@ -116,6 +125,7 @@ class World:
                 layer_groups=GROUPS,
                 max_rounds=rng.choice((1, 3, 8)),
                 max_offers=rng.choice((2, 64)),
+                checksums=rng.random() < 0.5,
             ),
         )
 
@@ -207,7 +217,8 @@ class World:
         pool, eos = BlockPool(blocks, self.block_tokens), frozenset((EOS,))
         shape = layout(self.block_tokens)
         instance = Instance(name, self._roles[name], pool, shape, settings=settings, eos=eos)
-        return Node(instance, FakeModel(self.block_tokens))
+        model = FakeModel(self.block_tokens)
+        return Node(instance, model, compares=settings.transfer.checksums)
 
     def alive(self, node: Node) -> bool:
         return self.nodes.get(node.instance.name) is node
@@ -300,8 +311,11 @@ class World:
             error = PeerLost(f"{order.source} is gone")
         elif self._pull_breaks():
             error = TransportError("the link broke")
+        elif order.compare:
+            error = self._compare_blocks(node, source, order)
         else:
             self._copy(node, source, order)
+            self._corrupt(node, order)
         self._end_pull(node, key, error)
 
     def _pull_breaks(self) -> bool:
@@ -311,6 +325,20 @@ class World:
         blocks = list(zip(order.source_blocks, order.target_blocks, strict=True))
         layers = range(order.first_layer, order.last_layer)
         node.model.copy_from(source.model, blocks, layers)
+
+    def _compare_blocks(self, node: Node, source: Node, order: PullOrder) -> TransferError | None:
+        for theirs, mine in zip(order.source_blocks, order.target_blocks, strict=True):
+            if source.model.block(theirs) != node.model.block(mine):
+                self.met["mismatches"] += 1
+                return ChecksumMismatch(f"block {theirs} of {order.source}")
+        return None
+
+    def _corrupt(self, node: Node, order: PullOrder) -> None:
+        """A link that is not trusted alters what it carries; without checksums it must not."""
+        if node.compares and self.rng.random() < self.faults.corrupt:
+            block = self.rng.choice(order.target_blocks)
+            layer = self.rng.randrange(order.first_layer, order.last_layer)
+            node.model.corrupt(block, layer)
 
     def _cancel_pulls(self, node: Node, transfer: str) -> None:
         """A cancelled copy may still write until its end is reported."""
@@ -324,7 +352,7 @@ class World:
     def _fence(self, node: Node, source: Node | None, key: tuple[str, int]) -> None:
         if not self.alive(node) or key not in node.pulls:
             return
-        if source is not None and self.rng.random() < 0.5:
+        if source is not None and not node.pulls[key].compare and self.rng.random() < 0.5:
             self._copy(node, source, node.pulls[key])
         self._end_pull(node, key, TransportError("cancelled"))
 
