@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NAMESPACE = "tandem"
 CONTROLLER_NAME = "tandem-controller"
 RETRY_S = 0.2
+PULL_ANSWER_S = 120.0
+"""Of one rank to another about KV: beyond every bound of the transports themselves. The controller
+ends an instance that hangs long before."""
 
 
 def worker_name(instance: str, rank: int) -> str:
@@ -51,19 +54,19 @@ async def answer(call: Awaitable[Any], within_s: float) -> Any:
 
 
 class ControllerSync:
-    """The long poll of a Membership; it outlives the controller's death for `patience_s`."""
+    """The long poll of a Membership; for `patience_s` it waits for a controller that starts."""
 
-    def __init__(self, patience_s: float = 60.0, poll_s: float = 2.0) -> None:
+    def __init__(self, patience_s: float, poll_s: float = 2.0) -> None:
         self._patience_s, self._poll_s = patience_s, poll_s
 
     async def __call__(self, me: Member, known: int) -> Roster:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience_s
+        deadline = loop.time() + self._poll_s + self._patience_s
         while True:
             try:
                 controller = find_controller()
                 call = controller.sync.remote(me, known, self._poll_s)
-                roster: Roster = await answer(call, self._poll_s + self._patience_s)
+                roster: Roster = await answer(call, deadline - loop.time())
             except InstanceLost:
                 if loop.time() > deadline:
                     raise

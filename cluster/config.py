@@ -210,6 +210,9 @@ class LimitsConfig(Section):
     restarts: Annotated[int, Field(ge=0)] = 10
     """How often in restart_window_s an instance is started anew."""
     restart_window_s: Seconds = 600.0
+    controller_s: Seconds = 600.0
+    """How long gateways and instances go on without the controller, whose successor may be slow to
+    start."""
     supervisor_lease_s: Seconds = 30.0
     """The cluster stops by itself so long after its serve process has vanished."""
     links: LinkLimits = LinkLimits()

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 6
 """How often in a lease the serve process shows that it lives."""
-SHUT_DOWN_S = 60.0
+SHUT_DOWN_S = 150.0
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -29,7 +29,7 @@ from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, Roste
 from cluster.watching.logs import set_up_logging
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
-from engine.errors import BadInput, InstanceLost, NotFound, TandemError
+from engine.errors import BadInput, BadRequest, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Role
 from placement.signals import Phase, Unit
 from placement.view import InstanceView, View
@@ -254,6 +254,8 @@ class Controller:
         self._up(target)
         for source, load in sorted(self._loads.items()):
             if any(running.request_id == request_id for running in load.sequences):
+                if source == target:
+                    raise BadRequest("instance", target, f"runs {request_id} already")
                 self._link.send(source, Migrate(request_id, target, "operator"))
                 return source, target
         raise NotFound(f"no instance runs {request_id}")
@@ -283,7 +285,7 @@ class Controller:
         )
         me = Member(CONTROLLER, Kind.CONTROLLER, uuid.uuid4().hex, self._link.address)
         specs = initial_specs(self._config, self._ground)
-        found = await recover(specs, self._config.limits.answer_s, self._clock.now())
+        found = await recover(specs, self._clock.now())
         self._book = RosterBook(found.roster)
         self._book.join(me, self._clock.now())
         async with asyncio.TaskGroup() as self._tasks:

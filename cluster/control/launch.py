@@ -36,7 +36,7 @@ PROGRESS_S = 0.2
 """Between two looks at how far workers are."""
 GROUP_PREFIX = "tandem-"
 GONE_POLL_S = 0.05
-GONE_S = 30.0
+GONE_S = 120.0
 
 
 @dataclass(slots=True, eq=False)
@@ -120,13 +120,16 @@ async def remove_groups_but(instances: set[str]) -> None:
 
 async def _remove_group(name: str) -> None:
     """Returns when the name can be given again; Ray also lists groups that are long gone."""
+    removed = False
     for _ in range(int(GONE_S / GONE_POLL_S)):
         try:
             group = get_placement_group(name)
         except ValueError:
             return
-        log.warning("leftover removed placement_group=%s", name)
-        remove_placement_group(group)
+        if not removed:
+            log.warning("leftover removed placement_group=%s", name)
+            remove_placement_group(group)
+            removed = True
         await asyncio.sleep(GONE_POLL_S)
     raise DeadlineExceeded(f"placement group {name} is not removed")
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREFIX = "tandem-"
+DESCRIBE_S = 15.0
+"""How long a worker may take to describe itself to a new controller: streams go on meanwhile, and
+one that is only busy must not be killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,12 @@ class Recovered:
     instances: tuple[Launched, ...]
 
 
-async def recover(specs: tuple[InstanceSpec, ...], answer_s: float, now: float) -> Recovered:
+async def recover(specs: tuple[InstanceSpec, ...], now: float) -> Recovered:
     """Whole instances are taken over; of others, what is left is removed.
 
     `specs` are wanted only where no survivor remembers what was.
     """
-    found = await _descriptions(answer_s)
+    found = await _descriptions()
     last = max((d.roster for d in found.values()), key=lambda r: r.version, default=Roster(0))
     version = max(last.version + 1, int(now * 1000))
     leaders = [d for d in found.values() if d.leads]
@@ -62,18 +65,18 @@ def _ranks(found: dict[str, Description], spec: InstanceSpec) -> int:
     return sum(1 for other in found.values() if other.spec.name == spec.name)
 
 
-async def _descriptions(answer_s: float) -> dict[str, Description]:
+async def _descriptions() -> dict[str, Description]:
     names = [n for n in ray.util.list_named_actors() if n.startswith(PREFIX)]
     workers = sorted(name for name in names if name != f"{PREFIX}{CONTROLLER}")
-    answers = await asyncio.gather(*(_describe(name, answer_s) for name in workers))
+    answers = await asyncio.gather(*(_describe(name) for name in workers))
     return {name: found for name, found in zip(workers, answers, strict=True) if found}
 
 
-async def _describe(name: str, answer_s: float) -> Description | None:
+async def _describe(name: str) -> Description | None:
     """None for a worker that is dead or does not answer; the latter is killed."""
     try:
         actor: Any = ray.get_actor(name, namespace=NAMESPACE)
-        description: Description = await answer(actor.describe.remote(), answer_s)
+        description: Description = await answer(actor.describe.remote(), DESCRIBE_S)
     except ValueError:
         return None
     except TandemError as error:

@@ -101,7 +101,8 @@ class Front:
             observers=Observers([*self._watching.observers(), *reporters]),
         )
         me = Member(self.name, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
-        self.membership = Membership(me, self._link, self, ControllerSync())
+        sync = ControllerSync(config.limits.controller_s)
+        self.membership = Membership(me, self._link, self, sync)
         self.gateway.peers.answer("tally", lambda _: self._watching.metrics.document())
         self.whole = self._watching.whole(self.gateway)
         self._make_doors(ClusterOperator(self, controller))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from cluster.actors import ControllerSync, answer, find_worker
+from cluster.actors import PULL_ANSWER_S, ControllerSync, answer, find_worker
 from cluster.instance.host import Host, HostSettings
 from cluster.instance.instance import Instance
 from cluster.instance.mover import InstanceMover
@@ -65,10 +65,6 @@ class RemoteRank:
         await answer(self._actor.cancel.remote(transfer), PULL_ANSWER_S)
 
 
-PULL_ANSWER_S = 120.0
-"""Beyond every bound of the transports themselves."""
-
-
 class Leading:
     """Follows the roster for the whole instance."""
 
@@ -88,7 +84,8 @@ class Leading:
         self._others = [find_worker(spec.name, rank) for rank in range(1, spec.workers)]
         self._link = ZmqLink(spec.name, network.bind(spec.name), network.key, config.limits.links)
         me = Member(spec.name, Kind.INSTANCE, uuid.uuid4().hex, self._link.address, spec, seats)
-        self.membership = Membership(me, self._link, self, ControllerSync())
+        sync = ControllerSync(config.limits.controller_s)
+        self.membership = Membership(me, self._link, self, sync)
         self._host: Host | None = None
         self._worker: Worker | None = None
         self._tasks: asyncio.TaskGroup | None = None

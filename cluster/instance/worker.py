@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.actors import answer, find_worker
+from cluster.actors import PULL_ANSWER_S, answer, find_worker
 from cluster.config import Config
 from cluster.instance.leading import Leading
 from cluster.instance.mover import rank_name
@@ -179,7 +179,7 @@ class Worker:
             peer = rank_name(instance, rank)
             me = rank_name(self._spec.name, self._rank)
             call = find_worker(instance, rank).metadata.remote(me)
-            metadata = await answer(call, self._config.limits.answer_s)
+            metadata = await answer(call, PULL_ANSWER_S)
             await asyncio.to_thread(self._rank_loaded.mover.connect, peer, metadata)
 
     async def part(self, instance: str, ranks: int) -> None:
