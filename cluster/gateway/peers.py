@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from dataclasses import asdict
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InstanceLost, NotFound
+from engine.errors import DeadlineExceeded, InstanceLost, NotFound
 from engine.messages import Query, Reply
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from cluster.links import Link
 
     Answerer = Callable[[Any], Any]
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 1.0
 """A gateway that takes longer is left out."""
@@ -71,7 +74,11 @@ class Peers:
         if answerer is None or sender not in self._names:
             return
         body = json.dumps(answerer(json.loads(query.body))).encode()
-        self._link.send(sender, Reply(query.number, body))
+        try:
+            self._link.send(sender, Reply(query.number, body))
+        except InstanceLost as lost:
+            # The roster has just told the link, and tells us next.
+            log.info("nobody hears the answer gateway=%s reason=%s", sender, lost)
 
     def answered(self, reply: Reply) -> None:
         future = self._awaited.get(reply.number)
@@ -93,12 +100,18 @@ class Everywhere:
         return self._mine() + [one for name in sorted(others) for one in others[name]]
 
     async def abort(self, request_id: str, tenant: str | None = None) -> None:
-        """Ends a call whose client may be at another gateway. Raises NotFound."""
+        """Ends a call whose client may be at another gateway. Raises NotFound, or DeadlineExceeded
+        where one that may have it is slow to answer; there it ends all the same."""
         if self._aborts(request_id, tenant):
             return
+        asked = self._peers.names
         found = await self._peers.ask("abort", [request_id, tenant])
-        if not any(found.values()):
-            raise NotFound(f"request {request_id!r} is not under way")
+        if any(found.values()):
+            return
+        silent = [name for name in asked if name not in found]
+        if silent:
+            raise DeadlineExceeded(f"{', '.join(silent)} did not say whether it had {request_id!r}")
+        raise NotFound(f"request {request_id!r} is not under way")
 
     def _mine(self) -> list[dict[str, Any]]:
         return [asdict(one) for one in self._gateway.requests()]

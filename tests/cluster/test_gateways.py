@@ -9,7 +9,7 @@ from cluster.gateway.call import Call
 from cluster.gateway.settings import GatewaySettings
 from cluster.watching.metrics import Metrics
 from cluster.watching.slo_window import SloWindow
-from engine.errors import BadConfig, BadRequest, NotFound
+from engine.errors import BadConfig, BadRequest, DeadlineExceeded, NotFound
 from engine.messages import Query
 from engine.request import FinishReason
 from tests.cluster.serving import ask, read, running, settle, until
@@ -56,6 +56,24 @@ async def test_a_gateway_that_is_gone_is_left_out_of_the_answers():
         answer = await first.open(call(max_tokens=1000))
         assert [one["id"] for one in await first.everywhere.requests()] == [answer.id]
         first.close(answer)
+
+
+async def test_an_abort_does_not_say_not_found_for_a_gateway_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("cluster.gateway.peers.ANSWER_S", 0.0)
+    async with running("mixed-0", gateways=2) as cluster:
+        first, second = cluster.gateways.values()
+        answer = await first.open(call(max_tokens=1000, request_id="far"))
+        with pytest.raises(DeadlineExceeded, match="gateway-0"):
+            await second.everywhere.abort("far")
+        assert (await read(answer))[-1].finish is FinishReason.ABORT
+        first.close(answer)
+
+
+async def test_a_gateway_that_asks_and_dies_does_not_take_the_one_it_asked_with_it():
+    async with running("mixed-0", gateways=2) as cluster:
+        cluster.network.kill("gateway-1")
+        cluster.gateway.receive("gateway-1", Query(1, "requests", b"null"))
+        assert len(await ask(cluster.gateway, call())) == 8
 
 
 async def test_only_gateways_are_answered_and_only_what_they_may_ask():
