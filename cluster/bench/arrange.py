@@ -34,7 +34,7 @@ class Synthetic:
     longest_prompt: int = 4096
     longest_output: int = 1024
     prefixes: int = 0
-    prefix_tokens: int = 0
+    prefix_tokens: int = 128
     seed: int = 0
 
 

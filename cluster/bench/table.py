@@ -15,7 +15,6 @@ COUNTS = (
     ("rate_rps", "offered rate (1/s)", "{:.3f}"),
     ("throughput_tokens_s", "output tokens (1/s)", "{:.1f}"),
     ("goodput_rps", "goodput (1/s)", "{:.3f}"),
-    ("attainment", "within targets", "{:.1%}"),
 )
 LATENCY_TITLES = {
     "ttft_s": "Time to first token",
@@ -33,11 +32,17 @@ def figure_rows(documents: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cel
         (title, [(shape.format(found[key]), "") for found in documents])
         for key, title, shape in COUNTS
     ]
+    rows.append(("within targets", [_share(found) for found in documents]))
     for name, title in LATENCY_TITLES.items():
         for point in ("p50", "p90", "p99"):
             cells = [_latency(found, name, point) for found in documents]
             rows.append((f"{title}, {point} (ms)", cells))
     return rows
+
+
+def _share(found: dict[str, Any]) -> Cell:
+    low, high = found["confidence"]["attainment"]
+    return f"{found['attainment']:.1%}", f"{low:.1%} to {high:.1%}"
 
 
 def _latency(found: dict[str, Any], name: str, point: str) -> Cell:

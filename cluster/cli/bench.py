@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from pathlib import Path  # noqa: TC003 - typer reads it from the signature
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from cluster.cli.options import ApiKey, Json  # noqa: TC001 - so does it these
+from cluster.cli import bench_options as option  # noqa: TC001 - typer reads them
+from cluster.cli.options import ApiKey, Json  # noqa: TC001 - as well
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-    from cluster.bench.http import Target as Endpoint
+    import typer
+
+    from cluster.bench.goodput import Search
+    from cluster.bench.http import Target
     from cluster.bench.run import Measured, Plan
     from placement.workload import Workload
 
 DRAWN_REQUESTS = 200
-Target = Annotated[float, typer.Option(help="Target; a workload's own columns win.")]
+ATTAINMENT = 0.9
+ROUNDS = 3
+THINK_S = 1.0
 
 
 def register(app: typer.Typer) -> None:
@@ -30,90 +34,43 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     *,
-    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000",
-    vs: Annotated[
-        list[str] | None, typer.Option(help="Another server to compare with; repeatable.")
-    ] = None,
-    workload: Annotated[
-        Path | None, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests a second; stretches a workload's own times.")
-    ] = None,
-    ramp_to: Annotated[
-        float | None, typer.Option(help="The rate rises (or falls) to this one.")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop with so many users instead.")
-    ] = None,
-    goodput: Annotated[
-        bool, typer.Option("--goodput", help="Find the highest rate that keeps the attainment.")
-    ] = False,
-    attainment: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="The share that must meet its targets.")
-    ] = 0.9,
-    ttft: Target = 2.0,
-    tpot: Target = 0.1,
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="How many; 200, or all of a workload.")
-    ] = None,
-    duration_s: Annotated[
-        float | None, typer.Option(help="Only requests that are due before this.")
-    ] = None,
-    burstiness: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, help="Coefficient of variation of the gaps: 1 is Poisson.", show_default="1"
-        ),
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Median length.", show_default="256")
-    ] = None,
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Median length.", show_default="64")
-    ] = None,
-    spread: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Of the lengths' logarithm: 0 is all alike.", show_default="0"),
-    ] = None,
-    prefixes: Annotated[
-        int | None, typer.Option(min=1, help="How many texts prompts begin with.")
-    ] = None,
-    prefix_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Their length.", show_default="128")
-    ] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each conversation.")] = 1,
-    think_s: Annotated[float, typer.Option(min=0.0, help="Between its turns.")] = 1.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How often servers take turns.")] = 3,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before, not counted.")] = 4,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of times and lengths.", show_default="0")
-    ] = None,
-    prompt_seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**32 - 1,
-            help="Of the prompts; new in every run, so that no prefix cache knows them.",
-            show_default="random, printed",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The first one served.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use /v1/chat/completions.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    timeout_s: Annotated[float, typer.Option(help="Per request.")] = 600.0,
+    url: option.Url = "http://127.0.0.1:8000",
+    vs: option.Versus = None,
+    workload: option.WorkloadFile = None,
+    rate: option.Rate = None,
+    ramp_to: option.RampTo = None,
+    concurrency: option.Concurrency = None,
+    goodput: option.Goodput = False,
+    attainment: option.Attainment = None,
+    ttft: option.TargetSeconds = 2.0,
+    tpot: option.TargetSeconds = 0.1,
+    requests: option.Requests = None,
+    duration_s: option.Duration = None,
+    burstiness: option.Burstiness = None,
+    prompt_tokens: option.PromptTokens = None,
+    output_tokens: option.OutputTokens = None,
+    spread: option.Spread = None,
+    prefixes: option.Prefixes = None,
+    prefix_tokens: option.PrefixTokens = None,
+    turns: option.Turns = 1,
+    think_s: option.Think = None,
+    rounds: option.Rounds = None,
+    warm_up: option.WarmUp = 4,
+    seed: option.Seed = None,
+    prompt_seed: option.PromptSeed = None,
+    model: option.Model = None,
+    chat: option.Chat = False,
+    temperature: option.Temperature = 0.0,
+    timeout_s: option.Timeout = 600.0,
     api_key: ApiKey = None,
-    csv: Annotated[Path | None, typer.Option(help="Every request, one row each.")] = None,
-    report: Annotated[Path | None, typer.Option(help="An HTML page with plots.")] = None,
+    csv: option.CsvFile = None,
+    report: option.ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure a server's latencies under load, from the moment each request was due."""
     from cluster.bench.arrange import Arrangement, Talk
-    from cluster.bench.goodput import Search
     from cluster.bench.http import parse_target
-    from cluster.bench.report import report as page
     from cluster.bench.run import Plan
-    from cluster.bench.sample import write_samples
     from cluster.bench.server import Settings
     from engine.slo import Slo
 
@@ -130,30 +87,45 @@ def bench(
     }
     if goodput and (concurrency is not None or ramp_to is not None):
         raise BadInput("goodput", True, "looks for one rate: without --concurrency and --ramp-to")
+    if concurrency is not None:
+        when = {"rate": rate, "ramp-to": ramp_to, "burstiness": burstiness}
+        _refuse(when | {"duration-s": duration_s}, "an open loop: leave out --concurrency")
+    if not goodput:
+        _refuse({"attainment": attainment}, "--goodput")
+    if goodput or not vs:
+        _refuse({"rounds": rounds}, "--vs, and no --goodput")
+    if turns == 1:
+        _refuse({"think-s": think_s}, "--turns")
     slo = Slo(_positive("ttft", ttft), _positive("tpot", tpot))
     load = _cut(_load(workload, rate, drawn, requests), duration_s)
+    prompt_seed = secrets.randbits(32) if prompt_seed is None else prompt_seed
+    settings = Settings(
+        model, chat, temperature=temperature, timeout_s=timeout_s, prompt_seed=prompt_seed
+    )
     plan = Plan(
-        Arrangement(load, slo, Talk(turns, think_s)),
+        Arrangement(load, slo, Talk(turns, THINK_S if think_s is None else think_s)),
         concurrency=concurrency,
-        search=Search(rate or load.rate_rps or 1.0, attainment) if goodput else None,
-        rounds=rounds if vs else 1,
+        search=_search(rate or load.rate_rps, attainment) if goodput else None,
+        rounds=(rounds or ROUNDS) if vs else 1,
         warm_up=warm_up,
-        settings=Settings(
-            model,
-            chat,
-            temperature=temperature,
-            timeout_s=timeout_s,
-            prompt_seed=secrets.randbits(32) if prompt_seed is None else prompt_seed,
-        ),
+        settings=settings,
     )
     measured = _run(plan, [parse_target(one, api_key) for one in (url, *(vs or ()))])
-    documents = [one.document() for one in measured]
-    if csv is not None:
-        with csv.open("w", newline="", encoding="utf-8") as out:
-            write_samples(out, [(one.url, one.samples) for one in measured])
-    if report is not None:
-        report.write_text(page(measured, documents), encoding="utf-8")
-    _print(documents, as_json=as_json)
+    _tell(measured, csv, report, as_json=as_json)
+
+
+def _refuse(given: Mapping[str, object], without: str) -> None:
+    """Options that would have no effect as things stand."""
+    for field, value in given.items():
+        if value is not None:
+            raise BadInput(field, value, f"needs {without}")
+
+
+def _search(rate: float, attainment: float | None) -> Search:
+    from cluster.bench.goodput import Search
+
+    wanted = ATTAINMENT if attainment is None else attainment
+    return Search(rate or 1.0, wanted)
 
 
 def _positive(field: str, value: float) -> float:
@@ -163,22 +135,31 @@ def _positive(field: str, value: float) -> float:
 
 
 def _load(
-    path: Path | None, rate: float | None, drawn: dict[str, Any], requests: int | None
+    path: Path | None, rate: float | None, drawn: Mapping[str, Any], requests: int | None
 ) -> Workload:
     """From the file if one is named, at its own times or stretched to a rate; else drawn."""
-    from cluster.bench.arrange import Synthetic, draw
-    from placement.workload_files import read_workload
-
     if rate is not None:
         _positive("rate", rate)
     given = {name: value for name, value in drawn.items() if value is not None}
     if path is None:
-        if "prefix_tokens" in given and "prefixes" not in given:
-            raise BadInput("prefix-tokens", given["prefix_tokens"], "needs --prefixes")
-        return draw(Synthetic(requests=requests or DRAWN_REQUESTS, **given))
+        return _drawn(given, requests)
     for name in given.keys() - {"rate_rps"}:
         flag = name.removesuffix("_rps").replace("_", "-")
         raise BadInput(flag, given[name], "does not go with --workload, which says it all")
+    return _read(path, rate, requests)
+
+
+def _drawn(given: Mapping[str, Any], requests: int | None) -> Workload:
+    from cluster.bench.arrange import Synthetic, draw
+
+    if "prefix_tokens" in given and "prefixes" not in given:
+        raise BadInput("prefix-tokens", given["prefix_tokens"], "needs --prefixes")
+    return draw(Synthetic(requests=requests or DRAWN_REQUESTS, **given))
+
+
+def _read(path: Path, rate: float | None, requests: int | None) -> Workload:
+    from placement.workload_files import read_workload
+
     load = read_workload(path)
     load = load if requests is None else load.first(requests)
     return load if rate is None else load.at_rate(rate)
@@ -191,7 +172,7 @@ def _cut(load: Workload, duration_s: float | None) -> Workload:
     return load.between(start_s, start_s + _positive("duration-s", duration_s))
 
 
-def _run(plan: Plan, targets: Sequence[Endpoint]) -> list[Measured]:
+def _run(plan: Plan, targets: Sequence[Target]) -> list[Measured]:
     import uvloop
 
     from cluster.bench.run import Bench
@@ -199,6 +180,22 @@ def _run(plan: Plan, targets: Sequence[Endpoint]) -> list[Measured]:
 
     with progress_bars() as watch:
         return uvloop.run(Bench(plan, watch).run(targets))
+
+
+def _tell(
+    measured: Sequence[Measured], csv: Path | None, report: Path | None, *, as_json: bool
+) -> None:
+    """On standard output, and into the files that were asked for."""
+    from cluster.bench.report import report as page
+    from cluster.bench.sample import write_samples
+
+    documents = [one.document() for one in measured]
+    if csv is not None:
+        with csv.open("w", newline="", encoding="utf-8") as out:
+            write_samples(out, [(one.url, one.samples) for one in measured])
+    if report is not None:
+        report.write_text(page(measured, documents), encoding="utf-8")
+    _print(documents, as_json=as_json)
 
 
 def _print(documents: Sequence[dict[str, Any]], *, as_json: bool) -> None:

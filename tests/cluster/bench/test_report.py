@@ -155,6 +155,13 @@ def test_a_workload_of_ones_own_is_replayed(
         (("--ttft", "-1"), "ttft"),
         (("--prefix-tokens", "9"), "prefix-tokens"),
         (("--goodput", "--concurrency", "2"), "goodput"),
+        (("--concurrency", "2", "--rate", "3"), "rate"),
+        (("--concurrency", "2", "--burstiness", "3"), "burstiness"),
+        (("--concurrency", "2", "--duration-s", "3"), "duration-s"),
+        (("--attainment", "0.5"), "attainment"),
+        (("--rounds", "2"), "rounds"),
+        (("--goodput", "--vs", "http://127.0.0.1:1", "--rounds", "2"), "rounds"),
+        (("--think-s", "2"), "think-s"),
         (("--workload", "none.csv"), "workload"),
     ],
 )
