@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
     policy_app.command("validate")(policy_validate)
     policy_app.command("apply")(policy_apply)
+    policy_app.command("schema")(policy_schema)
     app.add_typer(policy_app, name="policy")
 
 
@@ -43,21 +44,33 @@ def top(
     *,
     interval_s: Annotated[float, typer.Option("--interval", min=0.1)] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Draw it once and end.")] = False,
+    as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,
 ) -> None:
-    """The cluster, refreshed until interrupted."""
+    """What the live page shows, refreshed until interrupted."""
+    from rich.console import Console
     from rich.live import Live
 
-    from cluster.cli.status import as_document, draw
+    from cluster.cli.top import Picture
 
     with open_client(server, api_key) as client:
-        picture = draw(as_document(client.status()))
-        with Live(picture, screen=not once, auto_refresh=False) as live:
-            live.refresh()
-            while not once:
+
+        def seen() -> dict[str, Any]:
+            document: dict[str, Any] = json.loads(client.describe().seen)
+            return document
+
+        if as_json:
+            print(json.dumps(seen(), indent=2))
+            return
+        if once:
+            Console().print(Picture(seen()))
+            return
+        with Live(Picture(seen()), screen=True, auto_refresh=False) as live:
+            while True:
+                live.refresh()
                 time.sleep(interval_s)  # noqa: TID251  a person's refresh interval
-                live.update(draw(as_document(client.status())), refresh=True)
+                live.update(Picture(seen()))
 
 
 def scale(
@@ -179,6 +192,13 @@ def policy_apply(
     with open_client(server, api_key) as client:
         changes = client.apply_policy(_read(file))
     _tell({"applied": str(file), "changes": changes}, as_json=as_json)
+
+
+def policy_schema() -> None:
+    """Prints the JSON schema of a policy file."""
+    from cluster.policy_file import policy_schema as schema
+
+    print(json.dumps(schema(), indent=2))
 
 
 def policy_validate(file: Path, *, as_json: Json = False) -> None:
