@@ -1,4 +1,4 @@
-"""What a bug report needs in one archive: versions, machine, config, state and metrics.
+"""What a bug report needs in one archive: versions, machine, config, plan, state and metrics.
 
 No prompts, answers or keys: requests appear as counts, and key files only as paths.
 """
@@ -9,6 +9,7 @@ import json
 import platform
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,11 +17,11 @@ import httpx
 from cluster.cli.doctor import examine
 from cluster.cli.status import as_document, summarize
 from cluster.config import load_config
+from cluster.yaml_file import read_yaml
 from engine.errors import BadInput, TandemError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from cluster.client import Client
 
@@ -53,29 +54,41 @@ def collect(
     """The bundle's files by name; what could not be had is told in `missing.txt`."""
     files = {"README.txt": README, "versions.json": _json(versions())}
     files["machine.json"] = _json([finding.as_dict() for finding in examine()])
-    missing: list[str] = []
     if source is not None:
-        files["config.json"] = load_config(source).model_dump_json(indent=2) + "\n"
+        files |= _of_source(source)
     try:
-        status = _status(connect)
-        files["status.json"] = _json(_without_requests(status))
+        with connect() as client:
+            status, description = as_document(client.status()), client.describe()
+        files |= _of_cluster(status, json.loads(description.seen), json.loads(description.config))
         files["metrics.txt"] = _metrics(status["endpoints"]["http"], api_key)
     except BadInput:
         raise
     except (TandemError, httpx.HTTPError) as error:
-        missing.append(f"the running cluster: {type(error).__name__}: {error}")
-    return files | ({"missing.txt": "\n".join(missing) + "\n"} if missing else {})
+        files["missing.txt"] = f"the running cluster: {type(error).__name__}: {error}\n"
+    return files
 
 
-def _status(connect: Callable[[], Client]) -> dict[str, Any]:
-    with connect() as client:
-        return as_document(client.status())
+def _of_source(source: str) -> dict[str, str]:
+    """What `tandem serve` was given, as it was read, and the plan if it was one."""
+    files = {"given.json": load_config(source).model_dump_json(indent=2) + "\n"}
+    if source.endswith((".yaml", ".yml")):
+        values = read_yaml(Path(source))
+        if isinstance(values.get("pools"), list):
+            files["given_plan.json"] = _json(values)
+    return files
 
 
-def _without_requests(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Instances as they are, requests only counted: their ids may be a client's own."""
-    summary = summarize(dict(status))
-    return {**status, "requests": summary["requests"]}
+def _of_cluster(
+    status: Mapping[str, Any], seen: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Requests are only counted: their ids may be a client's own."""
+    counted = {**status, "requests": summarize(dict(status))["requests"]}
+    return {
+        "status.json": _json(counted),
+        "config.json": _json(config),
+        "plan.json": _json({name: seen[name] for name in ("slo", "predicted", "observed")}),
+        "history.json": _json({name: seen[name] for name in ("gateways", "totals", "history")}),
+    }
 
 
 def _metrics(url: str, api_key: str | None) -> str:
