@@ -103,7 +103,7 @@ class Front:
         me = Member(self.name, Kind.GATEWAY, uuid.uuid4().hex, self._link.address)
         sync = ControllerSync(config.limits.controller_s)
         self.membership = Membership(me, self._link, self, sync)
-        self.gateway.peers.answer("tally", lambda _: self._watching.metrics.document())
+        self.gateway.peers.answer("tally", self._watching.metrics.document)
         self.whole = self._watching.whole(self.gateway)
         self._make_doors(ClusterOperator(self, controller))
 
@@ -140,9 +140,10 @@ class Front:
             tasks.create_task(self._gather_tallies())
 
     async def _gather_tallies(self) -> None:
+        metrics = self._watching.metrics
         while True:
-            answers = await self.gateway.peers.ask("tally")
-            self._watching.metrics.others.heard(answers.values())
+            answers = await self.gateway.peers.ask("tally", metrics.known_lives())
+            metrics.others.heard(answers.values())
             await asyncio.sleep(TALLY_S)
 
     def _waiting_requests(self) -> int:

@@ -220,12 +220,17 @@ class Metrics(Collector):
         ended += others_ended
         return (met + others_met) / ended if ended else None
 
-    def document(self) -> dict[str, Any]:
-        """What this gateway has counted, for the others."""
+    def known_lives(self) -> list[str]:
+        """Of gateways, this one's too: what to tell another that is asked for its counts."""
+        return [self._life, *self.others.lives]
+
+    def document(self, known_lives: Iterable[str]) -> dict[str, Any]:
+        """What this gateway has counted, and what it remembers that the one who asks does not."""
         return {
             "life": self._life,
             "tallies": self._tallies.snapshot(),
             "attained": self._slo.attained(self._now()),
+            "remembered": self.others.unknown_to(known_lives),
         }
 
 

@@ -23,16 +23,32 @@ class OtherGateways:
     def heard(self, documents: Iterable[dict[str, Any]]) -> None:
         """The answers to one question that all gateways were asked."""
         self._attained.clear()
+        remembered: dict[str, dict[str, Any]] = {}
         for document in documents:
             life = document["life"]
-            if life in self._tallies or len(self._tallies) < MOST_LIVES:
-                self._tallies[life] = document["tallies"]
+            self._keep(life, document["tallies"])
             met, ended = document["attained"]
             self._attained[life] = met, ended
+            remembered |= document["remembered"]
+        for life in remembered.keys() - self._tallies.keys():
+            self._keep(life, remembered[life])
+
+    def _keep(self, life: str, tallies: dict[str, Any]) -> None:
+        if life in self._tallies or len(self._tallies) < MOST_LIVES:
+            self._tallies[life] = tallies
 
     @property
     def tallies(self) -> list[dict[str, Any]]:
         return list(self._tallies.values())
+
+    @property
+    def lives(self) -> list[str]:
+        return list(self._tallies)
+
+    def unknown_to(self, lives: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is remembered of others than these: one that has just begun knows of no dead."""
+        known = set(lives)
+        return {life: kept for life, kept in self._tallies.items() if life not in known}
 
     @property
     def attained(self) -> tuple[int, int]:

@@ -135,7 +135,7 @@ def metrics_of(*events) -> Metrics:
 
 def test_every_gateway_shows_the_metrics_of_all():
     mine, other = metrics_of(ended()), metrics_of(ended("s"), ended("t", "error"))
-    mine.others.heard([other.document()])
+    mine.others.heard([other.document(())])
     alone, both = samples(metrics_of(ended(), ended("s"), ended("t", "error"))), samples(mine)
     assert both == alone
     assert both["tandem_requests_total", "error"] == 1
@@ -144,14 +144,27 @@ def test_every_gateway_shows_the_metrics_of_all():
 
 def test_counters_do_not_fall_when_a_gateway_dies_or_starts_again():
     mine, other = metrics_of(ended()), metrics_of(ended("s"))
-    mine.others.heard([other.document()])
+    mine.others.heard([other.document(())])
     mine.others.heard([])
     total = ("tandem_requests_total", "length")
     assert samples(mine)[total] == 2
-    mine.others.heard([metrics_of(ended("t"), ended("u")).document()])
+    mine.others.heard([metrics_of(ended("t"), ended("u")).document(())])
     assert samples(mine)[total] == 4
-    mine.others.heard([other.document()])
+    mine.others.heard([other.document(())])
     assert samples(mine)[total] == 4, "one that was only out of reach is not counted twice"
+
+
+def test_a_gateway_that_begins_again_learns_what_was_counted_before_it():
+    kept, lost = metrics_of(ended()), metrics_of(ended("s"))
+    kept.others.heard([lost.document(kept.known_lives())])
+    again = metrics_of(ended("t"))
+    again.others.heard([kept.document(again.known_lives())])
+    assert samples(again)["tandem_requests_total", "length"] == 3
+    again.others.heard([kept.document(again.known_lives())])
+    assert samples(again)["tandem_requests_total", "length"] == 3
+    assert again.document(kept.known_lives())["remembered"] == {}, "only what is news"
+    kept.others.heard([again.document(kept.known_lives())])
+    assert samples(kept) == samples(again)
 
 
 def test_each_gateway_has_ports_of_its_own():
