@@ -5,6 +5,12 @@ import pytest
 from tests.ray.serving import serve
 from tests.ray.streams import read_all
 
+CONFIG = """
+pools: {prefill: {instances: 1}, decode: {instances: 2}}
+limits: {answer_s: 15}
+"""
+"""Whoever does not answer for so long hangs, on the slowest machine that tests run on."""
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -15,9 +21,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """One prefill and two decode instances of the built-in model, shared by the tests."""
-    serving = serve(
-        tmp_path_factory.mktemp("cluster") / "serve.log", "--prefill", "1", "--decode", "2"
-    )
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "config.yaml").write_text(CONFIG)
+    serving = serve(folder / "serve.log", str(folder / "config.yaml"))
     yield serving
     status = serving.end()
     assert status == 0, serving.log.read_text()[-4000:]

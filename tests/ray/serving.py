@@ -7,15 +7,22 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.access import Access
 from cluster.client import AsyncClient, Client
 
-READY_S = 120.0
-END_S = 60.0
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE_S = 600.0
+"""Before a test says that something hangs; no machine is so slow that it needs as long."""
+LOOK_S = 0.02
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Serving:
     def end(self) -> int:
         """SIGTERM, and the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(END_S)
+        return self.process.wait(PATIENCE_S)
 
 
 def serve(
@@ -69,21 +76,28 @@ def serve(
             start_new_session=start_new_session,
             env={**os.environ, **environment},
         )
-    line = read_line(process, READY_S, log)
+    line = ready_line(process, log)
     fields = dict(part.split("=", 1) for part in line.split()[1:])
     return Serving(process, log, fields["http"], fields["grpc"])
 
 
-def read_line(process: subprocess.Popen[str], within_s: float, log: Path) -> str:
+def ready_line(process: subprocess.Popen[str], log: Path) -> str:
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(within_s):
+        if not selector.select(PATIENCE_S):
             process.kill()
-            raise TimeoutError(f"not ready within {within_s:g} s:\n{log.read_text()[-4000:]}")
+            raise TimeoutError(f"not ready within {PATIENCE_S:g} s:\n{log.read_text()[-4000:]}")
     line = process.stdout.readline()
     assert line.startswith("ready "), log.read_text()[-4000:]
     return line
+
+
+def metric(serving: Serving, name: str) -> float:
+    """The sum of all series whose name and labels begin like this."""
+    with urllib.request.urlopen(f"{serving.http}/metrics", timeout=PATIENCE_S) as reply:
+        lines = reply.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 def descendants(ancestor: int) -> set[int]:
@@ -113,9 +127,23 @@ def is_controller(pid: int) -> bool:
     return command_of(pid).startswith(b"ray::Controller")
 
 
-def until_gone(pids: set[int], within_s: float) -> set[int]:
+def wait_for(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> bool:
+    """Whether it came to pass; between two looks others have the processor."""
+    deadline, pause = time.monotonic() + within_s, threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        pause.wait(LOOK_S)
+    return True
+
+
+def until_gone(pids: set[int], within_s: float = PATIENCE_S) -> set[int]:
     """Those of the processes that are still there after the wait."""
-    deadline = time.monotonic() + within_s
-    while (left := {pid for pid in pids if command_of(pid)}) and time.monotonic() < deadline:
-        os.sched_yield()
+    left = set(pids)
+
+    def gone() -> bool:
+        left.intersection_update({pid for pid in left if command_of(pid)})
+        return not left
+
+    wait_for(gone, within_s)
     return left

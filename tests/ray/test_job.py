@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,11 +17,11 @@ import pytest
 
 from cluster.access import Access
 from cluster.client import Client
-from tests.ray.serving import descendants, until_gone
+from tests.ray.serving import PATIENCE_S, descendants, until_gone, wait_for
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-WAIT_S = 150.0
+JOBS = re.compile(r"RAY_API_SERVER_ADDRESS='(\S+)'")
 CONFIG = """
 model: demo
 device: cpu
@@ -28,36 +30,66 @@ pools:
   prefill: {instances: 1, resources: {CPU: 0.5}}
   decode: {instances: 1, resources: {CPU: 0.5}}
 """
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+    # Ray's own limits for the start of its job server and for the end of a stopped job.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{PATIENCE_S:.0f}",
+    "RAY_JOB_STOP_WAIT_TIME_S": f"{PATIENCE_S:.0f}",
+}
+FIXED_PORTS = range(20_000, 32_000)
+"""The system gives none of these out by itself, so one that is free stays free."""
+ANY_PORT = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "min-worker-port",
+    "max-worker-port",
+)
+"""Whose default is one number for the whole machine, where somebody else may listen."""
 
 
 def free_port():
+    """For the one of Ray's servers that does not choose its own."""
+    first = os.getpid() % len(FIXED_PORTS)
+    return next(port for port in (*FIXED_PORTS[first:], *FIXED_PORTS[:first]) if is_free(port))
+
+
+def is_free(port):
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.fixture
-def head(tmp_path):
+def temporary():
+    """Short, as socket paths must be."""
+    directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def head(tmp_path, temporary):
     """A Ray head with its job server, under a token of its own."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    environment = {**os.environ, **token, "PATH": path}
-    port, jobs_port = free_port(), free_port()
+    environment = {**os.environ, **ENVIRONMENT}
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
-    command += [f"--port={port}", f"--dashboard-port={jobs_port}", "--disable-usage-stats"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]
-    command += [f"--temp-dir=/tmp/ray-{os.getpid()}", "--object-store-memory=80000000"]
-    with (tmp_path / "head.log").open("w") as log:
+    command += [f"--{name}=0" for name in ANY_PORT]
+    command += [f"--ray-client-server-port={free_port()}"]
+    command += ["--disable-usage-stats", "--object-store-memory=80000000"]
+    command += [f"--temp-dir={temporary}"]
+    path = tmp_path / "head.log"
+    with path.open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs_port}"}, process
+    assert wait_for(lambda: process.poll() is not None or JOBS.search(path.read_text()))
+    assert process.poll() is None, path.read_text()
+    yield environment | {"RAY_API_SERVER_ADDRESS": JOBS.findall(path.read_text())[0]}
     processes = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    left = until_gone(processes, 20.0)
-    for pid in left:
+    process.wait(PATIENCE_S)
+    for pid in until_gone(processes, 20.0):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
 
 
 def working_directory(target):
@@ -77,12 +109,13 @@ def submit(environment, directory):
     """Submits as soon as the cluster takes jobs; what the job prints comes out of the process."""
     command = [RAY, "job", "submit", "--no-wait", "--submission-id=tandem-test"]
     command += ["--working-dir", ".", "--", "python", "-m", "cluster", "serve", "config.yaml"]
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         submitted = subprocess.run(
             command, cwd=directory, env=environment, capture_output=True, text=True, check=False
         )
-        if submitted.returncode == 0:
+        # It is there already if the answer to an earlier attempt was lost.
+        if submitted.returncode == 0 or "already exists" in submitted.stderr + submitted.stdout:
             break
         assert time.monotonic() < deadline, submitted.stderr[-2000:]
     follow = [RAY, "job", "logs", "--follow", "tandem-test"]
@@ -95,32 +128,32 @@ def submit(environment, directory):
     )
 
 
-def lines_until(process, wanted):
-    """What the job printed, up to the first line with `wanted` in it."""
+def read_until(process, seen, wanted):
+    """Adds what the job prints to `seen`, until that has a line with `wanted` in it."""
     assert process.stdout is not None
-    seen, alarm = [], threading.Timer(WAIT_S, process.kill)
+    alarm = threading.Timer(PATIENCE_S, process.kill)
     alarm.start()
     try:
-        for line in process.stdout:
+        while not any(wanted in line for line in seen):
+            line = process.stdout.readline()
+            assert line, f"no {wanted!r} in:\n{''.join(seen)[-4000:]}"
             seen.append(line)
-            if wanted in line:
-                return seen
     finally:
         alarm.cancel()
-    raise AssertionError(f"no {wanted!r} in:\n{''.join(seen)[-4000:]}")
+    return next(line for line in seen if wanted in line)
 
 
 def test_a_job_serves_and_ends_when_it_is_stopped(head, tmp_path):
-    environment, _ = head
-    job = submit(environment, working_directory(tmp_path / "work"))
-    seen = lines_until(job, "ready http=")
-    fields = dict(part.split("=", 1) for part in seen[-1].split() if "=" in part)
+    job, seen = submit(head, working_directory(tmp_path / "work")), []
+    ready = read_until(job, seen, "ready http=")
+    fields = dict(part.split("=", 1) for part in ready.split() if "=" in part)
     with Client(Access(fields["grpc"])) as client:
         generation = client.generate("Once upon a time", max_tokens=8, temperature=0.0)
         assert len(generation.token_ids) == 8
         assert [i.state for i in client.status().instances] == ["ready", "ready"]
-    assert any("without native kernels" in line for line in seen), "".join(seen)
+    # Ray brings the workers' lines, and may bring them after the job's own.
+    read_until(job, seen, "without native kernels")
     stop = [RAY, "job", "stop", "tandem-test"]
-    subprocess.run(stop, env=environment, check=True, capture_output=True, timeout=60)
-    lines_until(job, "ending signal=")
-    job.wait(60)
+    subprocess.run(stop, env=head, check=True, capture_output=True, timeout=PATIENCE_S)
+    read_until(job, seen, "ending signal=")
+    job.communicate(timeout=PATIENCE_S)

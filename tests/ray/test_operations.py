@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import aclosing
 
-from tests.ray.streams import TOKENS, Reader, all_ready, holds_nothing, read_all, until
+from tests.ray.serving import PATIENCE_S, metric
+from tests.ray.streams import ENDLESS, Reader, all_ready, holds_nothing, moved, read_all, until
+
+INSTANCES = ["decode-0", "decode-1", "prefill-0"]
 
 
 def tandem(cluster, *arguments):
     """Runs a command against the cluster; its exit status and its JSON document."""
     command = [sys.executable, "-m", "cluster", *arguments, "--server", cluster.grpc, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
 
@@ -25,7 +29,7 @@ def test_http_and_grpc_give_the_same_answer(cluster):
         json.dumps(body).encode(),
         {"content-type": "application/json"},
     )
-    with urllib.request.urlopen(call, timeout=30) as reply:
+    with urllib.request.urlopen(call, timeout=PATIENCE_S) as reply:
         over_http = json.load(reply)["choices"][0]["text"]
     status, document = tandem(
         cluster, "generate", prompt, "--max-tokens", "24", "--temperature", "0"
@@ -33,15 +37,16 @@ def test_http_and_grpc_give_the_same_answer(cluster):
     assert status == 0
     assert document["text"] == over_http
     assert document["usage"]["completion_tokens"] == 24
-    assert document["route"]["prefill"] == "prefill-0"
-    assert document["route"]["decode"].startswith("decode-")
+    # A prefill instance that seems slow is passed over: a decode instance may do both.
+    assert document["route"]["prefill"] in INSTANCES
+    assert document["route"]["decode"] in INSTANCES
 
 
 def test_status_tells_where_everything_is(cluster):
     status, document = tandem(cluster, "status")
     assert status == 0
     assert document["endpoints"] == {"http": cluster.http, "grpc": cluster.grpc}
-    assert [i["id"] for i in document["instances"]] == ["decode-0", "decode-1", "prefill-0"]
+    assert [i["id"] for i in document["instances"]] == INSTANCES
     for instance in document["instances"]:
         (worker,) = instance["workers"]
         os.kill(worker["pid"], 0)
@@ -60,17 +65,17 @@ def test_what_does_not_exist_is_status_1(cluster):
         assert (status, "NotFound" in line) == (1, True)
 
 
-async def test_a_running_request_migrates_without_a_change_in_its_tokens(cluster, undisturbed):
+async def test_a_running_request_migrates_without_a_change_in_its_tokens(cluster):
     async with cluster.async_client() as client:
-        reader = Reader(client, 0, TOKENS)
-        await reader.begun.wait()
-        status = await client.status()
-        (running,) = status.requests
-        target = "decode-1" if running.decode == "decode-0" else "decode-0"
-        await client.migrate(running.id, target)
-        await reader.task
-    assert reader.tokens == undisturbed[0]
-    assert reader.migrations == 1
+        reader = Reader(client, 0, ENDLESS)
+        await reader.has()
+        (running,) = (await client.status()).requests
+        await until(moved(cluster, running.id, ("decode-0", "decode-1")))
+        await reader.has(len(reader.tokens) + 20)
+        await reader.leave()
+        again = Reader(client, 0, len(reader.tokens))
+        await again.task
+    assert reader.tokens == again.tokens
     await until(holds_nothing(cluster))
 
 
@@ -107,27 +112,30 @@ async def test_a_role_can_be_switched_and_switched_back(cluster, undisturbed):
 
 
 async def test_a_reader_that_leaves_frees_every_block_at_once(cluster):
+    aborted = 'tandem_requests_total{outcome="abort"}'
+    before = metric(cluster, aborted)
     async with cluster.async_client() as client:
-        readers = [Reader(client, number, TOKENS) for number in range(8)]
-        await asyncio.gather(*(reader.begun.wait() for reader in readers))
-        for reader in readers:
-            reader.task.cancel()
-        await asyncio.gather(*(reader.task for reader in readers), return_exceptions=True)
-    await until(holds_nothing(cluster), within_s=5.0)
+        readers = [Reader(client, number, ENDLESS) for number in range(8)]
+        await asyncio.gather(*(reader.has() for reader in readers))
+        await asyncio.gather(*(reader.leave() for reader in readers))
+        # None of them has ended by itself, which would free blocks as well.
+        await until(lambda: metric(cluster, aborted) == before + len(readers))
+    await until(holds_nothing(cluster))
 
 
 async def test_watchers_hear_what_happens(cluster):
-    async def toggle():
-        async with cluster.async_client() as client:
-            while True:
-                for role in ("mixed", "decode"):
-                    await client.set_role("decode-1", role)
-                    await asyncio.sleep(0.1)
+    heard = asyncio.Event()
 
-    async with cluster.async_client() as client, asyncio.timeout(30):
-        toggling = asyncio.create_task(toggle())
-        async for event in client.watch("instance"):
-            assert (event.kind, event.subject) == ("instance", "decode-1")
-            break
-        toggling.cancel()
-        await client.set_role("decode-1", "decode")
+    async def toggle():
+        while not heard.is_set():
+            for role in ("mixed", "decode"):
+                await client.set_role("decode-1", role)
+
+    async with cluster.async_client() as client, asyncio.TaskGroup() as tasks:
+        tasks.create_task(toggle())
+        async with aclosing(client.watch("instance")) as events:
+            async for event in events:
+                assert event.kind == "instance"
+                if (event.subject, event.text) == ("decode-1", "role changed"):
+                    break
+        heard.set()

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.ray.serving import serve
-from tests.ray.streams import Reader, holds_nothing, until
+from tests.ray.streams import Reader, holds_nothing, started_anew, until
 
 CONFIG = """
 model: demo
@@ -30,7 +30,7 @@ async def read(cluster, tokens, kill=None):
     async with cluster.async_client() as client:
         readers = [Reader(client, number, tokens) for number in range(2)]
         if kill is not None:
-            await asyncio.gather(*(reader.begun.wait() for reader in readers))
+            await asyncio.gather(*(reader.has() for reader in readers))
             os.kill(kill, signal.SIGKILL)
         await asyncio.gather(*(reader.task for reader in readers))
     return [reader.tokens for reader in readers]
@@ -38,7 +38,8 @@ async def read(cluster, tokens, kill=None):
 
 async def test_a_dead_rank_costs_a_pause(cut):
     undisturbed = await read(cut, 60)
-    first, second = await asyncio.to_thread(cut.pids, "decode-0")
+    pids = await asyncio.to_thread(cut.pids, "decode-0")
+    _, second = pids
     assert await read(cut, 60, kill=second) == undisturbed
-    await until(lambda: set(cut.pids("decode-0")).isdisjoint({first, second}))
+    await until(started_anew(cut, "decode-0", pids))
     await until(holds_nothing(cut))
