@@ -73,6 +73,15 @@ class Parallel:
         distributed.all_reduce(part, group=self.tensor_group)
         return part
 
+    def await_tensor_ranks(self, device: torch.device) -> None:
+        """What every tensor rank did before this stands, for whoever sees this rank go on."""
+        self.add_up(torch.zeros(1, device=device))
+
+    def await_ranks(self) -> None:
+        """Returns once every rank has come here."""
+        if self.size > 1:
+            distributed.barrier(group=self.answers)
+
     def gather_columns(self, part: torch.Tensor) -> torch.Tensor:
         """Every tensor rank's columns side by side."""
         if self.tensor_size == 1:

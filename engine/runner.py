@@ -141,6 +141,8 @@ class Runner:
         start_s = self._clock.now()
         for swap in batch.swaps:
             self.kv.swap(swap)
+        if not batch.chunks:
+            self.parallel.await_ranks()
         logits = self.logits(batch, on_layer_group) if batch.chunks else None
         drawn = () if logits is None else self._draw(batch, logits)
         return StepResult(drawn, self._clock.now() - start_s)

@@ -119,6 +119,7 @@ class Decoder:
             on_layer(index)
         if self._head is not None and packed.draw_rows.shape[0] == 0:
             last.fill(delta, residual, packed)
+            self._parallel.await_tensor_ranks(residual.device)
             on_layer(last_index)
             return None
         delta, residual = last(delta, residual, packed, self._kept(packed))

@@ -26,7 +26,14 @@ CPU = torch.device("cpu")
 
 def runner(directory: Path, parallel: Parallel) -> Runner:
     checkpoint = open_checkpoint(str(directory))
-    return Runner(checkpoint, sampler=Greedy(), parallel=parallel, blocks=16, block_tokens=4)
+    return Runner(
+        checkpoint,
+        sampler=Greedy(),
+        parallel=parallel,
+        blocks=16,
+        block_tokens=4,
+        host_slots=1,
+    )
 
 
 def follow_one(directory: Path, rank: int, cut: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from engine.batch import Batch, Swap
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, InstanceLost
 from engine.parallel import Parallel
@@ -80,6 +81,26 @@ def test_a_rank_that_hangs_fails_the_leaders_call(
         os.kill(follower.pid, signal.SIGSTOP)
         with pytest.raises(InstanceLost, match="a rank of the model failed"):
             step(executor, chunk("a", (7,), 2, BLOCKS))
+        follower.kill()
+
+
+SWAPS_ONLY = Batch((), (Swap("a", (7,), (0,), to_host=True),))
+DRAWS_NOTHING = Batch((chunk("a", (5, 6), 0, BLOCKS, draw=False),))
+
+
+@pytest.mark.parametrize("batch", [SWAPS_ONLY, DRAWS_NOTHING], ids=["swaps", "fills"])
+def test_a_batch_is_over_only_when_it_is_over_in_every_rank(batch: Batch, tmp_path: Path) -> None:
+    tiny.make("llama3", tmp_path / "one-layer", num_hidden_layers=1)
+    meeting = tmp_path / "meet"
+    with leading(tmp_path / "one-layer", meeting, tensor_size=2, stages=1, wait_s=2.0) as (
+        executor,
+        (follower,),
+    ):
+        executor.execute(batch)
+        assert follower.pid is not None
+        os.kill(follower.pid, signal.SIGSTOP)
+        with pytest.raises(InstanceLost, match="a rank of the model failed"):
+            executor.execute(batch)
         follower.kill()
 
 
