@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from placement.allotment import Action, Start, Stop, Switch, Wish, steps
 from placement.forecast import forecast, history_samples
+from placement.policy import SignalName
 from placement.signals import Window
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from engine.messages import Role
     from placement.policy import Forecast, Policy, RolePolicy
     from placement.signals import Observation
+
+
+LATENCIES = (SignalName.TTFT_ATTAINMENT, SignalName.TPOT_ATTAINMENT)
+MOST_GROWTH = 1.5
+"""Of a role by a latency signal: where queues build up, twice the wait is not twice the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,9 @@ class RoleHistory:
     asked: deque[tuple[float, int]] = field(default_factory=deque)
     direction: int = 0
     changed_s: float = float("-inf")
+    serving: int | None = None
+    served_since_s: float = float("-inf")
+    """When the number of instances that serve last grew."""
     failures: int = 0
     blocked_until_s: float = float("-inf")
 
@@ -110,6 +119,11 @@ class RoleHistory:
             if at <= now - window_s:
                 return inside
         return []
+
+    def serves(self, count: int, now: float) -> None:
+        if self.serving is not None and count > self.serving:
+            self.served_since_s = now
+        self.serving = count
 
     def changed(self, direction: int, now: float) -> None:
         self.direction, self.changed_s = direction, now
@@ -166,7 +180,10 @@ class Autoscaler:
     ) -> tuple[Want, Wish]:
         now, standing = seen.now_s, len(seen.standing(role))
         least, most = policy.limits(now)
+        history.serves(len(seen.serving(role)), now)
         reactive, why = self._reactive(role, policy, seen)
+        if reactive > standing > 0 and now - history.served_since_s < self._window.look_back_s:
+            reactive, why = standing, "waits for what new instances change"
         floor = _floor(policy, history)
         if floor > reactive:
             reactive, why = floor, f"forecast {history.rates.ahead:.0f} tokens/s"
@@ -199,6 +216,8 @@ class Autoscaler:
             if value is None:
                 continue
             share = value / signal.target
+            if signal.signal in LATENCIES:
+                share = min(share, MOST_GROWTH)
             near = abs(share - 1.0) <= self.policy.hysteresis
             asked = standing if near else _in_proportion(serving, standing, share)
             asks.append((asked, f"{signal.signal.value} {value:.3g} of {signal.target:g}"))
@@ -210,11 +229,15 @@ class Autoscaler:
         if up is not None and up > standing:
             return up
         down = history.most(self.policy.downscale_delay_s, now)
-        if down is None or down >= standing:
+        if down is None or down >= standing or self._just_fell(history, now):
             return standing
         if down == 0 and history.most(self.policy.zero_delay_s, now) != 0:
             return 1
         return down
+
+    def _just_fell(self, history: RoleHistory, now: float) -> bool:
+        """What the fall does to the signals must be seen before the next one."""
+        return history.direction < 0 and now - history.changed_s < self.policy.downscale_delay_s
 
     def _stepped(
         self, standing: int, wanted: int, policy: RolePolicy, history: RoleHistory, now: float

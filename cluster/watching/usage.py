@@ -24,6 +24,8 @@ class UsageReporter:
         self._gateway, self._controller = gateway, controller
         self.policy = policy
         """The text of what is in force, which outlives the controller."""
+        self._unanswered: dict[str, Opened] = {}
+        """Requests whose first token has not been told."""
         self._ttft_shares: list[float] = []
         self._tpot_shares: list[float] = []
         self._prompt_tokens = self._output_tokens = 0
@@ -36,6 +38,9 @@ class UsageReporter:
             await asyncio.sleep(TELL_S)
 
     def take(self, waiting_requests: int) -> Usage:
+        for request_id, event in list(self._unanswered.items()):
+            if event.timeline.ttft_s is not None:
+                self._answered(request_id)
         usage = Usage(
             waiting_requests,
             tuple(self._ttft_shares),
@@ -51,16 +56,23 @@ class UsageReporter:
 
     def opened(self, event: Opened) -> None:
         self._prompt_tokens += event.prompt_tokens
+        self._unanswered[event.request_id] = event
+
+    def _answered(self, request_id: str) -> None:
+        """TTFT is told with the first token: a long answer's end would come too late."""
+        event = self._unanswered.pop(request_id, None)
+        if event is None or event.timeline.ttft_s is None or len(self._ttft_shares) >= MOST_SHARES:
+            return
+        self._ttft_shares.append(event.timeline.ttft_s / event.slo.ttft_s)
 
     def streamed(self, gaps_s: Sequence[float]) -> None:
         self._output_tokens += len(gaps_s)
 
     def ended(self, event: Ended) -> None:
-        ttft_s = event.timeline.ttft_s
-        if ttft_s is None or len(self._ttft_shares) >= MOST_SHARES:
+        self._answered(event.request_id)
+        if event.timeline.ttft_s is None or len(self._ended) >= MOST_SHARES:
             return
         self._ended.append(Shape(event.prompt_tokens, event.output_tokens, event.cached_tokens))
-        self._ttft_shares.append(ttft_s / event.slo.ttft_s)
         tpot_s = event.timeline.tpot_s(event.output_tokens)
         if tpot_s is not None:
             self._tpot_shares.append(tpot_s / event.slo.tpot_s)

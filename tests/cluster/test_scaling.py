@@ -9,8 +9,12 @@ from cluster.control.scaling import Scaling, Usage
 from cluster.watching.usage import UsageReporter
 from engine.clock import VirtualClock
 from engine.errors import BadConfig
+from engine.events import Timeline
 from engine.messages import Role
+from engine.slo import Slo
+from placement.drift import Shape
 from placement.signals import Phase, Unit
+from tests.cluster.watching import ended, opened
 from tests.placement.fleet import busy
 
 POLICY = """\
@@ -200,3 +204,26 @@ def test_a_report_begins_the_next_one_at_nothing():
     reporter.streamed((0.01, 0.02))
     assert reporter.take(4) == Usage(4, output_tokens=2, policy="text")
     assert reporter.take(0) == Usage(policy="text")
+
+
+def test_a_late_first_token_is_told_before_its_answer_ends_and_only_once():
+    reporter, timeline, slo = UsageReporter("gateway-0", None, None), Timeline(100.0), Slo(2.0, 0.1)
+    reporter.opened(opened("r", timeline=timeline, slo=slo))
+    assert reporter.take(0) == Usage(prompt_tokens=16)
+    timeline.first_token_s = 103.0
+    assert reporter.take(0) == Usage(ttft_shares=(1.5,))
+    timeline.finished_s = 104.0
+    reporter.ended(ended("r", timeline=timeline, slo=slo))
+    assert reporter.take(0) == Usage(tpot_shares=(1.0,), ended=(Shape(16, 11),))
+    assert reporter.take(0) == Usage()
+
+
+def test_a_request_that_ends_between_two_reports_is_told_whole_and_a_failed_one_is_forgotten():
+    reporter, timeline, slo = UsageReporter("gateway-0", None, None), Timeline(100.0), Slo(2.0, 0.1)
+    reporter.opened(opened("r", timeline=timeline, slo=slo))
+    reporter.opened(opened("failed", timeline=Timeline(100.0), slo=slo))
+    timeline.first_token_s, timeline.finished_s = 101.0, 102.0
+    reporter.ended(ended("r", timeline=timeline, slo=slo, output_tokens=1))
+    reporter.ended(ended("failed", "error", timeline=Timeline(100.0), slo=slo))
+    assert reporter.take(0) == Usage(ttft_shares=(0.5,), prompt_tokens=32, ended=(Shape(16, 1),))
+    assert reporter.take(0) == Usage()

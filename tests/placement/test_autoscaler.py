@@ -174,6 +174,40 @@ def test_the_percentile_of_an_attainment_decides():
         assert (Start(DECODE) in decide(scaler, *units, tpot_shares=shares)) is grows
 
 
+def latency_policy(**options) -> Policy:
+    given = policy(look_back_period_s=10.0, **options)
+    roles = given.model_dump(mode="json")["roles"]
+    roles["decode"]["signals"] = [{"signal": "tpot_attainment", "target": 1.0}]
+    return Policy.model_validate({**given.model_dump(mode="json"), "roles": roles}, strict=False)
+
+
+def test_a_latency_far_beyond_its_target_asks_for_half_as_many_again():
+    scaler = Autoscaler(latency_policy(), ONE)
+    units = (*pool(PREFILL, 2), *pool(DECODE, 4))
+    assert decide(scaler, *units, tpot_shares=(20.0,)) == (Start(DECODE), Start(DECODE))
+
+
+def test_a_signal_is_heard_again_a_look_back_after_what_it_asked_for_serves():
+    scaler = Autoscaler(latency_policy(), ONE)
+    prefill, slow = pool(PREFILL, 2), {"tpot_shares": (1.5,)}
+    assert decide(scaler, *prefill, *pool(DECODE, 2), now=0.0, **slow) == (Start(DECODE),)
+    grown = (*prefill, *pool(DECODE, 3))
+    assert decide(scaler, *grown, now=2.0, **slow) == ()
+    assert decide(scaler, *grown, now=11.0, **slow) == ()
+    assert decide(scaler, *grown, now=12.0, **slow) == (Start(DECODE), Start(DECODE))
+
+
+def test_what_a_stop_does_is_seen_for_a_whole_delay_before_the_next():
+    scaler = Autoscaler(policy(downscale_delay_s=20.0), ONE)
+    prefill = pool(PREFILL, 2)
+    for now in (0.0, 10.0):
+        assert decide(scaler, *prefill, *pool(DECODE, 6, 0.1), now=now) == ()
+    assert decide(scaler, *prefill, *pool(DECODE, 6, 0.1), now=20.0)
+    for now in (22.0, 30.0, 39.0):
+        assert decide(scaler, *prefill, *pool(DECODE, 5, 0.1), now=now) == ()
+    assert decide(scaler, *prefill, *pool(DECODE, 5, 0.1), now=40.0)
+
+
 @pytest.mark.parametrize("budget", range(8))
 def test_an_allotment_keeps_the_budget_and_the_minimums_if_they_fit(budget):
     wishes = [Wish(PREFILL, 2, 3, 4, 1), Wish(DECODE, 1, 1, 5, 2)]
