@@ -170,14 +170,15 @@ class Simulation:
         self._router.prefilled(request_id, now)
         if self._living is not None:
             self._living.fleet.tally.output_tokens += 1
+            ttft_share, _ = self.ledger.shares(int(request_id))
+            self._living.fleet.tally.ttft_shares.append(ttft_share)
 
     def finished(self, request_id: str, now: float) -> None:
         index = int(request_id)
         self.ledger.finished(index, now)
         self._router.ended(request_id)
         if self._living is not None:
-            ttft_share, tpot_share = self.ledger.shares(index)
-            self._living.fleet.tally.ttft_shares.append(ttft_share)
+            _, tpot_share = self.ledger.shares(index)
             if tpot_share is not None:
                 self._living.fleet.tally.tpot_shares.append(tpot_share)
             if not self.unfinished:
