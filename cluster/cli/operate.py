@@ -219,6 +219,8 @@ def _read(file: Path) -> str:
         return file.read_text()
     except OSError as error:
         raise BadRequest("file", str(file), error.strerror or "cannot be read") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest("file", str(file), "must be text in UTF-8") from error
 
 
 def _tell(document: dict[str, Any], *, as_json: bool) -> None:

@@ -38,6 +38,7 @@ def tandem(capsys):
         (("serve", "--host", "0.0.0.0"), "gateway.host"),
         (("serve", "--http-port", "70000"), "gateway.http_port"),
         (("status", "--bogus"), "No such option"),
+        (("policy", "validate", "absent.yaml"), "file"),
         (("bogus",), "No such command"),
         (("generate",), "Missing argument"),
     ],
@@ -60,6 +61,20 @@ def test_the_schema_is_one_json_document(tandem):
     status, out, _ = tandem("serve", "--schema")
     assert status == 0
     assert json.loads(out) == config_schema()
+
+
+def test_the_schema_of_policies_is_one_json_document(tandem):
+    status, out, err = tandem("policy", "schema")
+    assert (status, err) == (0, "")
+    assert "budget_accelerators" in json.loads(out)["properties"]
+
+
+def test_a_policy_that_is_no_text_is_refused(tandem, tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_bytes(b"\xd0\x00\xff")
+    status, out, err = tandem("policy", "validate", str(file))
+    assert (status, out) == (2, "")
+    assert "UTF-8" in err
 
 
 def test_every_key_of_the_reference_has_its_place():
