@@ -1,11 +1,23 @@
+#!/usr/bin/env python3
 """A day of production traffic in the simulator: the best static plans beside autoscaling policies.
 
-A trace is scaled in rate by adding time-shifted copies of itself, and thinned to a day's curve.
-The day may run faster than 24 hours: starting an instance and the delay before stopping one are
-then as much shorter, the delay never below the look-back period; all else is as shipped, so that
-windows see fewer requests and weigh more, which makes the day harder to follow. The policies are
-the shipped ones, given the fleet's budget and what an instance of the best static plan handles at
-the peak.
+    python scripts/bench/trace_day.py [conversation code mooncake] [--day-s 3600] [--json]
+
+A trace is scaled in rate by adding time-shifted copies of itself, and thinned to a day's curve,
+whose peak fills the fleet of 32 accelerators. The curve has the ratios that Stojkovic et al.
+(DynamoLLM, HPCA 2025) give for a week of Azure's conversation service: a peak of 1.7 times the mean
+and 3.3 times the valley.
+
+The best static plan is the smallest whose attainment over the day reaches the bar, separate pools
+in their best split or aggregated. The policies are the shipped ones, the same for all traces but
+for the fleet's budget, the length of the day, and what one instance handles, which is the best
+separate plan's load at the peak. Beside them stands an oracle: whole instances at that capacity
+that know the load of each quarter of an hour and start at once.
+
+The day may run faster than 24 hours. Starting an instance, a forecast's season and samples, and the
+delay before stopping (but not below the look-back period) are then as much shorter. All else is as
+shipped: windows see fewer requests of the day, which makes it harder to follow. Direction
+changes are counted for an hour of simulated time, which is less than an hour of the day.
 """
 
 from __future__ import annotations
@@ -33,20 +45,24 @@ from placement.deployment import Overheads  # noqa: E402
 from placement.dynamics import Dynamics  # noqa: E402
 from placement.plan import PoolPlan, Target  # noqa: E402
 from placement.simulator import Simulation, simulate  # noqa: E402
-from placement.workload import DAY_S, Workload, day_of  # noqa: E402
+from placement.workload import DAY_S, Workload  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from placement.deployment import Deployment
     from placement.policy import Policy
 
 ACCELERATORS = 32
 ATTAINMENT = 0.9
-SAMPLES_A_DAY = 288
-STEP = 2
-"""In which static plans grow."""
+ORACLE_SAMPLES = 96
+PEAK_OVER_MEAN, PEAK_OVER_VALLEY = 1.7, 3.3
+PEAK_HOUR = 15.0
+PEAK_SPAN = (PEAK_HOUR - 2.0) / 24, (PEAK_HOUR + 2.0) / 24
+"""Of the day, in which the splits of a plan are compared."""
 POLICIES = ROOT / "cluster" / "configs" / "policies"
 
 
@@ -64,28 +80,47 @@ class Case:
 
 CASES = {
     "conversation": Case(
-        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.1), 32.0, 0.5
+        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 41.0, 0.47
     ),
-    "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(2.0, 0.1), 16.0, 0.8),
-    "mooncake": Case("mooncake_conversation_trace.jsonl", "a100-80gb", Target(10.0, 0.1), 9.0, 0.7),
+    "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.87),
+    "mooncake": Case(
+        "mooncake_conversation_trace.jsonl", "a100-80gb", Target(15.0, 0.05), 13.0, 0.69
+    ),
 }
 
 
-def day_workload(trace: Workload, case: Case, day_s: float, swing: float, seed: int) -> Workload:
+def share_of_peak(day_share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The day's curve: a cosine, raised until its mean is right."""
+    valley = 1 / PEAK_OVER_VALLEY
+    wave = (1 + np.cos(2 * np.pi * (day_share - PEAK_HOUR / 24))) / 2
+    curve: NDArray[np.float64] = valley + (1 - valley) * wave ** _sharpness()
+    return curve
+
+
+def _sharpness() -> float:
+    wave = (1 + np.cos(np.linspace(0, 2 * np.pi, 10_000, endpoint=False))) / 2
+    valley = 1 / PEAK_OVER_VALLEY
+    wanted = (1 / PEAK_OVER_MEAN - valley) / (1 - valley)
+    low, high = 0.1, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if (wave**middle).mean() > wanted else (low, middle)
+    return low
+
+
+def day_workload(trace: Workload, case: Case, day_s: float, seed: int) -> Workload:
     generator = np.random.default_rng(seed)
     span_s = trace.duration_s
-    copies = int(np.ceil(case.peak_rps / trace.rate_rps))
-    curve = day_of(1.0, swing)
+    copies = ceil(case.peak_rps / trace.rate_rps)
     parts = []
     for _ in range(copies):
         shift_s = generator.uniform(0, span_s)
-        laps = int(np.ceil(day_s / span_s)) + 1
-        for lap in range(laps):
+        for lap in range(ceil(day_s / span_s) + 1):
             arrivals = trace.arrival_s - trace.arrival_s[0] + lap * span_s - shift_s
             inside = np.flatnonzero((arrivals >= 0) & (arrivals < day_s))
             parts.append(replace(trace.select(inside), arrival_s=arrivals[inside]))
     merged = _merged(parts)
-    share = curve(merged.arrival_s * (DAY_S / day_s)) / (1.0 + swing)
+    share = share_of_peak(merged.arrival_s / day_s)
     kept = generator.random(len(merged)) < share * case.peak_rps / (copies * trace.rate_rps)
     return merged.select(np.flatnonzero(kept))
 
@@ -98,16 +133,29 @@ def _merged(parts: list[Workload]) -> Workload:
     return Workload(arrivals[order], prompt[order], output[order])
 
 
+@dataclass(frozen=True)
+class Row:
+    name: str
+    prefill: int
+    """Instances at first."""
+    decode: int
+    mixed: int
+    attainment: float
+    accelerator_hours: float
+    turns_an_hour: float = 0.0
+    """Of the role that turned most."""
+    switches: int = 0
+    most_accelerators: int = 0
+    wall_s: float = 0.0
+
+
 class Bench:
-    def __init__(self, case: Case, data: Path, day_s: float, swing: float, start_s: float) -> None:
+    def __init__(self, case: Case, data: Path, day_s: float, start_s: float) -> None:
         self.case, self.day_s, self.start_s = case, day_s, start_s * day_s / DAY_S
-        trace = read_workload(data / case.file)
-        self.day = day_workload(trace, case, day_s, swing, seed=0)
-        before = [day_workload(trace, case, day_s, swing, seed) for seed in (1, 2)]
-        self.history = {
-            Role.PREFILL: _samples([(day.arrival_s, day.prompt_tokens) for day in before], day_s),
-            Role.DECODE: _samples([(day.arrival_s, day.output_tokens) for day in before], day_s),
-        }
+        self._trace = read_workload(data / case.file)
+        self.day = day_workload(self._trace, case, day_s, seed=0)
+        first, last = (share * day_s for share in PEAK_SPAN)
+        self._peak = self.day.between(first, last)
         self.book = CostBook(find_model("llama-3.1-8b"), one_kind(case.device, 4, 8))
 
     def deployment(self, prefill: int, decode: int, mixed: int) -> Deployment:
@@ -116,24 +164,32 @@ class Bench:
         pools = tuple(PoolPlan(role, count, cut) for role, count in counts.items() if count)
         return deployment_of(self.book, Candidate(pools, 2048), self.case.target, Overheads())
 
-    def static(self, prefill: int, decode: int, mixed: int, *, whole: bool = False) -> Row:
+    def static(self, prefill: int, decode: int, mixed: int) -> Row:
+        """One that misses the bar is left as soon as it is sure to."""
         begun_s = time.perf_counter()
         deployment = self.deployment(prefill, decode, mixed)
-        outcome = simulate(deployment, self.day, None if whole else ATTAINMENT)
-        hours = deployment.accelerators * self.day_s / 3600
-        name = f"static {prefill}P+{decode}D" if prefill else f"static {mixed} mixed"
-        lasted_s = time.perf_counter() - begun_s
+        attainment = simulate(deployment, self.day, ATTAINMENT).attainment
         most = deployment.accelerators
-        return Row(name, prefill, decode, outcome.attainment, hours, 0.0, 0, most, lasted_s)
+        hours, lasted_s = most * self.day_s / 3600, time.perf_counter() - begun_s
+        name = f"static {mixed} mixed" if mixed else f"static {prefill}P+{decode}D"
+        row = Row(name, prefill, decode, mixed, attainment, hours)
+        return replace(row, most_accelerators=most, wall_s=lasted_s)
+
+    def at_peak(self, prefill: int, decode: int) -> float:
+        """How a plan does in the busiest hours alone."""
+        outcome = simulate(self.deployment(prefill, decode, 0), self._peak, 1 - ATTAINMENT)
+        return outcome.attainment
 
     def follow(self, name: str, policy: Policy, first: tuple[int, int]) -> Row:
         begun_s = time.perf_counter()
-        dynamics = Dynamics(policy=policy, start_s=self.start_s, history=self.history)
+        history = self._history(policy)
+        dynamics = Dynamics(policy=policy, start_s=self.start_s, history=history)
         simulation = Simulation(self.deployment(*first, 0), self.day, dynamics=dynamics)
         outcome, record = simulation.run(), simulation.record
         return Row(
             name,
             *first,
+            0,
             outcome.attainment,
             record.accelerator_hours,
             max(record.turns_an_hour.values(), default=0.0),
@@ -142,131 +198,159 @@ class Bench:
             time.perf_counter() - begun_s,
         )
 
-    def capacity(self, prefill: int, decode: int) -> dict[str, float]:
-        """Tokens per second that one instance of a plan handles at the day's peak."""
-        peak = self.case.peak_rps
-        prompt_s = peak * float(self.day.prompt_tokens.mean())
-        output_s = peak * float(self.day.output_tokens.mean())
-        return {"prefill": prompt_s / prefill, "decode": output_s / decode}
+    def _history(self, policy: Policy) -> dict[Role, tuple[float, ...]]:
+        """What a forecast with seasons has seen of two other days."""
+        if policy.forecast.season_s is None:
+            return {}
+        samples = round(self.day_s / policy.forecast.sample_s)
+        seen = [day_workload(self._trace, self.case, self.day_s, seed) for seed in (1, 2)]
+        return {
+            role: tuple(np.concatenate([tokens_s(day, role, samples, self.day_s) for day in seen]))
+            for role in (Role.PREFILL, Role.DECODE)
+        }
 
-    def policy(self, file: str, capacity: dict[str, float], *, switch: bool) -> Policy:
-        """A shipped policy for this fleet."""
-        values = parse_policy((POLICIES / file).read_text()).model_dump()
+    def capacity(self, plan: Row) -> dict[Role, float]:
+        """Tokens per second of one instance at the day's peak."""
+        day, peak = self.day, self.case.peak_rps
+        return {
+            Role.PREFILL: peak * float(day.prompt_tokens.mean()) / plan.prefill,
+            Role.DECODE: peak * float(day.output_tokens.mean()) / plan.decode,
+        }
+
+    def oracle(self, capacity: dict[Role, float]) -> Row:
+        rates = {role: tokens_s(self.day, role, ORACLE_SAMPLES, self.day_s) for role in capacity}
+        whole = sum(np.maximum(np.ceil(rates[role] / capacity[role]), 1) for role in capacity)
+        counts = np.minimum(whole, ACCELERATORS)
+        hours = float(np.mean(counts)) * self.day_s / 3600
+        return Row("oracle", 0, 0, 0, 1.0, hours, most_accelerators=int(np.max(counts)))
+
+    def policy(self, file: str, capacity: dict[Role, float], *, switch: bool) -> Policy:
+        """A shipped policy for this fleet and this length of a day."""
+        shipped = parse_policy((POLICIES / file).read_text())
+        values, faster = shipped.model_dump(), DAY_S / self.day_s
         values |= {"budget_accelerators": ACCELERATORS, "role_switch": switch}
-        for role, tokens_s in capacity.items():
-            values["roles"][role]["max_instances"] = ACCELERATORS - 2
-            if values["roles"][role]["capacity_tokens_s"] is not None:
-                values["roles"][role]["capacity_tokens_s"] = tokens_s
-        if values["forecast"]["season_s"] is not None:
-            sample_s = self.day_s / SAMPLES_A_DAY
-            season = {"season_s": self.day_s, "sample_s": sample_s}
-            values["forecast"] |= {**season, "horizon_s": max(self.start_s, sample_s)}
-        down_s = values["downscale_delay_s"] * self.day_s / DAY_S
-        values["downscale_delay_s"] = max(down_s, values["look_back_period_s"])
-        return type(parse_policy((POLICIES / file).read_text())).model_validate(values)
+        for role, tokens in capacity.items():
+            values["roles"][role.value]["max_instances"] = ACCELERATORS
+            values["roles"][role.value]["capacity_tokens_s"] = tokens
+        if shipped.forecast.season_s is not None:
+            for name in ("season_s", "sample_s", "horizon_s"):
+                values["forecast"][name] /= faster
+        down_s = shipped.downscale_delay_s / faster
+        values["downscale_delay_s"] = max(down_s, shipped.look_back_period_s)
+        return type(shipped).model_validate(values)
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    prefill: int
-    """Instances at first."""
-    decode: int
-    attainment: float
-    accelerator_hours: float
-    turns_an_hour: float
-    switches: int
-    most_accelerators: int
-    wall_s: float
+def tokens_s(day: Workload, role: Role, samples: int, day_s: float) -> NDArray[np.float64]:
+    """The day's load of a role, in samples of equal length."""
+    tokens = day.prompt_tokens if role is Role.PREFILL else day.output_tokens
+    edges = np.linspace(0, day_s, samples + 1)
+    rates: NDArray[np.float64] = np.histogram(day.arrival_s, edges, weights=tokens)[0]
+    return rates * samples / day_s
 
 
-def _samples(days: list[tuple[Any, Any]], day_s: float) -> tuple[float, ...]:
-    """Tokens per second of days one after another."""
-    edges = np.linspace(0, day_s, SAMPLES_A_DAY + 1)
-    rates = [np.histogram(at, edges, weights=tokens)[0] for at, tokens in days]
-    samples: tuple[float, ...] = tuple((np.concatenate(rates) * SAMPLES_A_DAY / day_s).tolist())
-    return samples
+def best_separate(bench: Bench, total: int) -> Row:
+    """In the split that does best at the peak."""
+    middle = round(total * bench.case.prefill_share)
+    splits = [(prefill, total - prefill) for prefill in (middle - 1, middle, middle + 1)]
+    return bench.static(*max(splits, key=lambda split: bench.at_peak(*split)), 0)
 
 
 def best_static(bench: Bench, least: int) -> list[Row]:
-    """The smallest plans that attain, separate and aggregated: a search upwards in size."""
-    found: list[Row] = []
-    for split in (_separate(bench), _aggregated):
-        for total in range(least, ACCELERATORS + 1, STEP):
-            rows = [bench.static(*plan) for plan in split(total)]
-            best = max(rows, key=lambda row: row.attainment)
-            if best.attainment >= ATTAINMENT or total + STEP > ACCELERATORS:
-                found.append(best)
-                break
-    return found
+    """What was tried on the way to the smallest plan that attains, by bisection of its size.
+
+    Aggregated plans are tried only where they would be smaller than the best separate one.
+    """
+    tried = _bisect(least, ACCELERATORS, lambda total: best_separate(bench, total))
+    smallest = min(row.most_accelerators for row in tried if row.attainment >= ATTAINMENT)
+    below = bench.static(0, 0, smallest - 1)
+    if below.attainment < ATTAINMENT:
+        return [*tried, below]
+    smaller = _bisect(least, smallest - 2, lambda total: bench.static(0, 0, total))
+    return [*tried, below, *smaller]
 
 
-def _separate(bench: Bench) -> Callable[[int], list[tuple[int, int, int]]]:
-    def plans(total: int) -> list[tuple[int, int, int]]:
-        middle = round(total * bench.case.prefill_share)
-        return [(prefill, total - prefill, 0) for prefill in (middle, middle + 1)]
-
-    return plans
-
-
-def _aggregated(total: int) -> list[tuple[int, int, int]]:
-    return [(0, 0, total)]
+def _bisect(low: int, high: int, of_size: Callable[[int], Row]) -> list[Row]:
+    tried: list[Row] = []
+    while low <= high:
+        middle = (low + high) // 2
+        tried.append(of_size(middle))
+        if tried[-1].attainment >= ATTAINMENT:
+            high = middle - 1
+        else:
+            low = middle + 1
+    return tried
 
 
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    case = CASES[name]
-    bench = Bench(case, arguments.data, arguments.day_s, arguments.swing, arguments.start_s)
-    statics = best_static(bench, arguments.least)
-    separate = statics[0]
-    capacity = bench.capacity(separate.prefill, separate.decode)
-    first = (ceil(separate.prefill / 2), ceil(separate.decode / 2))
-    rows = list(statics)
-    for file, title in (("reactive.yaml", "reactive"), ("predictive.yaml", "predictive")):
+    bench = Bench(CASES[name], arguments.data, arguments.day_s, arguments.start_s)
+    if not arguments.json:
+        print(f"{name}: {len(bench.day)} requests\n{HEADING}", flush=True)
+    plans = [bench.static(*plan) for plan in arguments.static]
+    plans = plans or best_static(bench, arguments.least)
+    enough = [row for row in plans if row.attainment >= ATTAINMENT]
+    best_hours = min(row.accelerator_hours for row in enough)
+    separate = min((row for row in enough if not row.mixed), key=lambda row: row.accelerator_hours)
+    capacity = bench.capacity(separate)
+    first = ceil(separate.prefill / 2), ceil(separate.decode / 2)
+    rows = []
+
+    def add(row: Row) -> None:
+        rows.append(asdict(row) | {"fewer_hours": 1 - row.accelerator_hours / best_hours})
+        if not arguments.json:
+            show(rows[-1])
+
+    for row in (*plans, bench.oracle(capacity)):
+        add(row)
+    for title in arguments.policies:
         for switch in (False, True):
-            full = f"{title}, roles switch" if switch else title
-            rows.append(bench.follow(full, bench.policy(file, capacity, switch=switch), first))
-    best_hours = min(row.accelerator_hours for row in statics if row.attainment >= ATTAINMENT)
-    return {
-        "trace": name,
-        "requests": len(bench.day),
-        "rows": [
-            {**asdict(row), "fewer_hours": 1 - row.accelerator_hours / best_hours} for row in rows
-        ],
-    }
+            policy = bench.policy(f"{title}.yaml", capacity, switch=switch)
+            add(bench.follow(f"{title}, roles switch" if switch else title, policy, first))
+    return {"trace": name, "requests": len(bench.day), "rows": rows}
 
 
-def show(result: dict[str, Any]) -> None:
-    print(f"{result['trace']}: {result['requests']} requests")
-    print(f"  {'':26} attained  acc-hours  fewer  turns/h  switches  most  wall_s")
-    for row in result["rows"]:
-        print(
-            f"  {row['name']:26} {row['attainment']:8.1%} {row['accelerator_hours']:10.2f} "
-            f"{row['fewer_hours']:6.1%} {row['turns_an_hour']:8.1f} {row['switches']:9} "
-            f"{row['most_accelerators']:5} {row['wall_s']:7.1f}",
-            flush=True,
-        )
+HEADING = f"  {'':24} attained  acc-hours  fewer  turns/h  switches  most  wall_s"
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"  {row['name']:24} {row['attainment']:8.1%} {row['accelerator_hours']:10.2f} "
+        f"{row['fewer_hours']:6.1%} {row['turns_an_hour']:8.1f} {row['switches']:9} "
+        f"{row['most_accelerators']:5} {row['wall_s']:7.1f}",
+        flush=True,
+    )
+
+
+def plan_of(text: str) -> tuple[int, int, int]:
+    prefill, decode, mixed = (int(count) for count in text.split(","))
+    return prefill, decode, mixed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("traces", nargs="*", default=list(CASES))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--day-s", type=float, default=3600.0, help="how long the day lasts")
-    parser.add_argument("--swing", type=float, default=0.7, help="the day's curve: 1 +- this")
     parser.add_argument(
         "--start-s",
         type=float,
         default=120.0,
         help="until an instance serves, in a day of 24 hours",
     )
-    parser.add_argument("--least", type=int, default=14, help="the smallest static plan tried")
+    parser.add_argument("--least", type=int, default=20, help="the smallest static plan tried")
+    parser.add_argument(
+        "--static",
+        type=plan_of,
+        nargs="*",
+        default=(),
+        metavar="P,D,MIXED",
+        help="static plans in place of a search, a separate one among them",
+    )
+    parser.add_argument("--policies", nargs="*", default=["reactive", "predictive"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    results = []
-    for name in arguments.traces:
-        results.append(compare(name, arguments))
-        if not arguments.json:
-            show(results[-1])
+    results = [compare(name, arguments) for name in arguments.traces]
     if arguments.json:
         print(json.dumps(results, indent=1))
     return 0
