@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,10 +15,12 @@ from engine.runner import Runner
 from tests.engine.driving import Greedy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from multiprocessing.process import BaseProcess
+    from multiprocessing.synchronize import Semaphore
     from pathlib import Path
 
+    from engine.batch import Batch, StepResult
     from engine.parallel import Parallel
 
 CPU = torch.device("cpu")
@@ -36,16 +38,40 @@ def runner(directory: Path, parallel: Parallel) -> Runner:
     )
 
 
-def follow_one(directory: Path, rank: int, cut: dict[str, Any]) -> None:
+class Hesitant:
+    """A follower's runner that begins only so many batches."""
+
+    def __init__(self, runner: Runner, permits: Semaphore) -> None:
+        self.parallel = runner.parallel
+        self._runner, self._permits = runner, permits
+
+    def execute(
+        self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
+    ) -> StepResult:
+        self._permits.acquire()
+        return self._runner.execute(batch, on_layer_group)
+
+
+def follow_one(
+    directory: Path, rank: int, cut: dict[str, Any], permits: Semaphore | None = None
+) -> None:
     """What a follower's process runs."""
-    follow(runner(directory, join(rank, device=CPU, **cut)))
+    mine = runner(directory, join(rank, device=CPU, **cut))
+    follow(mine if permits is None else cast("Runner", Hesitant(mine, permits)))
 
 
 @contextmanager
 def leading(
-    directory: Path, meeting: Path, *, tensor_size: int, stages: int, wait_s: float = 20.0
+    directory: Path,
+    meeting: Path,
+    *,
+    tensor_size: int,
+    stages: int,
+    wait_s: float = 20.0,
+    batches: int | None = None,
 ) -> Iterator[tuple[ParallelRunner, list[BaseProcess]]]:
-    """An executor over followers; the block must close it or lose it."""
+    """An executor over followers that begin only so many batches, if a number is given; the
+    block must close it or lose it."""
     cut: dict[str, Any] = {
         "tensor_size": tensor_size,
         "stages": stages,
@@ -55,8 +81,9 @@ def leading(
     }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.ranks"])
+    permits = None if batches is None else context.Semaphore(batches)
     followers: list[BaseProcess] = [
-        context.Process(target=follow_one, args=(directory, rank, cut))
+        context.Process(target=follow_one, args=(directory, rank, cut, permits))
         for rank in range(1, tensor_size * stages)
     ]
     for follower in followers:
