@@ -164,15 +164,15 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert that every block is in exactly one state; for tests and simulations."""
-        held = set(self._owners) | set(self._pins)
-        states = [set(self._free), held, self._reserved, set(self._cached)]
-        everything = sorted(block for state in states for block in state)
-        assert everything == list(range(self.total_blocks)), "a block is lost or in two states"
-        assert len(self._free) == len(states[0]), "a block is free twice"
-        assert all(n > 0 for n in (*self._owners.values(), *self._pins.values()))
-        assert all(self._block_of[value] == block for block, value in self._hash_of.items())
-        assert set(self._cached) <= set(self._hash_of), "a cached block without a prefix"
-        assert not (set(self._free) & set(self._hash_of)), "a free block with a prefix"
+        free, held = set(self._free), self._owners.keys() | self._pins.keys()
+        states = (free, held, self._reserved, self._cached.keys())
+        assert len(self._free) == len(free), "a block is free twice"
+        assert set().union(*states) == set(range(self.total_blocks)), "a block is lost"
+        assert sum(map(len, states)) == self.total_blocks, "a block is in two states"
+        assert min((*self._owners.values(), *self._pins.values()), default=1) > 0
+        assert list(map(self._block_of.get, self._hash_of.values())) == list(self._hash_of)
+        assert self._cached.keys() <= self._hash_of.keys(), "a cached block without a prefix"
+        assert free.isdisjoint(self._hash_of), "a free block with a prefix"
 
     def _take(self, count: int) -> list[int]:
         if count > self.available:
