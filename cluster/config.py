@@ -38,7 +38,7 @@ class Section(BaseModel):
     )
 
 
-class PoolConfig(Section):
+class PoolShape(Section):
     instances: Annotated[int, Field(ge=0, le=4096)] = 1
     """Model copies in this role."""
     tensor_parallel: Count = 1
@@ -51,6 +51,20 @@ class PoolConfig(Section):
     @property
     def workers(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
+
+
+class PoolConfig(PoolShape):
+    more: tuple[PoolShape, ...] = ()
+    """Further pools of this role, each with the keys above: instances of another shape or on other
+    devices. What is started later, by hand or by a policy, is as the first pool has it."""
+
+    @property
+    def shapes(self) -> tuple[PoolShape, ...]:
+        return (self, *self.more)
+
+    @property
+    def all_instances(self) -> int:
+        return sum(shape.instances for shape in self.shapes)
 
 
 class PoolsConfig(Section):
@@ -67,7 +81,8 @@ class PoolsConfig(Section):
 
     @model_validator(mode="after")
     def _serves_both_phases(self) -> Self:
-        if not self.mixed.instances and not (self.prefill.instances and self.decode.instances):
+        prefill, decode = self.prefill.all_instances, self.decode.all_instances
+        if not self.mixed.all_instances and not (prefill and decode):
             raise ValueError("needs a prefill and a decode instance, or a mixed one")
         return self
 
@@ -297,31 +312,69 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
     values[name] = value
 
 
+RAY_TYPES = {
+    "a10g": "A10G",
+    "a100": "A100",
+    "b200": "B200",
+    "h100": "H100",
+    "h200": "H200",
+    "l4": "L4",
+    "l40s": "L40S",
+    "mi300x": "AMD-Instinct-MI300X-OAM",
+}
+"""Ray's names of what it finds on a node, by the catalog's."""
+A_LITTLE = 0.001
+"""Of a node's accelerator type, which Ray counts as one: any number of workers may ask for it."""
 PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "reason")
 
 
 def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
     """A plan's deployment as config values; the live page shows what it predicted."""
-    pools: dict[str, Any] = {role.value: {"instances": 0} for role in Role}
-    devices: set[str] = set()
+    shapes: dict[str, list[dict[str, Any]]] = {role.value: [] for role in Role}
+    kinds = _kinds(plan)
     for number, pool in enumerate(plan["pools"]):
         role = pool.get("role") if isinstance(pool, dict) else None
-        if role not in pools:
+        if role not in shapes:
             raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
-        if pools[role] != {"instances": 0}:
-            rule = "one cluster serves one pool of a role: serve each kind of device as its own"
-            raise BadConfig(f"pools[{number}].role", role, rule)
         kept = ("instances", "tensor_parallel", "pipeline_parallel", "resources")
-        pools[role] = {key: pool[key] for key in kept if pool.get(key) is not None}
-        devices.add("cpu" if str(pool.get("device", "")).lower().startswith("cpu") else "cuda")
+        shape = {key: pool[key] for key in kept if pool.get(key) is not None}
+        if len(kinds) > 1 and "resources" not in shape:
+            shape["resources"] = _resources_of(f"pools[{number}]", pool, kinds)
+        shapes[role].append(shape)
+    pools = {role: _pool_of(found) for role, found in shapes.items()}
+    devices = {"cpu" if kind.startswith("cpu") else "cuda" for kind in kinds}
+    if len(devices) > 1:
+        raise BadConfig("pools", ", ".join(sorted(kinds)), "CPUs and GPUs cannot serve together")
     values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
     values |= {"model": plan.get("model", "demo"), "pools": pools}
     values["predicted"] = plan.get("predicted")
     if plan.get("slo"):
         values["slo"] = plan["slo"]
-    if len(devices) == 1:
-        values.setdefault("device", devices.pop())
+    values.setdefault("device", devices.pop())
     return values
+
+
+def _pool_of(shapes: list[dict[str, Any]]) -> dict[str, Any]:
+    if not shapes:
+        return {"instances": 0}
+    first, *more = shapes
+    return {**first, "more": more} if more else first
+
+
+def _kinds(plan: dict[str, Any]) -> set[str]:
+    """Of devices in the plan's pools."""
+    pools = [pool for pool in plan["pools"] if isinstance(pool, dict)]
+    return {str(pool.get("device", "")).lower() for pool in pools} or {""}
+
+
+def _resources_of(where: str, pool: dict[str, Any], kinds: set[str]) -> dict[str, float]:
+    """What makes Ray place a pool on its kind of device, where a plan has several."""
+    kind = str(pool.get("device", "")).lower()
+    type_of = {one: RAY_TYPES.get(one.partition("-")[0]) for one in kinds}
+    if type_of[kind] is None or list(type_of.values()).count(type_of[kind]) > 1:
+        rule = "Ray cannot tell it from the plan's other devices: say by which resource it can"
+        raise BadConfig(f"{where}.resources", kind, rule)
+    return {f"accelerator_type:{type_of[kind]}": A_LITTLE}
 
 
 def _numbers(value: Any, path: str) -> list[tuple[str, float]]:

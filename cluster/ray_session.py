@@ -15,7 +15,7 @@ from engine.errors import BadConfig, InstanceLost
 from engine.messages import Role
 
 if TYPE_CHECKING:
-    from cluster.config import Config, PoolConfig
+    from cluster.config import Config, PoolShape
 
 log = logging.getLogger(__name__)
 
@@ -89,5 +89,5 @@ def choose_device(config: Config, session: RaySession) -> str:
     return device
 
 
-def _pools(config: Config) -> tuple[PoolConfig, ...]:
-    return tuple(config.pools.of(role) for role in Role)
+def _pools(config: Config) -> tuple[PoolShape, ...]:
+    return tuple(shape for role in Role for shape in config.pools.of(role).shapes)

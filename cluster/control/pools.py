@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from cluster.roster import InstanceSpec
 from engine.messages import Role
 
 if TYPE_CHECKING:
-    from cluster.config import Config
+    from collections.abc import Iterator
+
+    from cluster.config import Config, PoolShape
 
 LOCAL_WORKER_CPU = 0.01
 """On a Ray of our own CPUs are not rationed between Ray jobs: there is only this one."""
@@ -26,7 +29,11 @@ class Ground:
 
 
 def pool_spec(config: Config, ground: Ground, role: Role, name: str) -> InstanceSpec:
-    pool = config.pools.of(role)
+    """Of one more instance in this role."""
+    return _spec(config, ground, role, config.pools.of(role), name)
+
+
+def _spec(config: Config, ground: Ground, role: Role, pool: PoolShape, name: str) -> InstanceSpec:
     resources = dict(pool.resources)
     if ground.device == "cuda":
         resources.setdefault("GPU", 1.0)
@@ -44,7 +51,13 @@ def pool_spec(config: Config, ground: Ground, role: Role, name: str) -> Instance
 
 def initial_specs(config: Config, ground: Ground) -> tuple[InstanceSpec, ...]:
     return tuple(
-        pool_spec(config, ground, role, f"{role.value}-{number}")
+        _spec(config, ground, role, shape, f"{role.value}-{number}")
         for role in Role
-        for number in range(config.pools.of(role).instances)
+        for number, shape in enumerate(_shapes(config, role))
     )
+
+
+def _shapes(config: Config, role: Role) -> Iterator[PoolShape]:
+    """Of each instance in the role."""
+    for shape in config.pools.of(role).shapes:
+        yield from repeat(shape, shape.instances)

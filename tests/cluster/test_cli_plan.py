@@ -10,7 +10,8 @@ import yaml
 
 from cluster.cli.app import run
 from cluster.cli.planning import cost_book, find_shape
-from cluster.config import load_config
+from cluster.config import A_LITTLE, load_config
+from cluster.control.pools import LOCAL_WORKER_CPU, Ground, initial_specs
 from cluster.profiling.passes import Pass, passes_of, profile_entry
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig
@@ -145,11 +146,63 @@ def test_every_objective_can_be_asked_for_and_is_explained_in_its_terms(tandem, 
     assert answer["predicted"]["power_w"] <= asked.get("power-cap", float("inf"))
 
 
-def test_a_plan_with_two_pools_of_a_role_is_not_served_as_if_it_had_one(files):
-    pools = [{"role": "mixed", "device": "l4"}, {"role": "mixed", "device": "h100-80gb"}]
-    path = write(files / "mix.yaml", yaml.safe_dump({**SPLIT_PLAN, "pools": pools}))
-    with pytest.raises(BadConfig, match=r"pools\[1\].role.*one pool of a role"):
-        load_config(str(path))
+def served_as(files, *pools):
+    path = write(files / "mix.yaml", yaml.safe_dump({**SPLIT_PLAN, "pools": list(pools)}))
+    return initial_specs(load_config(str(path)), Ground("cuda", owned=True))
+
+
+def test_every_pool_of_a_mix_is_served_on_its_own_devices(files):
+    specs = served_as(
+        files,
+        {"role": "mixed", "device": "l4", "instances": 2},
+        {"role": "mixed", "device": "h100-80gb", "tensor_parallel": 4},
+        {"role": "prefill", "device": "h100-80gb"},
+    )
+    found = [(spec.name, spec.tensor_parallel, dict(spec.resources)) for spec in specs]
+    share = {"CPU": LOCAL_WORKER_CPU, "GPU": 1.0}
+    h100, l4 = ({**share, f"accelerator_type:{name}": A_LITTLE} for name in ("H100", "L4"))
+    assert found == [
+        ("prefill-0", 1, h100),
+        ("mixed-0", 1, l4),
+        ("mixed-1", 1, l4),
+        ("mixed-2", 4, h100),
+    ]
+
+
+def test_pools_on_one_kind_of_device_go_wherever_that_is(files):
+    shapes = ({"tensor_parallel": 2}, {"tensor_parallel": 1})
+    specs = served_as(files, *({"role": "mixed", "device": "l4", **shape} for shape in shapes))
+    assert [spec.tensor_parallel for spec in specs] == [2, 1]
+    assert not any(name.startswith("accelerator") for spec in specs for name, _ in spec.resources)
+
+
+def test_a_pools_own_resources_say_where_it_goes(files):
+    pools = [{"role": "mixed", "device": f"a100-{size}gb"} for size in (40, 80)]
+    given = [{**pool, "resources": {pool["device"]: 1.0}} for pool in pools]
+    assert [
+        dict(spec.resources)[pool["device"]]
+        for spec, pool in zip(served_as(files, *given), pools, strict=True)
+    ] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "field"),
+    [
+        (("a100-40gb", "a100-80gb"), r"pools\[0\].resources: 'a100-40gb'"),
+        (("h100-80gb", "abacus"), r"pools\[1\].resources: 'abacus'"),
+    ],
+)
+def test_devices_that_ray_cannot_tell_apart_are_not_mixed_up(files, devices, field):
+    with pytest.raises(BadConfig, match=field):
+        served_as(files, *({"role": "mixed", "device": device} for device in devices))
+
+
+def test_processors_and_accelerators_do_not_serve_together(files):
+    pools = [
+        {"role": "mixed", "device": name, "resources": {"x": 1}} for name in ("l4", "cpu-core")
+    ]
+    with pytest.raises(BadConfig, match="CPUs and GPUs"):
+        served_as(files, *pools)
 
 
 def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
