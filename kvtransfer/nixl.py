@@ -18,10 +18,9 @@ import numpy as np
 
 from engine.errors import PeerLost, TransportError, Unsupported
 from kvtransfer.copier import Copier
+from kvtransfer.one_sided import OneSided
 from kvtransfer.transport import (
-    Served,
     TransportLimits,
-    check_bounds,
     decode_metadata,
     encode_metadata,
 )
@@ -137,7 +136,8 @@ class _Peer:
     def __init__(
         self, name: str, found: NixlMetadata, agent: NixlAgent, limits: TransportLimits
     ) -> None:
-        self.found = found
+        self.nbytes = found.nbytes
+        self._found = found
         self._name = name
         self._agent = agent
         self._remote = agent.add(found.agent)
@@ -148,7 +148,7 @@ class _Peer:
     def _copy_slice(self, part: Copies, pull: SlicedPull) -> None:
         nixl = self._agent
         try:
-            handle, finished = nixl.post(self._remote, self.found, part)
+            handle, finished = nixl.post(self._remote, self._found, part)
             try:
                 if not finished:
                     self._wait(handle, pull)
@@ -183,14 +183,13 @@ class _Peer:
         self.copier.stop()
 
 
-class NixlTransport:
+class NixlTransport(OneSided[_Peer]):
     name = "nixl"
 
     def __init__(self, me: str, pool: Pool, limits: TransportLimits | None = None) -> None:
+        super().__init__(pool)
         self._agent: NixlAgent | None = NixlAgent(me, pool)
         self._limits = limits or TransportLimits()
-        self._pool = pool
-        self._peers: dict[str, _Peer] = {}
 
     def metadata(self, peer: str) -> bytes:  # noqa: ARG002  the same for everyone
         pool = self._pool
@@ -203,24 +202,6 @@ class NixlTransport:
         found = decode_metadata(self.name, NixlMetadata, metadata)
         self.disconnect(peer)
         self._peers[peer] = _Peer(peer, found, self._open_agent(), self._limits)
-
-    def pull(self, peer: str, copies: Copies) -> SlicedPull:
-        if peer not in self._peers:
-            raise TransportError(f"not connected to {peer!r}")
-        connected = self._peers[peer]
-        check_bounds(copies, connected.found.nbytes, self._pool.nbytes)
-        return connected.copier.submit(copies)
-
-    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
-        return False
-
-    def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
-        return Served()
-
-    def disconnect(self, peer: str) -> None:
-        if peer in self._peers:
-            self._peers[peer].disconnect()
-            del self._peers[peer]
 
     def close(self) -> None:
         for peer in sorted(self._peers):

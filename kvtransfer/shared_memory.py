@@ -21,11 +21,10 @@ from engine.errors import BadMessage, PeerLost, TransportError, Unsupported
 from engine.shared_file import shared_file
 from kvtransfer.copier import Copier
 from kvtransfer.copying import copy_routine
+from kvtransfer.one_sided import OneSided
 from kvtransfer.transport import (
     Pool,
-    Served,
     TransportLimits,
-    check_bounds,
     decode_metadata,
     encode_metadata,
 )
@@ -125,30 +124,30 @@ def _map(found: SharedPool) -> mmap.mmap:
 
 class _Peer:
     def __init__(self, name: str, found: SharedPool, pool: Pool, limits: TransportLimits) -> None:
-        self.source = PeerPool(found)
+        self._source = PeerPool(found)
+        self.nbytes = self._source.nbytes
         self._pool = pool
         self._copy = copy_routine()
         self.copier = Copier(name, self._copy_slice, limits)
 
     def _copy_slice(self, part: Copies, pull: SlicedPull) -> None:  # noqa: ARG002  short anyway
-        self.source.check_alive()
-        self._copy(self._pool.address, self.source.address, part)
+        self._source.check_alive()
+        self._copy(self._pool.address, self._source.address, part)
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         self.copier.stop()
-        self.source.close()
+        self._source.close()
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(OneSided[_Peer]):
     name = "shared_memory"
 
     def __init__(self, me: str, pool: Pool, limits: TransportLimits | None = None) -> None:
         if pool.fd is None:
             raise Unsupported(f"{me}: shared memory needs a pool on a memfd, not on {pool.device}")
-        self._pool = pool
+        super().__init__(pool)
         self._fd = pool.fd
         self._limits = limits or TransportLimits()
-        self._peers: dict[str, _Peer] = {}
 
     def metadata(self, peer: str) -> bytes:  # noqa: ARG002  the same for everyone
         status = os.fstat(self._fd)
@@ -169,24 +168,6 @@ class SharedMemoryTransport:
             raise TransportError(f"{peer} runs on another host: {found.host}")
         self.disconnect(peer)
         self._peers[peer] = _Peer(peer, found, self._pool, self._limits)
-
-    def pull(self, peer: str, copies: Copies) -> SlicedPull:
-        if peer not in self._peers:
-            raise TransportError(f"not connected to {peer!r}")
-        connected = self._peers[peer]
-        check_bounds(copies, connected.source.nbytes, self._pool.nbytes)
-        return connected.copier.submit(copies)
-
-    def two_sided(self, peer: str) -> bool:  # noqa: ARG002  with any of them
-        return False
-
-    def serve(self, peer: str, copies: Copies) -> Served:  # noqa: ARG002  the peer reads alone
-        return Served()
-
-    def disconnect(self, peer: str) -> None:
-        if peer in self._peers:
-            self._peers[peer].close()
-            del self._peers[peer]
 
     def close(self) -> None:
         for peer in sorted(self._peers):
