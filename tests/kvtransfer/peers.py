@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -88,9 +88,9 @@ class Process:
 
     def close(self):
         self.pipe.close()
-        if self._process.is_alive():
+        with suppress(ProcessLookupError):  # it may end by itself, now that the pipe is closed
             self.resume()
-            self._process.join(ANSWER_S)
+        self._process.join(ANSWER_S)
         assert not self._process.is_alive()
 
 
