@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvtransfer.transfer import PullOrder
 
 BLOCKS, BLOCK_TOKENS = 96, 4
-ANSWER_S = 30.0
+ANSWER_S = 600.0
 
 
 class Rank:

@@ -36,7 +36,7 @@ def fill(memory, seed):
     blocks.copy_(torch.randn(blocks.shape, generator=torch.Generator().manual_seed(seed)))
 
 
-def coding_mover(transport, memory, *, peers=None, lease_s=5.0, link_bytes_per_s=1.0):
+def coding_mover(transport, memory, *, peers=None, lease_s=600.0, link_bytes_per_s=1.0):
     """The link is so slow that coding always pays."""
     settings = CodingSettings("int8", link_bytes_per_s, lease_s)
     coder = Coder(SHAPE, 0, memory, BLOCKS, settings)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.parallel import Parallel
 
 CPU = torch.device("cpu")
+PATIENCE_S = 600.0
 
 
 def runner(directory: Path, parallel: Parallel) -> Runner:
@@ -67,7 +68,7 @@ def leading(
     *,
     tensor_size: int,
     stages: int,
-    wait_s: float = 20.0,
+    wait_s: float = PATIENCE_S,
     batches: int | None = None,
 ) -> Iterator[tuple[ParallelRunner, list[BaseProcess]]]:
     """An executor over followers that begin only so many batches, if a number is given; the
@@ -91,7 +92,7 @@ def leading(
     try:
         yield ParallelRunner(runner(directory, join(0, device=CPU, **cut))), followers
         for follower in followers:
-            follower.join(20.0)
+            follower.join(PATIENCE_S)
     finally:
         for follower in followers:
             follower.kill()

@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_fails_the_leaders_call(
         tmp_path / "meet",
         tensor_size=tensor_size,
         stages=stages,
-        wait_s=2.0,
+        wait_s=6.0,
     ) as (executor, (follower,)):
         step(executor, chunk("a", (5, 6), 0, BLOCKS))
         assert follower.pid is not None
@@ -93,7 +93,7 @@ def test_a_batch_is_over_only_when_it_is_over_in_every_rank(batch: Batch, tmp_pa
     tiny.make("llama3", tmp_path / "one-layer", num_hidden_layers=1)
     meeting = tmp_path / "meet"
     with leading(
-        tmp_path / "one-layer", meeting, tensor_size=2, stages=1, wait_s=2.0, batches=1
+        tmp_path / "one-layer", meeting, tensor_size=2, stages=1, wait_s=6.0, batches=1
     ) as (executor, (follower,)):
         executor.execute(batch)
         with pytest.raises(InstanceLost, match="a rank of the model failed"):

@@ -15,7 +15,7 @@ from kvtransfer.plan import Copies
 from kvtransfer.shared_memory import SharedMemoryTransport, shared_pool
 
 TRANSPORTS = {"shared_memory": SharedMemoryTransport, "nixl": NixlTransport}
-ANSWER_S = 30
+ANSWER_S = 600
 
 try:
     bindings()

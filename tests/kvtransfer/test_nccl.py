@@ -15,19 +15,21 @@ from tests.kvtransfer.peers import pattern, pieces
 from tests.kvtransfer.two_sided import FakeNccl
 
 NBYTES = 1 << 16
-LIMITS = TransportLimits(slice_bytes=1 << 12, slice_timeout_s=0.3)
-WAIT_S = 20
+WAIT_S = 600
+PATIENT = TransportLimits(slice_bytes=1 << 12, slice_timeout_s=WAIT_S, fence_timeout_s=WAIT_S)
+HASTY = TransportLimits(slice_bytes=1 << 12, slice_timeout_s=0.3)
 
 
 @pytest.fixture
-def pair():
+def pair(request):
     """Two ranks that can read each other, and their pools."""
+    limits = getattr(request, "param", PATIENT)
     library = FakeNccl()
     pools = [shared_pool(NBYTES) for _ in range(2)]
     for seed, pool in enumerate(pools):
         pool.bytes()[:] = pattern(NBYTES, seed)
     a, b = (
-        NcclTransport(name, Pool(pool.address, NBYTES, pool, f"cuda:{number}"), library, LIMITS)
+        NcclTransport(name, Pool(pool.address, NBYTES, pool, f"cuda:{number}"), library, limits)
         for number, (name, pool) in enumerate(zip("ab", pools, strict=True))
     )
     meet(a, b)
@@ -65,6 +67,7 @@ def test_two_ranks_may_read_each_other_at_once(pair):
     assert np.array_equal(pools[0].bytes()[:60000], pools[1].bytes()[:60000])
 
 
+@pytest.mark.parametrize("pair", [HASTY], indirect=True, ids=["hasty"])
 def test_a_source_that_does_not_serve_is_lost_in_bounded_time(pair):
     _, b, pools = pair
     pull = b.pull("a", pieces((0, 0, 8)))
@@ -77,6 +80,7 @@ def test_an_abort_on_one_side_ends_the_other_and_a_new_meeting_mends_it(pair):
     a, b, pools = pair
     whole = pieces((0, 0, NBYTES))
     pull = b.pull("a", whole)
+    assert b._library.joined.acquire(timeout=WAIT_S)
     pull.cancel(WAIT_S)
     with pytest.raises(PeerLost):
         a.serve("b", whole).wait(WAIT_S)

@@ -18,8 +18,10 @@ from tests.kvtransfer.peers import TRANSPORTS, Peer, pattern, pieces
 from tests.kvtransfer.two_sided import FakeNccl, ServedTarget
 
 POOL_BYTES = 1 << 20
-LIMITS = TransportLimits(slice_bytes=1 << 16, queued_pulls=64)
-WAIT_S = 30
+WAIT_S = 600
+LIMITS = TransportLimits(
+    slice_bytes=1 << 16, slice_timeout_s=WAIT_S, fence_timeout_s=WAIT_S, queued_pulls=64
+)
 
 
 class MemoryPeer:
@@ -230,10 +232,15 @@ def test_no_more_pulls_wait_than_the_limit_allows(bench):
         pytest.skip("in memory nothing waits")
     bench.connected()
     whole = pieces(*[(0, 0, POOL_BYTES)] * 64)
-    for _ in range(LIMITS.queued_pulls):
-        bench.target.pull("source", whole)
+    accepted = []
+
+    def fill() -> None:
+        while len(accepted) < 1000 * LIMITS.queued_pulls:  # some may end meanwhile
+            accepted.append(bench.target.pull("source", whole))
+
     with pytest.raises(TransportError, match="queued_pulls: 64"):
-        bench.target.pull("source", whole)
+        fill()
+    assert len(accepted) >= LIMITS.queued_pulls
     bench.target.disconnect("source")
 
 

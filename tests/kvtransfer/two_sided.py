@@ -19,6 +19,8 @@ class FakeNccl:
         self._queues = {}
         self._lock = threading.Lock()
         self.aborted = []
+        self.joined = threading.Semaphore(0)
+        """Released by every rank that joins: from then on it can tell the other of its end."""
 
     def unique_id(self):
         return (next(self._numbers),)
@@ -26,6 +28,7 @@ class FakeNccl:
     def join(self, unique_id, rank, device):
         with self._lock:
             groups = self._queues.setdefault(unique_id, queue.SimpleQueue())
+        self.joined.release()
         return FakeCommunicator(self, unique_id, groups)
 
 
