@@ -131,6 +131,17 @@ def test_the_schema_describes_every_field():
     assert "min_instances" in schema["$defs"]["RolePolicy"]["properties"]
 
 
+def test_the_page_on_policies_names_every_field_signal_and_predictor():
+    page = Path("docs/autoscaling.md").read_text()
+    schema = policy_schema()
+    sections = [schema, *schema["$defs"].values()]
+    names = [
+        name for one in sections for name in (*one.get("properties", ()), *one.get("enum", ()))
+    ]
+    assert len(names) > 50
+    assert [name for name in names if name not in page] == []
+
+
 EXAMPLES = sorted(Path("cluster/configs/policies").glob("*.yaml"))
 
 
