@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from engine.messages import Lost, Role
 from engine.tokenizer import Tokenizer
 from tests.cluster.fakes import EchoInstance, hash_token
 
+PATIENCE_S = 600.0
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -83,7 +85,8 @@ class FakeCluster:
                 SystemClock(),
                 model="fake",
                 context_tokens=context_tokens,
-                settings=settings or GatewaySettings(sweep_s=0.01),
+                # The fakes tell their load once, so their silence means nothing.
+                settings=replace(settings or GatewaySettings(sweep_s=0.01), silence_s=PATIENCE_S),
                 observers=Observers(observers),
                 grammars=grammars,
             )
@@ -163,12 +166,11 @@ async def settle(turns: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-async def until(condition, turns: int = 20_000) -> None:
-    for _ in range(turns):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("never came true")
+async def until(condition) -> None:
+    """Sockets and threads take their time: the limit only ends a test that hangs."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110  the loop's own turns are what is waited for
+            await asyncio.sleep(0)
 
 
 async def read(answer):

@@ -344,7 +344,7 @@ async def _door(seat: Seat) -> AsyncIterator[str]:
         uvicorn.Config(door.app, port=0, log_level="error", lifespan="off", ws="none")
     )
     serving = asyncio.create_task(server.serve())
-    await until(lambda: server.started, turns=1_000_000)
+    await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     yield f"http://127.0.0.1:{port}"
     server.should_exit = server.force_exit = True

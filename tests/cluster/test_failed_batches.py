@@ -20,6 +20,7 @@ from engine.messages import Dropped, Load, Role, Start, Tokens
 from engine.request import Request, Sampling
 from placement.role import RoleSettings, Step
 from tests.cluster.engines import BLOCK_TOKENS, BLOCKS, engine
+from tests.cluster.serving import PATIENCE_S
 from tests.cluster.test_host import CountingExecutor
 from tests.engine import tiny
 
@@ -155,7 +156,7 @@ async def answers(link, names) -> tuple[dict[str, list[int]], list[Dropped]]:
     tokens: dict[str, list[int]] = {}
     gone: list[Dropped] = []
     ended: set[str] = set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while ended != set(names):
             _, message = await link.receive()
             match message:

@@ -16,8 +16,11 @@ from engine.errors import InstanceLost, TransportError
 from engine.layout import KvLayout
 from engine.messages import Load, Role, Start, Tokens
 from engine.request import Request, Sampling
+from kvtransfer.transfer import TransferSettings
+from tests.cluster.serving import PATIENCE_S, until
 
 LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
+SETTINGS = InstanceSettings(transfer=TransferSettings(lease_s=PATIENCE_S, offer_wait_s=PATIENCE_S))
 REQUEST = Request("r1", (1, 2, 3, 4, 5), Sampling(max_tokens=6))
 
 
@@ -54,7 +57,7 @@ class InstantRank:
 @asynccontextmanager
 async def hosted(network, name, role, *, executor=None, rank=None):
     pool = BlockPool(32, 4)
-    instance = Instance(name, role, pool, LAYOUT, settings=InstanceSettings(), eos=frozenset())
+    instance = Instance(name, role, pool, LAYOUT, settings=SETTINGS, eos=frozenset())
     async with asyncio.TaskGroup() as tasks:
         host = Host(
             instance,
@@ -71,7 +74,7 @@ async def hosted(network, name, role, *, executor=None, rank=None):
 
 async def tokens_of(link, count):
     found = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while len(found) < count:
             _, message = await link.receive()
             if isinstance(message, Tokens):
@@ -81,7 +84,7 @@ async def tokens_of(link, count):
 
 async def loads_of(link, count):
     found = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while len(found) < count:
             sender, message = await link.receive()
             if isinstance(message, Load):
@@ -89,16 +92,10 @@ async def loads_of(link, count):
     return found
 
 
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the loop's own turns are what is waited for
-            await asyncio.sleep(0)
-
-
 async def run_broken(network, gateway):
     async with (
         hosted(network, "mixed-0", Role.MIXED, executor=BrokenExecutor()),
-        asyncio.timeout(5),
+        asyncio.timeout(PATIENCE_S),
     ):
         gateway.send("mixed-0", Start(REQUEST, 1))
         await asyncio.Event().wait()
@@ -147,7 +144,7 @@ async def test_loads_are_told_as_heartbeats_and_when_something_changes():
         assert {sender for sender, _ in heard} == {"mixed-0"}
         host.instance.set_role(Role.DECODE)
         host.pump()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (await loads_of(gateway, 1))[0][1].role is not Role.DECODE:
                 pass
 

@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as rpc
 
 from cluster.watching.tracing import open_tracing
+from tests.cluster.serving import PATIENCE_S
 from tests.cluster.watching import ended, migrated, opened
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def test_a_requests_spans_reach_the_collector_with_their_parents_and_times(colle
     tracing.migrated(migrated(), 100.9)
     tracing.ended(ended())
     tracing.close()
-    (export,) = collector.exports.get(timeout=10).resource_spans
+    (export,) = collector.exports.get(timeout=PATIENCE_S).resource_spans
     service = {one.key: one.value.string_value for one in export.resource.attributes}
     assert service["service.name"] == "tandem-test"
     spans = {span.name: span for scope in export.scope_spans for span in scope.spans}

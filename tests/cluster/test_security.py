@@ -19,7 +19,7 @@ from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import BadConfig, Overloaded
 from tests.cluster.certificates import Authority
-from tests.cluster.serving import running
+from tests.cluster.serving import PATIENCE_S, running
 from tests.cluster.test_grpc import FakeOperator
 
 ALICE, BOB, ADMIN = "tk-alice", "tk-bob", "tk-admin"
@@ -193,12 +193,12 @@ async def test_mutual_tls_on_http_turns_strangers_away(authority):
         task = asyncio.create_task(server.serve([listener]))
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/health"
         trust = ssl.create_default_context(cafile=str(authority.path))
-        async with httpx.AsyncClient(verify=trust) as stranger:
+        async with httpx.AsyncClient(verify=trust, timeout=PATIENCE_S) as stranger:
             with pytest.raises(httpx.TransportError):
                 await stranger.get(url)
         known = ssl.create_default_context(cafile=str(authority.path))
         known.load_cert_chain(*authority.pair("client"))
-        async with httpx.AsyncClient(verify=known) as friend:
+        async with httpx.AsyncClient(verify=known, timeout=PATIENCE_S) as friend:
             assert (await friend.get(url)).status_code == 200
         server.should_exit = True
         await task

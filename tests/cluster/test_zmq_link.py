@@ -7,6 +7,7 @@ from cluster.zmq_link import ClusterKey, LinkLimits, ZmqLink, ipc_address
 from engine import wire
 from engine.errors import InstanceLost
 from engine.messages import Abort, Token, Tokens
+from tests.cluster.serving import PATIENCE_S
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def network(tmp_path):
 
 
 async def next_of(link):
-    return await asyncio.wait_for(link.receive(), 5)
+    return await asyncio.wait_for(link.receive(), PATIENCE_S)
 
 
 async def test_messages_arrive_in_order_with_their_sender(network):
