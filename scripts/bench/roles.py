@@ -6,7 +6,8 @@
 Serves the built-in model as two prefill instances beside one that decodes, under a policy that
 may have three instances in all and turns one role into the other. The first half of the load is
 long prompts with short answers, the second half short prompts with long answers. Printed are the
-instances of each role over time, and attainment before, during and after the switch.
+instances of each role over time, how long each switch took from the decision to the new role,
+and attainment before, during and after.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cluster.bench.sample import Sample
+    from cluster.rpc.tandem_pb2 import Event
     from tests.ray.serving import Serving
 
 POLICY: dict[str, Any] = {
@@ -61,10 +63,20 @@ class Timeline:
     """Ready instances of each role whenever they changed, from the start of the load."""
 
     looks: list[tuple[float, dict[str, int]]] = field(default_factory=list)
+    decided_s: dict[str, float] = field(default_factory=dict)
+    """By instance, on the controller's clock."""
+    switches_s: list[tuple[str, float]] = field(default_factory=list)
 
     def see(self, now_s: float, roles: dict[str, int]) -> None:
         if not self.looks or self.looks[-1][1] != roles:
             self.looks.append((now_s, roles))
+
+    def hear(self, event: Event) -> None:
+        if event.text == "switch":
+            self.decided_s[event.subject] = event.at_s
+        elif event.text == "role changed" and event.subject in self.decided_s:
+            took_s = event.at_s - self.decided_s.pop(event.subject)
+            self.switches_s.append((event.subject, took_s))
 
 
 def main() -> None:
@@ -139,9 +151,10 @@ async def run(serving: Serving, options: argparse.Namespace) -> tuple[list[Sampl
     load, timeline = arrangement.conversations(), Timeline()
     warm = [replace(one, turns=(replace(one.turns[0], index=10**7),)) for one in load[:4]]
     await closed_loop(server, warm, 2, Silent())
-    watching = asyncio.create_task(watch(serving, timeline))
+    watching = [asyncio.create_task(one(serving, timeline)) for one in (watch, listen)]
     samples = await open_loop(server, load, Silent())
-    watching.cancel()
+    for task in watching:
+        task.cancel()
     server.close()
     return samples, timeline
 
@@ -155,6 +168,12 @@ async def watch(serving: Serving, timeline: Timeline) -> None:
             counts = {role: ready.count(role) for role in sorted(set(ready))}
             timeline.see(time.monotonic() - start_s, counts)
             await asyncio.sleep(WATCH_S)
+
+
+async def listen(serving: Serving, timeline: Timeline) -> None:
+    async with serving.async_client() as client:
+        async for event in client.watch("scale", "instance"):
+            timeline.hear(event)
 
 
 def report(samples: Sequence[Sample], timeline: Timeline, options: argparse.Namespace) -> None:
@@ -174,11 +193,14 @@ def report(samples: Sequence[Sample], timeline: Timeline, options: argparse.Name
     failed = [one.error for one in samples if one.error is not None]
     if options.json:
         document = {"failed": failed, "settled_s": settled_s, "roles": timeline.looks}
+        document["switches_s"] = timeline.switches_s
         print(json.dumps(document | {"attainment": parts, "requests": len(samples)}))
         return
     for at_s, counts in timeline.looks:
         shown = ", ".join(f"{count} {role}" for role, count in counts.items())
         print(f"{at_s:6.1f} s  {shown}")
+    for instance, took_s in timeline.switches_s:
+        print(f"{instance} took its new role {took_s * 1e3:.0f} ms after the decision")
     print(f"the workload turned at {turn_s:.1f} s; roles had followed at {settled_s:.1f} s")
     for name, (low, high) in spans.items():
         share = "no request" if parts[name] is None else f"{parts[name]:.1%}"
