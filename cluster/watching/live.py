@@ -24,6 +24,8 @@ MOST_REQUESTS = 10_000
 SHOWN_REQUESTS = 60
 SHOWN_ENDED = 40
 SHOWN_MOVES = 60
+SHOWN_HANDOFFS = 20
+"""Every request has one: they must not drive the rarer moves out."""
 
 
 @dataclass(slots=True)
@@ -47,17 +49,20 @@ class Live:
         self.life = new_life()
         self._loads: dict[str, Load] = {}
         self._requests: OrderedDict[str, Tracked] = OrderedDict()
-        self._ended: deque[dict[str, Any]] = deque(maxlen=SHOWN_ENDED)
+        self._ended: deque[tuple[Ended, Tracked | None]] = deque(maxlen=SHOWN_ENDED)
         self._moves: deque[dict[str, Any]] = deque(maxlen=SHOWN_MOVES)
+        self._handoffs: deque[dict[str, Any]] = deque(maxlen=SHOWN_HANDOFFS)
         self._numbers = count(1)
         self._history = History()
         self._now_s = 0.0
+        self._streamed = 0
+        """Tokens since then."""
         self._totals = {"requests": 0, "failed": 0, "migrations": 0, "failovers": 0}
 
     # What is observed.
 
     def opened(self, event: Opened) -> None:
-        self._now_s = event.at_s
+        self._advance(event.at_s)
         self._requests[event.request_id] = Tracked(
             event.request_id,
             event.timeline,
@@ -70,10 +75,10 @@ class Live:
             self._requests.popitem(last=False)
 
     def streamed(self, gaps_s: Sequence[float]) -> None:
-        self._history.step(self._now_s).tokens += len(gaps_s)
+        self._streamed += len(gaps_s)
 
     def loaded(self, load: Load, at_s: float) -> None:
-        self._now_s = at_s
+        self._advance(at_s)
         self._loads[load.instance] = load
         for running in load.sequences:
             one = self._requests.get(running.request_id)
@@ -84,7 +89,7 @@ class Live:
                 self._move("handoff", one, one.at, load.instance, at_s)
 
     def lost(self, instance: str, at_s: float) -> None:
-        self._now_s = at_s
+        self._advance(at_s)
         self._loads.pop(instance, None)
 
     def rerouted(self, event: Rerouted) -> None:
@@ -115,12 +120,18 @@ class Live:
 
     def ended(self, event: Ended) -> None:
         now = event.timeline.finished_s or event.timeline.arrived_s
-        self._now_s = max(self._now_s, now)
+        self._advance(max(self._now_s, now))
         one = self._requests.pop(event.request_id, None)
         self._history.step(self._now_s).add(event)
         self._totals["requests"] += 1
         self._totals["failed"] += event.outcome in ("error", "refused")
-        self._ended.appendleft(_ended(event, one))
+        self._ended.appendleft((event, one))
+
+    def _advance(self, now: float) -> None:
+        if self._streamed:
+            self._history.step(self._now_s).tokens += self._streamed
+            self._streamed = 0
+        self._now_s = now
 
     def _move(
         self, kind: str, one: Tracked, source: str, target: str, at_s: float, **about: object
@@ -136,7 +147,8 @@ class Live:
             "outcome": "committed",
             **about,
         }
-        self._moves.append(move)
+        usual = kind == "handoff" and move["outcome"] == "committed"
+        (self._handoffs if usual else self._moves).append(move)
         one.moves.append(move)
 
     # What the page asks for.
@@ -144,6 +156,7 @@ class Live:
     def share(self, now: float, since_s: float, waiting: Sequence[Request]) -> dict[str, Any]:
         """Numbers, names and moments; small enough to send twice a second. `waiting` are those
         that have not been sent anywhere yet."""
+        self._advance(self._now_s)
         running = list(self._requests.values())[-SHOWN_REQUESTS:]
         return {
             "life": self.life,
@@ -157,8 +170,9 @@ class Live:
                 *(_running(one, now) for one in running),
                 *(_waiting(one, now) for one in waiting[-SHOWN_REQUESTS:]),
             ],
-            "ended": list(self._ended),
+            "ended": [_ended(event, one) for event, one in self._ended],
             "moves": list(self._moves),
+            "handoffs": list(self._handoffs),
         }
 
     def instances(self) -> list[dict[str, Any]]:

@@ -105,14 +105,15 @@ class Observers:
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
+        self._streamed = tuple(observer.streamed for observer in self._observers)
 
     def opened(self, event: Opened) -> None:
         for observer in self._observers:
             observer.opened(event)
 
     def streamed(self, gaps_s: Sequence[float]) -> None:
-        for observer in self._observers:
-            observer.streamed(gaps_s)
+        for streamed in self._streamed:
+            streamed(gaps_s)
 
     def rerouted(self, event: Rerouted) -> None:
         for observer in self._observers:

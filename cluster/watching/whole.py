@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.watching.history import WholeHistory
-from cluster.watching.live import SHOWN_ENDED, SHOWN_MOVES, SHOWN_REQUESTS
+from cluster.watching.live import SHOWN_ENDED, SHOWN_HANDOFFS, SHOWN_MOVES, SHOWN_REQUESTS
 from cluster.watching.others import MOST_LIVES
 
 if TYPE_CHECKING:
@@ -89,8 +89,14 @@ class WholeCluster:
             "history": self._history.points(now),
             "requests": _latest(living, "requests", "arrived_s", SHOWN_REQUESTS)[::-1],
             "ended": _latest(shares, "ended", "ended_s", SHOWN_ENDED)[::-1],
-            "moves": _latest(shares, "moves", "at_s", SHOWN_MOVES),
+            "moves": self._moves(shares),
         }
+
+    def _moves(self, shares: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The latest hand-offs among the rarer moves, which stay longer."""
+        rare = _latest(shares, "moves", "at_s", SHOWN_MOVES)
+        usual = _latest(shares, "handoffs", "at_s", SHOWN_HANDOFFS)
+        return sorted((*rare, *usual), key=lambda move: float(move["at_s"]))
 
     def _totals(
         self, shares: Iterable[dict[str, Any]], living: Iterable[dict[str, Any]]
