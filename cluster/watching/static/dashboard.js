@@ -70,6 +70,9 @@ function number(value, digits = 1) {
   return value >= 100 ? Math.round(value).toLocaleString("en") : value.toFixed(digits);
 }
 
+// On an axis 50.0 ms is 50 ms.
+const tick = (unit, value) => unit(value).replace(/\.0+(?=\D|$)/, "");
+
 const percent = (value) =>
   value === null || value === undefined ? "–" : `${(value * 100).toFixed(value < 0.9995 ? 1 : 0)}%`;
 
@@ -123,7 +126,8 @@ function instanceCard(one) {
     make("h4", {}, one.id, make("span")),
     make("dl", {}, ...facts),
     make("div", { class: "kv", role: "img" },
-      make("i", { class: "used" }), make("i", { class: "pinned" }), make("i", { class: "cached" })));
+      make("i", { class: "used" }), make("i", { class: "pinned" }), make("i", { class: "cached" })),
+    make("p", { class: "soft", "data-fact": "kv" }));
 }
 
 function fillInstance(card, one) {
@@ -135,9 +139,10 @@ function fillInstance(card, one) {
   }
   const bar = card.querySelector(".kv");
   const share = (blocks) => `${(100 * blocks / Math.max(one.blocks.total, 1)).toFixed(1)}%`;
-  const label = `KV: ${share(one.blocks.used)} used, ${share(one.blocks.pinned)} pinned, ${share(one.blocks.cached)} cached`;
+  const label = `KV: ${share(one.blocks.used)} used, ${share(one.blocks.pinned)} pinned, ${share(one.blocks.cached)} cached of ${one.blocks.total} blocks`;
   bar.setAttribute("aria-label", label);
   bar.title = label;
+  setText(card.querySelector('[data-fact="kv"]'), `KV ${share(one.blocks.used)} used, ${share(one.blocks.cached)} cached`);
   for (const kind of ["used", "pinned", "cached"]) {
     bar.querySelector(`.${kind}`).style.width = share(one.blocks[kind]);
   }
@@ -171,15 +176,23 @@ function flyDot(kind, source, target) {
     { duration: 900, easing: "ease-in-out", fill: "both" }).finished.finally(() => dot.remove());
 }
 
-function moveList(moves) {
+function moveList(moves, now) {
   byId("no-moves").hidden = moves.length > 0;
   keyed(byId("moves"), moves.slice().reverse(), (move) => move.id,
-    (move) => make("li", {}, make("i", { class: `dot ${move.kind}` }), make("span"), make("span", { class: "soft" })),
-    (row, move) => {
-      const outcome = move.outcome === "committed" ? "" : `, ${move.outcome}`;
-      setText(row.children[1], `${NAMES[move.kind]} of ${move.request}: ${move.source} → ${move.target}${outcome}`);
-      setText(row.children[2], move.pause_s === undefined ? "" : `paused ${seconds(move.pause_s)}`);
-    });
+    (move) => make("li", { class: move.kind }, make("i", { class: `dot ${move.kind}` }),
+      make("span", {}, `${NAMES[move.kind]} ${move.source} → ${move.target}${moveOutcome(move)}`),
+      opener(move.request), make("span", { class: "soft" })),
+    (row, move) => setText(row.lastElementChild, ago(now - move.at_s)));
+}
+
+function ago(value) {
+  if (value < 1) return "now";
+  return value < 100 ? `${Math.round(value)} s ago` : `${Math.round(value / 60)} min ago`;
+}
+
+function moveOutcome(move) {
+  if (move.outcome !== "committed") return `: ${move.outcome}`;
+  return move.pause_s === undefined ? "" : `, paused ${seconds(move.pause_s)}`;
 }
 
 // Plots over time.
@@ -214,7 +227,7 @@ function drawChart(figure, chart, state) {
   const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": summary(chart, lines) });
   for (const share of [0, 0.5, 1]) {
     svg.append(draw("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: y(top * share), y2: y(top * share) }));
-    svg.append(draw("text", { x: LEFT - 5, y: Number(y(top * share)) + 3, "text-anchor": "end" }, chart.unit(top * share)));
+    svg.append(draw("text", { x: LEFT - 5, y: Number(y(top * share)) + 3, "text-anchor": "end" }, tick(chart.unit, top * share)));
   }
   svg.append(draw("text", { x: LEFT, y: H - 3 }, "5 min ago"), draw("text", { x: W - RIGHT, y: H - 3, "text-anchor": "end" }, "now"));
   if (goal !== undefined && goal <= top) {
@@ -223,7 +236,8 @@ function drawChart(figure, chart, state) {
   lines.forEach((line, place) => svg.append(...strokes(line.points, place, x, y)));
   figure.lastElementChild.replaceChildren(svg);
   const latest = lines.map((line, place) => make("span", { class: lines.length > 1 ? `key${place}` : null }, `${line.name} ${chart.unit(line.points.at(-1)?.[1] ?? null)}`));
-  figure.firstElementChild.replaceChildren(chart.title, make("span", {}, ...latest));
+  const target = goal === undefined ? [] : [make("span", { class: "goal-key" }, `target ${tick(chart.unit, goal)}`)];
+  figure.firstElementChild.replaceChildren(make("div", {}, chart.title, ...target), make("span", {}, ...latest));
 }
 
 // A gap in the data is a gap in the line; a lone point is a dot.
@@ -272,6 +286,7 @@ function plan(state) {
       setText(row.children[2], unit(observed));
       const off = predicted && observed !== null ? worse * (observed / predicted - 1) : 0;
       row.children[2].className = off > 0.25 ? "worse" : off < -0.25 ? "better" : "";
+      row.children[2].title = Math.abs(off) > 0.25 ? `more than 25% ${off > 0 ? "worse" : "better"} than predicted` : "";
     });
 }
 
@@ -317,6 +332,9 @@ function opener(id) {
 
 function openDetail(id) {
   detailOf = id;
+  setText(byId("detail-title"), id);
+  const moves = shown.moves.filter((move) => move.request === id);
+  byId("detail-body").replaceChildren(make("p", { class: "soft" }, "It ended a while ago: only its moves are still known."), moveLines({ moves }));
   fillDetail();
   byId("detail").showModal();
 }
@@ -324,14 +342,22 @@ function openDetail(id) {
 function fillDetail() {
   const one = shown.ended.find((ended) => ended.id === detailOf) ?? shown.requests.find((running) => running.id === detailOf);
   if (one === undefined) return;
-  setText(byId("detail-title"), one.id);
-  const body = byId("detail-body");
-  const first = one.ttft_s === null ? "no token yet" : `first token after ${seconds(one.ttft_s)}`;
-  const facts = one.outcome === undefined
-    ? `${one.at === null ? "waiting at the gateway" : `on ${one.at}`}, ${one.prompt_tokens} prompt and ${one.output_tokens} output tokens so far, ${first} (target ${seconds(one.slo.ttft_s)})`
-    : `${one.error ?? one.outcome}, ${one.prompt_tokens} prompt and ${one.output_tokens} output tokens, first token after ${seconds(one.ttft_s)} `
-      + `(target ${seconds(one.slo.ttft_s)}), ${seconds(one.tpot_s)} per token (target ${seconds(one.slo.tpot_s)})`;
-  body.replaceChildren(make("p", {}, facts), gantt(one.phases), moveLines(one));
+  byId("detail-body").replaceChildren(facts(one), gantt(one.phases), moveLines(one));
+}
+
+function facts(one) {
+  const against = (value, target) => make("dd", { class: value > target ? "bad" : null }, seconds(value),
+    make("span", { class: "soft" }, ` of ${tick(seconds, target)}`));
+  const rows = [
+    ["where", make("dd", {}, one.at ?? "waits at the gateway")],
+    ["prompt + output", make("dd", {}, `${one.prompt_tokens} + ${one.output_tokens}`)],
+    ["first token", against(one.ttft_s, one.slo.ttft_s)],
+  ];
+  if (one.outcome !== undefined) {
+    rows.push(["per token", against(one.tpot_s, one.slo.tpot_s)], ["whole", make("dd", {}, seconds(one.e2e_s))],
+      ["outcome", make("dd", { class: one.met ? "good" : "bad" }, one.error ?? one.outcome)]);
+  }
+  return make("dl", { class: "facts" }, ...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), value)));
 }
 
 function gantt(phases) {
@@ -364,7 +390,7 @@ function show(state) {
   plan(state);
   parts(state);
   requests(state);
-  moveList(state.moves);
+  moveList(state.moves, state.now_s);
   fly(state.moves);
   if (byId("detail").open) fillDetail();
 }
@@ -422,6 +448,9 @@ byId("key").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("tandem-key", byId("key-text").value);
   start();
+});
+byId("detail").addEventListener("click", (event) => {
+  if (event.target === byId("detail")) byId("detail").close();
 });
 byId("detail").addEventListener("close", () => { detailOf = null; });
 start();
