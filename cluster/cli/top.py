@@ -20,7 +20,7 @@ Seen = dict[str, Any]
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
 RATE_STEPS = 5
-BAR_CELLS = 24
+BAR_CELLS = 16
 COLOURS = {
     "queue": "bright_black",
     "prefill": "blue",
@@ -30,11 +30,13 @@ COLOURS = {
     "decode": "white",
 }
 OPEN_COLOUR = "cyan"
-BLOCK_COLOURS = {"used": "blue", "pinned": "magenta", "cached": "cyan"}
+BLOCKS = {"used": ("blue", "█"), "pinned": ("magenta", "▓"), "cached": ("cyan", "▒")}
 MOVES = {"handoff": "hand-off", "migration": "migration", "failover": "failover"}
-FIXED_LINES = 30
+QUANTILES = ("p50", "p90", "p99")
+FIXED_LINES = 32
 """What everything but the lists of requests and moves takes."""
-WIDE = 120
+WIDE, WIDEST = 125, 170
+"""Where the courses and the lists have room beside each other."""
 
 
 class Picture:
@@ -44,20 +46,21 @@ class Picture:
         self._seen = seen
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
-        seen, wide = self._seen, options.max_width >= WIDE
+        seen, width = self._seen, options.max_width
         height = options.height or options.size.height
-        lists = max(height - FIXED_LINES - len(seen["instances"]), 9)
-        rows = lists // 2 if wide else lists // 3
+        left = max(height - FIXED_LINES - len(seen["instances"]), 9)
+        rows = left // 3
         yield heading(seen)
         yield instances(seen)
-        yield _beside(wide, courses(seen), Group(comparison(seen), parts(seen)))
-        yield _beside(wide, Group(under_way(seen, rows), ended(seen, rows)), moves(seen, rows * 2))
+        yield _beside(width >= WIDE, courses(seen), Group(comparison(seen), parts(seen)))
+        requests = Group(under_way(seen, rows), ended(seen, rows))
+        yield _beside(width >= WIDEST, requests, moves(seen, rows))
 
 
 def _beside(wide: bool, left: Any, right: Any) -> Any:
     if not wide:
         return Group(left, right)
-    grid = Table.grid(padding=(0, 4))
+    grid = Table.grid(padding=(0, 3))
     grid.add_row(left, right)
     return grid
 
@@ -118,8 +121,8 @@ def instances(seen: Seen) -> Table:
 
 def _blocks(blocks: dict[str, int]) -> Text:
     whole = max(blocks["total"], 1)
-    bar = stacked([(BLOCK_COLOURS[kind], blocks[kind]) for kind in BLOCK_COLOURS], whole)
-    return bar.append(f" {100 * blocks['used'] / whole:3.0f}% of {blocks['total']}")
+    bar = stacked([(*look, blocks[kind]) for kind, look in BLOCKS.items()], whole)
+    return bar.append(f" {100 * blocks['used'] / whole:.0f}% of {blocks['total']}")
 
 
 def courses(seen: Seen) -> Table:
@@ -145,15 +148,14 @@ def comparison(seen: Seen) -> Table:
     """The plan's prediction beside what is observed."""
     predicted, observed = seen["predicted"] or {}, seen["observed"]
     table = _table("plan and reality", *(["predicted"] if predicted else []), "observed")
-    for title, path, unit in (
-        ("first token, p50", ("ttft_s", "p50"), duration),
-        ("first token, p90", ("ttft_s", "p90"), duration),
-        ("per token, p50", ("tpot_s", "p50"), duration),
-        ("per token, p90", ("tpot_s", "p90"), duration),
+    latencies = [("first token", "ttft_s"), ("per token", "tpot_s")]
+    rows: list[tuple[str, Sequence[str], Callable[[float | None], str]]] = [
+        *((f"{name}, {q}", (key, q), duration) for name, key in latencies for q in QUANTILES),
         ("within targets", ("attainment",), percent),
         ("requests/s", ("rate_rps",), figure),
         ("tokens/s", ("throughput_tokens_s",), figure),
-    ):
+    ]
+    for title, path, unit in rows:
         sides = [predicted, observed] if predicted else [observed]
         table.add_row(title, *(unit(_at(side, path)) for side in sides))
     return table
@@ -169,7 +171,8 @@ def _at(document: Any, path: Sequence[str]) -> float | None:
 def parts(seen: Seen) -> Text:
     """Where the time to a flowing stream goes, on the average."""
     means = {part: seen["observed"]["ttft_parts_s"][part] or 0.0 for part in TTFT_PARTS}
-    bar = stacked([(COLOURS[part], took_s) for part, took_s in means.items()], sum(means.values()))
+    pieces = [(COLOURS[part], "█", took_s) for part, took_s in means.items()]
+    bar = stacked(pieces, sum(means.values()))
     text = Text().append("time to a flowing stream  ", "bold").append_text(bar).append("\n")
     for part, took_s in means.items():
         text.append("■ ", COLOURS[part]).append(f"{part.replace('_', ' ')} {duration(took_s)}  ")
@@ -214,19 +217,19 @@ def tokens(one: dict[str, Any]) -> str:
 def timeline(phases: Sequence[dict[str, Any]]) -> Text:
     """A request's phases, each as long as it took."""
     pieces = [
-        (COLOURS.get(phase["name"], OPEN_COLOUR), phase["end_s"] - phase["start_s"])
+        (COLOURS.get(phase["name"], OPEN_COLOUR), "█", phase["end_s"] - phase["start_s"])
         for phase in phases
     ]
-    return stacked(pieces, sum(took_s for _, took_s in pieces))
+    return stacked(pieces, sum(took_s for *_, took_s in pieces))
 
 
-def stacked(pieces: Sequence[tuple[str, float]], whole: float, cells: int = BAR_CELLS) -> Text:
-    """Pieces of a whole side by side; what is left is pale."""
+def stacked(pieces: Sequence[tuple[str, str, float]], whole: float, cells: int = BAR_CELLS) -> Text:
+    """Pieces of a whole side by side, each in its colour and letter; what is left is pale."""
     bar, begun, done = Text(), 0.0, 0
-    for colour, value in pieces:
+    for colour, letter, value in pieces:
         begun += value
         end = round(cells * min(begun / whole, 1.0)) if whole > 0 else 0
-        bar.append("█" * (end - done), colour)
+        bar.append(letter * (end - done), colour)
         done = end
     return bar.append("░" * (cells - done), "bright_black")
 
