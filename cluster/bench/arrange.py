@@ -127,15 +127,21 @@ def draw(recipe: Synthetic) -> Workload:
 
 
 def _arrivals(recipe: Synthetic, arrivals: Arrivals) -> NDArray[np.float64]:
+    """As many as were asked for, at the rate that was asked for: a short draw would miss it."""
     low, high = recipe.rate_rps, recipe.ramp_to_rps
-    if high is None:
-        return arrivals.times(recipe.requests, low)
-    if low < 0 or high <= 0:
-        raise BadInput("ramp-to", high, "must be positive")
-    duration_s = recipe.requests / ((low + high) / 2)
-    times = arrivals.seasonal(duration_s, lambda now_s: low + (high - low) * now_s / duration_s)
-    if not len(times):
-        raise BadInput("requests", recipe.requests, "too few for a ramp")
+    for name, rate_rps in (("rate", low), ("ramp-to", high)):
+        if rate_rps is not None and rate_rps <= 0:
+            raise BadInput(name, rate_rps, "must be positive")
+    due = arrivals.times(recipe.requests, 1.0)
+    if due[-1] > 0:
+        due *= (recipe.requests - 1) / due[-1]
+    return due / low if high is None or high == low else _ramped(due, low, high)
+
+
+def _ramped(due: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """Arrivals of unit rate, moved to when a rate that changes evenly has brought as many."""
+    growth = (high**2 - low**2) / (2 * len(due))
+    times: NDArray[np.float64] = (np.sqrt(low**2 + 2 * growth * due) - low) / growth
     return times
 
 

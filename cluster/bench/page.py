@@ -28,6 +28,7 @@ h1{font-size:1.3rem}h2{font-size:1.05rem;margin-top:1.6rem}
 figure{margin:0;padding:.7rem;border:1px solid var(--line);border-radius:8px}
 figcaption{font-weight:600;margin-bottom:.3rem}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
+svg .on{fill:var(--paper)}
 .grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:4 3}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;color:var(--soft);font-size:.85rem}

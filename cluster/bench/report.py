@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from html import escape
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +37,35 @@ def report(measured: Sequence[Measured], documents: Sequence[dict[str, Any]]) ->
     notes = "".join(
         f"<li>{escape(one.url)}: {escape(n)}</li>" for one in measured for n in one.notes
     )
-    text = f"{_table(documents)}<ul>{notes}</ul>"
+    text = f"{_about(measured)}{_table(documents)}<ul>{notes}</ul>"
     return page(f"Bench of {names}", text, plots, _foot(measured))
+
+
+def _about(measured: Sequence[Measured]) -> str:
+    """What was asked of whom, and when."""
+    samples = [sample for one in measured for sample in one.samples]
+    models = ", ".join(sorted({one.model for one in measured}))
+    asked = " + ".join(
+        _range([float(getattr(one, name)) for one in samples], "{:.0f}")
+        for name in ("prompt_tokens", "wanted_tokens")
+    )
+    targets = " and ".join(
+        f"{_range([getattr(one.slo, name) for one in samples], '{:g}')} s {what}"
+        for name, what in (("ttft_s", "to the first token"), ("tpot_s", "per token"))
+    )
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"<p>Model {escape(models)}; prompt + output tokens {asked}; targets {targets}. "
+        f"Measured by Tandem {version('tandem-serve')}, {when}.</p>"
+    )
+
+
+def _range(values: Sequence[float], shape: str) -> str:
+    """One figure where all are alike, else the median and where they lie."""
+    low, high = min(values), max(values)
+    if low == high:
+        return shape.format(low)
+    return f"{shape.format(np.median(values))} ({shape.format(low)} to {shape.format(high)})"
 
 
 def _table(documents: Sequence[dict[str, Any]]) -> str:
@@ -106,7 +135,8 @@ def _parts(measured: Sequence[Measured]) -> list[str]:
     for one in measured:
         parts = mean_parts(one.samples)
         if any(parts.values()):
-            rows.append((one.url, [(part, (parts[part] or 0.0) * 1e3) for part in TTFT_PARTS]))
+            stacked = [(part.replace("_", " "), (parts[part] or 0.0) * 1e3) for part in TTFT_PARTS]
+            rows.append((one.url, stacked))
     return [bars("Where the time to a flowing stream goes", "mean ms", rows)] if rows else []
 
 

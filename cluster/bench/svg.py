@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
 SERIES_COLOURS = 6
+BAR_HEIGHT, FIGURE_WIDTH = 26, 34
 
 Point = tuple[float, float]
 
@@ -145,7 +146,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, Sequence[tuple[str, fl
     """One stacked horizontal bar a row, its parts in the order given."""
     longest = max((sum(value for _, value in parts) for _, parts in rows), default=0.0)
     x = axis(unit, [longest])
-    height = 44
+    height = BAR_HEIGHT + 28
     body = [
         _bar(x, name, parts, TOP + number * height) for number, (name, parts) in enumerate(rows)
     ]
@@ -158,15 +159,23 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, Sequence[tuple[str, fl
 
 
 def _bar(x: Axis, name: str, parts: Sequence[tuple[str, float]], top: int) -> str:
+    """With the whole beside its name, and figures where a part has room for one."""
     left, across = LEFT / 4, WIDTH - LEFT / 4 - RIGHT
-    drawn, done = [f'<text x="{left}" y="{top + 8}">{escape(name)}</text>'], 0.0
+    whole = sum(value for _, value in parts)
+    drawn = [f'<text x="{left}" y="{top + 8}">{escape(name)}: {whole:.3g}</text>']
+    done = 0.0
     for number, (part, value) in enumerate(parts):
         start, width = left + across * x.place(done), across * x.place(value)
         colour = number % SERIES_COLOURS
         drawn.append(
             f'<rect class="s{colour}" x="{start:.1f}" y="{top + 13}" width="{width:.1f}" '
-            f'height="18"><title>{escape(part)}: {value:.4g}</title></rect>'
+            f'height="{BAR_HEIGHT}"><title>{escape(part)}: {value:.4g}</title></rect>'
         )
+        if width > FIGURE_WIDTH:
+            drawn.append(
+                f'<text class="on" x="{start + width / 2:.1f}" y="{top + 13 + BAR_HEIGHT / 2 + 4}" '
+                f'text-anchor="middle">{value:.3g}</text>'
+            )
         done += value
     return "".join(drawn)
 

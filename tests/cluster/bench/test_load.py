@@ -178,10 +178,23 @@ async def test_a_server_that_fails_its_warm_up_is_not_measured() -> None:
         await measure(Plan(Arrangement(few(2)), warm_up=2), Behaviour(QUICK, fails_every=1))
 
 
-def test_a_ramp_gets_denser() -> None:
-    times = draw(Synthetic(requests=400, rate_rps=1.0, ramp_to_rps=9.0)).arrival_s
-    middle = times[-1] / 2
-    assert (times < middle).sum() < 0.4 * len(times)
+def test_a_ramp_gets_denser_as_evenly_as_its_rate_rises() -> None:
+    times = draw(Synthetic(requests=400, rate_rps=1.0, ramp_to_rps=9.0, burstiness=0)).arrival_s
+    assert len(times) == 400
+    assert times[-1] == pytest.approx(400 / 5.0, rel=0.01)
+    assert (times < 40.0).sum() == pytest.approx(40 * (1 + 5) / 2, abs=2)
+    gaps = times[1:] - times[:-1]
+    assert (gaps[0], gaps[-1]) == pytest.approx((1.0, 1 / 9), rel=0.1)
+    falling = draw(Synthetic(requests=400, rate_rps=9.0, ramp_to_rps=1.0)).arrival_s
+    assert (falling < 40.0).sum() > 0.6 * len(falling)
+
+
+@pytest.mark.parametrize("burstiness", [0.0, 1.0, 4.0])
+def test_what_is_drawn_has_the_rate_that_was_asked_for(burstiness: float) -> None:
+    times = draw(Synthetic(requests=20, rate_rps=8.0, burstiness=burstiness)).arrival_s
+    assert (len(times), times[0]) == (20, 0.0)
+    assert 19 / times[-1] == pytest.approx(8.0)
+    assert len(draw(Synthetic(requests=1))) == 1
 
 
 def test_the_same_recipe_draws_the_same_requests() -> None:
