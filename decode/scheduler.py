@@ -101,7 +101,7 @@ class DecodeScheduler:
         """Forget a sequence; its blocks stay with the caller, its host slots become free."""
         if request_id in self._swapped:
             sequence, slots = self._swapped.pop(request_id)
-            self._host_free.extend(slots)
+            self._give_slots(slots)
             return sequence
         held = self._running if request_id in self._running else self._waiting
         return held.pop(request_id)
@@ -163,7 +163,7 @@ class DecodeScheduler:
         step.preempted.append(victim.id)
         filled = self._filled(victim)
         if self._swap_pays(victim):
-            slots = tuple(self._host_free.pop() for _ in filled)
+            slots = self._take_slots(len(filled))
             self._swapped[victim.id] = victim, slots
             step.swaps.append(Swap(victim.id, filled, slots, to_host=True))
             victim.state = SequenceState.SWAPPED
@@ -173,6 +173,15 @@ class DecodeScheduler:
             self._waiting[victim.id] = victim
         self.pool.release(victim.blocks)
         victim.blocks = []
+
+    def _take_slots(self, count: int) -> tuple[int, ...]:
+        """The lowest that are free, rising as a sequence's blocks do: runs move as one."""
+        taken = tuple(self._host_free[:count])
+        del self._host_free[:count]
+        return taken
+
+    def _give_slots(self, slots: tuple[int, ...]) -> None:
+        self._host_free = sorted((*self._host_free, *slots))
 
     def _filled(self, victim: Sequence) -> tuple[int, ...]:
         """Its blocks but those in reserve: one that has moved here brought room to grow."""
@@ -193,7 +202,7 @@ class DecodeScheduler:
             sequence.blocks = self.pool.allocate(self._missing_blocks(sequence))
             filled = tuple(sequence.blocks[: len(slots)])
             step.swaps.append(Swap(sequence.id, filled, slots, to_host=False))
-            self._host_free.extend(slots)
+            self._give_slots(slots)
             self._run(sequence)
 
     def _let_in(self) -> None:

@@ -111,6 +111,20 @@ def test_swapping_is_chosen_when_it_costs_less_and_brings_the_same_tokens_back()
     drain(decode)
 
 
+def test_neighbouring_blocks_are_swapped_to_neighbouring_slots_again_and_again():
+    decode = scheduler(blocks=6, host_slots=4, swap_block_s=1e-6, recompute_token_s=1.0)
+    for number in range(3):
+        old = arrive(decode, f"old-{number}", 11, arrival_s=0.0)
+        arrive(decode, "late", 11, arrival_s=1.0)
+        step(decode)
+        (out,) = step(decode).swaps
+        assert out.host_slots == (0, 1, 2)
+        decode.pool.release(decode.remove(old.id).blocks)
+        step(decode)
+        decode.pool.release(decode.remove("late").blocks)
+    drain(decode)
+
+
 def test_room_that_a_newcomer_brought_to_grow_is_not_swapped():
     decode = scheduler(blocks=6, host_slots=4, swap_block_s=1e-6, recompute_token_s=1.0)
     old = arrive(decode, "old", 11, arrival_s=0.0)
