@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,12 @@ from cluster.watching.dashboard import MOST_VIEWERS, Dashboard
 from cluster.watching.history import WholeHistory
 from cluster.watching.latencies import Latencies
 from cluster.watching.live import SHOWN_ENDED, SHOWN_HANDOFFS, Live
-from cluster.watching.observer import Observers, Rerouted
-from cluster.watching.whole import WholeCluster
+from cluster.watching.observer import Rerouted
 from engine.events import Timeline
 from engine.messages import Lost, Migrate, Migrated, Role
 from tests.cluster.browser import Page, chromium, needs_chromium
-from tests.cluster.serving import FakeCluster, ask, running, settle, until
+from tests.cluster.seats import Seat, patience, watched_by_all
+from tests.cluster.serving import FakeCluster, ask, running, until
 from tests.cluster.watching import ended, load, migrated, opened, timeline
 from tests.cluster.watching import running as sequence
 
@@ -36,14 +35,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from cluster.gateway.gateway import Gateway
 
-PREDICTED = {"ttft_s": {"p50": 0.2, "p90": 0.4, "p99": 0.6}, "attainment": 0.95}
-ABOUT = {
-    "model": "demo",
-    "slo": {"ttft_s": 2.0, "tpot_s": 0.1, "attainment": 0.9},
-    "predicted": PREDICTED,
-}
 CLOSE = 0.011
 """Durations are told within one per cent."""
 
@@ -184,35 +176,6 @@ def test_steps_of_several_gateways_add_up_whenever_they_are_told() -> None:
 # All gateways together.
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A gateway and what it shows; `kept_s` is how long that is not made again."""
-
-    cluster: FakeCluster
-    gateway: Gateway
-    whole: WholeCluster
-
-    @staticmethod
-    def at(cluster: FakeCluster, gateway: Gateway, kept_s: float) -> Seat:
-        watched = Live()
-        gateway.observers = Observers([watched])
-        return Seat(cluster, gateway, WholeCluster(watched, gateway, ABOUT, kept_s))
-
-
-@asynccontextmanager
-async def watched_by_all(
-    *names: str, gateways: int = 2, kept_s: float = 0.0
-) -> AsyncIterator[list[Seat]]:
-    async with running(*names, gateways=gateways) as cluster:
-        seats = [Seat.at(cluster, gateway, kept_s) for gateway in cluster.gateways.values()]
-        cluster.tell_loads()
-        await settle()
-        yield seats
-        await settle()
-        await until(lambda: not any(one.sequences for one in cluster.instances.values()))
-        cluster.assert_empty()
-
-
 async def test_each_gateway_shows_the_requests_of_all() -> None:
     async with watched_by_all("prefill-0", "decode-0") as seats:
         for seat in seats:
@@ -340,6 +303,7 @@ class Scene:
 @asynccontextmanager
 async def served(gateways: int = 1) -> AsyncIterator[Scene]:
     async with AsyncExitStack() as stack:
+        stack.enter_context(patience(5.0))  # less than a page is waited for
         names = ("prefill-0", "decode-0", "decode-1")
         cluster = await stack.enter_async_context(running(*names, gateways=gateways))
         urls = [
@@ -400,7 +364,7 @@ async def test_counts_move_when_requests_come() -> None:
 @needs_chromium
 async def test_one_gateways_page_counts_and_lists_the_requests_of_the_other() -> None:
     async with seen(gateways=2) as (scene, page):
-        assert await page.text("#gateways") == "2 gateways"
+        await page.until("#gateways", lambda text: text == "2 gateways")
         answers = await asyncio.gather(scene.ask(0), scene.ask(1), scene.ask(1))
         await page.until('[data-fact="ended"]', lambda text: text == "3")
         listed = await page.until("#ended tbody", lambda text: text.count("length") == 3)

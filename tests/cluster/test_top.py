@@ -14,8 +14,8 @@ from cluster.cli.app import run
 from cluster.cli.top import BAR_CELLS, Picture, sparks, stacked, timeline
 from cluster.doors.grpc_door import GrpcDoor
 from cluster.gateway.call import Call
+from tests.cluster.seats import PREDICTED, Seat, watched_by_all
 from tests.cluster.serving import ask, running, settle, until
-from tests.cluster.test_dashboard import PREDICTED, Seat, watched_by_all
 from tests.cluster.test_grpc import FakeOperator
 from tests.cluster.watching import migrated
 
