@@ -324,7 +324,8 @@ RAY_TYPES = {
 }
 """Ray's names of what it finds on a node, by the catalog's."""
 A_LITTLE = 0.001
-"""Of a node's accelerator type, which Ray counts as one: any number of workers may ask for it."""
+"""Of a node or of its accelerator type, which Ray counts as one each: any number of workers may
+ask for it."""
 PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "reason")
 
 
@@ -340,6 +341,9 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
         shape = {key: pool[key] for key in kept if pool.get(key) is not None}
         if len(kinds) > 1 and "resources" not in shape:
             shape["resources"] = _resources_of(f"pools[{number}]", pool, kinds)
+        if pool.get("nodes"):
+            node = _only_node(f"pools[{number}].nodes", pool["nodes"])
+            shape["resources"] = {**shape.get("resources", {}), f"node:{node}": A_LITTLE}
         shapes[role].append(shape)
     pools = {role: _pool_of(found) for role, found in shapes.items()}
     devices = {"cpu" if kind.startswith("cpu") else "cuda" for kind in kinds}
@@ -365,6 +369,13 @@ def _kinds(plan: dict[str, Any]) -> set[str]:
     """Of devices in the plan's pools."""
     pools = [pool for pool in plan["pools"] if isinstance(pool, dict)]
     return {str(pool.get("device", "")).lower() for pool in pools} or {""}
+
+
+def _only_node(where: str, nodes: object) -> str:
+    if not isinstance(nodes, list) or len(nodes) != 1:
+        rule = "must be a list of one node's address; say by resources which of several will do"
+        raise BadConfig(where, nodes, rule)
+    return str(nodes[0])
 
 
 def _resources_of(where: str, pool: dict[str, Any], kinds: set[str]) -> dict[str, float]:

@@ -12,9 +12,11 @@ from cluster.cli.app import run
 from cluster.cli.planning import cost_book, find_shape
 from cluster.config import A_LITTLE, load_config
 from cluster.control.pools import LOCAL_WORKER_CPU, Ground, initial_specs
+from cluster.profiling.measure import Device, Measuring, measure
 from cluster.profiling.passes import Pass, passes_of, profile_entry
 from engine.checkpoint import open_checkpoint
-from engine.errors import BadConfig
+from engine.errors import BadConfig, Unsupported
+from engine.messages import Role
 from placement.costbook import Cut
 from placement.latency import mixed_step
 from placement.profile import Measured, profile_from
@@ -197,6 +199,17 @@ def test_devices_that_ray_cannot_tell_apart_are_not_mixed_up(files, devices, fie
         served_as(files, *({"role": "mixed", "device": device} for device in devices))
 
 
+def test_a_pool_goes_to_the_node_that_it_names(files):
+    (spec,) = served_as(files, {"role": "mixed", "nodes": ["10.0.0.7"]})
+    assert dict(spec.resources)["node:10.0.0.7"] == A_LITTLE
+
+
+@pytest.mark.parametrize("nodes", ["10.0.0.7", ["10.0.0.7", "10.0.0.8"]])
+def test_a_pool_on_any_of_several_nodes_is_refused(files, nodes):
+    with pytest.raises(BadConfig, match=r"pools\[0\].nodes"):
+        served_as(files, {"role": "mixed", "nodes": nodes})
+
+
 def test_processors_and_accelerators_do_not_serve_together(files):
     pools = [
         {"role": "mixed", "device": name, "resources": {"x": 1}} for name in ("l4", "cpu-core")
@@ -372,7 +385,7 @@ def test_no_pass_is_longer_than_the_model_allows():
 def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path):
     path = tmp_path / "measured.json"
     arguments = ("profile", "demo", "-o", path, "--quick", "--rounds", 1, "--device", "cpu")
-    status, out, err = tandem(*arguments)
+    status, out, err = tandem(*arguments, "--neighbours", 1)
     assert status == 0
     assert "samples, error" in out
     assert "KV transfer" in out
@@ -380,6 +393,7 @@ def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path
     fleet = {"nodes": [{"device": "cpu-core"}], "profile": str(path)}
     book = cost_book("demo", fleet)
     assert isinstance(book.latency(Cut("cpu-core")), Measured)
+    assert isinstance(book.instance(Cut("cpu-core"), Role.MIXED).crowded, Measured)
     assert book.kv_tokens(Cut("cpu-core")) > 0
 
 
@@ -393,6 +407,12 @@ def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path
 )
 def test_what_cannot_be_profiled_is_refused(tandem, tmp_path, changed, field):
     refused(tandem("profile", "demo", "-o", tmp_path / "p.json", *changed), field)
+
+
+def test_a_server_on_gpus_is_not_measured():
+    settings = Measuring("demo", Device("cuda", "h100-80gb"), serving=True)
+    with pytest.raises(Unsupported, match="on CPUs only"):
+        measure(settings, lambda done, total: None)
 
 
 def test_a_profile_that_could_not_be_written_is_not_measured(tandem, tmp_path):
