@@ -49,7 +49,7 @@ from placement.workload import DAY_S, Workload  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -255,56 +255,65 @@ def best_separate(bench: Bench, total: int) -> Row:
     return bench.static(*max(splits, key=lambda split: bench.at_peak(*split)), 0)
 
 
-def best_static(bench: Bench, least: int) -> list[Row]:
-    """What was tried on the way to the smallest plan that attains, by bisection of its size.
+def best_static(bench: Bench, least: int) -> Iterator[Row]:
+    """What is tried on the way to the smallest plan that attains, by bisection of its size.
 
     Aggregated plans are tried only where they would be smaller than the best separate one.
     """
-    tried = _bisect(least, ACCELERATORS, lambda total: best_separate(bench, total))
-    smallest = min(row.most_accelerators for row in tried if row.attainment >= ATTAINMENT)
+    smallest = ACCELERATORS + 1
+    for row in _bisect(least, ACCELERATORS, lambda total: best_separate(bench, total)):
+        smallest = min(smallest, row.most_accelerators) if attains(row) else smallest
+        yield row
     below = bench.static(0, 0, smallest - 1)
-    if below.attainment < ATTAINMENT:
-        return [*tried, below]
-    smaller = _bisect(least, smallest - 2, lambda total: bench.static(0, 0, total))
-    return [*tried, below, *smaller]
+    yield below
+    if attains(below):
+        yield from _bisect(least, smallest - 2, lambda total: bench.static(0, 0, total))
 
 
-def _bisect(low: int, high: int, of_size: Callable[[int], Row]) -> list[Row]:
-    tried: list[Row] = []
+def attains(row: Row) -> bool:
+    return row.attainment >= ATTAINMENT
+
+
+def _bisect(low: int, high: int, of_size: Callable[[int], Row]) -> Iterator[Row]:
     while low <= high:
         middle = (low + high) // 2
-        tried.append(of_size(middle))
-        if tried[-1].attainment >= ATTAINMENT:
-            high = middle - 1
-        else:
-            low = middle + 1
-    return tried
+        row = of_size(middle)
+        yield row
+        low, high = (low, middle - 1) if attains(row) else (middle + 1, high)
+
+
+def rows_of(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[Row, float | None]]:
+    """Each row once it is known, with its accelerator-hours below the best static plan's."""
+    enough: list[Row] = []
+    given = (bench.static(*plan) for plan in arguments.static)
+    for row in given if arguments.static else best_static(bench, arguments.least):
+        enough += [row] if attains(row) else []
+        yield row, None
+    best_hours = min(row.accelerator_hours for row in enough)
+    separate = min((row for row in enough if not row.mixed), key=lambda row: row.most_accelerators)
+    for row in followers(bench, separate, arguments.policies):
+        yield row, 1 - row.accelerator_hours / best_hours
+
+
+def followers(bench: Bench, separate: Row, titles: Sequence[str]) -> Iterator[Row]:
+    capacity = bench.capacity(separate)
+    yield bench.oracle(capacity)
+    first = ceil(separate.prefill / 2), ceil(separate.decode / 2)
+    for title in titles:
+        for switch in (False, True):
+            policy = bench.policy(f"{title}.yaml", capacity, switch=switch)
+            yield bench.follow(f"{title}, roles switch" if switch else title, policy, first)
 
 
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(CASES[name], arguments.data, arguments.day_s, arguments.start_s)
     if not arguments.json:
         print(f"{name}: {len(bench.day)} requests\n{HEADING}", flush=True)
-    plans = [bench.static(*plan) for plan in arguments.static]
-    plans = plans or best_static(bench, arguments.least)
-    enough = [row for row in plans if row.attainment >= ATTAINMENT]
-    best_hours = min(row.accelerator_hours for row in enough)
-    separate = min((row for row in enough if not row.mixed), key=lambda row: row.accelerator_hours)
-    capacity = bench.capacity(separate)
-    first = ceil(separate.prefill / 2), ceil(separate.decode / 2)
     rows = []
-
-    def add(row: Row) -> None:
-        rows.append(asdict(row) | {"fewer_hours": 1 - row.accelerator_hours / best_hours})
+    for row, fewer in rows_of(bench, arguments):
+        rows.append(asdict(row) | {"fewer_hours": fewer})
         if not arguments.json:
             show(rows[-1])
-
-    for row in (*plans, bench.oracle(capacity)):
-        add(row)
-    for title in arguments.policies:
-        for switch in (False, True):
-            policy = bench.policy(f"{title}.yaml", capacity, switch=switch)
-            add(bench.follow(f"{title}, roles switch" if switch else title, policy, first))
     return {"trace": name, "requests": len(bench.day), "rows": rows}
 
 
@@ -312,9 +321,10 @@ HEADING = f"  {'':24} attained  acc-hours  fewer  turns/h  switches  most  wall_
 
 
 def show(row: dict[str, Any]) -> None:
+    fewer = "" if row["fewer_hours"] is None else f"{row['fewer_hours']:.1%}"
     print(
         f"  {row['name']:24} {row['attainment']:8.1%} {row['accelerator_hours']:10.2f} "
-        f"{row['fewer_hours']:6.1%} {row['turns_an_hour']:8.1f} {row['switches']:9} "
+        f"{fewer:>6} {row['turns_an_hour']:8.1f} {row['switches']:9} "
         f"{row['most_accelerators']:5} {row['wall_s']:7.1f}",
         flush=True,
     )
