@@ -81,6 +81,8 @@ class SimulatedFleet:
 
     def end(self, now: float) -> None:
         """The last request has ended: nothing is accounted for any more."""
+        if self._ended:
+            return
         self._account(now)
         self._world.record.lasted_s = now
         self._ended = True

@@ -148,6 +148,13 @@ def test_what_a_policy_asks_for_starts_serves_and_goes_within_the_budget() -> No
     assert record.timeline[-1][1] == {"prefill": 1, "decode": 1}
 
 
+def test_accelerators_are_accounted_for_until_the_last_request_ends() -> None:
+    full = Dynamics(policy=policy(budget_accelerators=2))
+    record = run(deployment(Role.PREFILL, Role.DECODE), lone(), full).record
+    assert 0.1 < record.lasted_s < 10.0 < full.patience_s
+    assert sum(record.accelerator_s.values()) == pytest.approx(2 * record.lasted_s)
+
+
 def test_a_switched_decode_instance_hands_its_requests_to_the_others() -> None:
     target = deployment(Role.PREFILL, Role.DECODE, Role.DECODE)
     load = workload(count=30, rate=100.0)
