@@ -99,7 +99,10 @@ def _over_rate(measured: Sequence[Measured]) -> list[str]:
     if not series:
         return []
     x = axis("requests per second", [rate for one in series for rate, _ in one.points])
-    return [chart("Attainment over rate", x, share_axis("within targets"), series)]
+    marks = [
+        (f"goodput {one.goodput_rps:.3g}", one.goodput_rps) for one in measured if one.goodput_rps
+    ]
+    return [chart("Attainment over rate", x, share_axis("within targets"), series, marks)]
 
 
 def _over_scale(documents: Sequence[dict[str, Any]]) -> str:

@@ -176,3 +176,14 @@ def test_a_measured_server_without_answers_still_reports() -> None:
 
     found = Measured("http://a", "m", ["a note"], [failed(0), failed(1)])
     assert "a note" in report([found], [found.document()])
+
+
+def test_a_search_shows_attainment_over_rate_and_the_goodput_it_found() -> None:
+    from cluster.bench.report import report
+
+    probes = [{"rate_rps": rate, "attainment": share} for rate, share in ((1, 1.0), (2, 0.4))]
+    found = Measured("http://a", "m", [], [sample(0, 0.1)], probes, goodput_rps=1.25)
+    page = report([found], [found.document()])
+    assert "Attainment over rate" in page
+    assert "goodput 1.25" in page
+    assert "targets 0.5 s to the first token and 0.02 s per token" in page
