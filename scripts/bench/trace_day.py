@@ -169,16 +169,18 @@ class Bench:
         begun_s = time.perf_counter()
         deployment = self.deployment(prefill, decode, mixed)
         attainment = simulate(deployment, self.day, ATTAINMENT).attainment
-        most = deployment.accelerators
-        hours, lasted_s = most * self.day_s / 3600, time.perf_counter() - begun_s
+        return self.row(prefill, decode, mixed, attainment, time.perf_counter() - begun_s)
+
+    def row(self, prefill: int, decode: int, mixed: int, attainment: float, wall_s: float) -> Row:
         name = f"static {mixed} mixed" if mixed else f"static {prefill}P+{decode}D"
-        row = Row(name, prefill, decode, mixed, attainment, hours)
-        return replace(row, most_accelerators=most, wall_s=lasted_s)
+        most = prefill + decode + mixed
+        row = Row(name, prefill, decode, mixed, attainment, most * self.day_s / 3600)
+        return replace(row, most_accelerators=most, wall_s=wall_s)
 
     def at_peak(self, prefill: int, decode: int) -> float:
-        """How a plan does in the busiest hours alone."""
-        outcome = simulate(self.deployment(prefill, decode, 0), self._peak, 1 - ATTAINMENT)
-        return outcome.attainment
+        """How a plan does in the busiest hours alone; 0 where the day is lost in them."""
+        lost = 1 - (1 - ATTAINMENT) * len(self.day) / len(self._peak)
+        return simulate(self.deployment(prefill, decode, 0), self._peak, lost).attainment
 
     def follow(self, name: str, policy: Policy, first: tuple[int, int]) -> Row:
         begun_s = time.perf_counter()
@@ -251,8 +253,11 @@ def tokens_s(day: Workload, role: Role, samples: int, day_s: float) -> NDArray[n
 def best_separate(bench: Bench, total: int) -> Row:
     """In the split that does best at the peak."""
     middle = round(total * bench.case.prefill_share)
-    splits = [(prefill, total - prefill) for prefill in (middle - 1, middle, middle + 1)]
-    return bench.static(*max(splits, key=lambda split: bench.at_peak(*split)), 0)
+    splits = [(prefill, total - prefill) for prefill in (middle, middle - 1, middle + 1)]
+    best, prefill, decode = max((bench.at_peak(*split), *split) for split in splits)
+    if not best:
+        return bench.row(prefill, decode, 0, 0.0, 0.0)
+    return bench.static(prefill, decode, 0)
 
 
 def best_static(bench: Bench, least: int) -> Iterator[Row]:
@@ -321,9 +326,10 @@ HEADING = f"  {'':24} attained  acc-hours  fewer  turns/h  switches  most  wall_
 
 
 def show(row: dict[str, Any]) -> None:
+    attained = f"{row['attainment']:.1%}" if row["attainment"] else f"< {ATTAINMENT:.0%}"
     fewer = "" if row["fewer_hours"] is None else f"{row['fewer_hours']:.1%}"
     print(
-        f"  {row['name']:24} {row['attainment']:8.1%} {row['accelerator_hours']:10.2f} "
+        f"  {row['name']:24} {attained:>8} {row['accelerator_hours']:10.2f} "
         f"{fewer:>6} {row['turns_an_hour']:8.1f} {row['switches']:9} "
         f"{row['most_accelerators']:5} {row['wall_s']:7.1f}",
         flush=True,
