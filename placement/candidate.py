@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from engine.messages import Role
 from engine.slo import Slo
-from placement.deployment import Deployment, Overheads
+from placement.deployment import Deployment
 from placement.goodput import RESOLUTION, STRIDE, find_goodput
 from placement.role import RoleSettings
 
 if TYPE_CHECKING:
     from placement.costbook import CostBook
+    from placement.deployment import Overheads
     from placement.goodput import Goodput
     from placement.plan import Plan, PoolPlan, Target
     from placement.workload import Workload
@@ -121,10 +122,10 @@ def deployment_of(
     book: CostBook, candidate: Candidate, target: Target, overheads: Overheads
 ) -> Deployment:
     """Instances in order of role; apart on nodes of their own unless hand-offs stay within one."""
-    instances = []
+    instances, together = [], candidate.one_node or book.hardware.nodes == 1
     for pool in candidate.pools:
         for number in range(pool.instances):
-            node = "node-0" if candidate.one_node else f"{pool.role.value}-{number}"
+            node = "node-0" if together else f"{pool.role.value}-{number}"
             settings = role_settings(candidate.token_budget)
             instances.append(book.instance(pool.cut, pool.role, settings, node))
     return Deployment(
@@ -136,11 +137,11 @@ def deployment_of(
     )
 
 
-def deployment_for(plan: Plan, book: CostBook, overheads: Overheads | None = None) -> Deployment:
+def deployment_for(plan: Plan, book: CostBook) -> Deployment:
     """What a plan deploys, to be simulated."""
     budget = plan.token_budget or RoleSettings().prefill.token_budget
     candidate = Candidate(plan.pools, budget)
-    return deployment_of(book, candidate, plan.target, overheads or Overheads())
+    return deployment_of(book, candidate, plan.target, book.overheads)
 
 
 def role_settings(token_budget: int) -> RoleSettings:

@@ -104,6 +104,10 @@ class Hardware:
     def devices(self) -> int:
         return sum(group.devices for group in self.groups)
 
+    @property
+    def nodes(self) -> int:
+        return sum(group.nodes for group in self.groups)
+
     def group(self, device: str) -> NodeGroup:
         for group in self.groups:
             if group.device.name == device:

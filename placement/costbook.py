@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from placement.deployment import GPU_RESERVE, InstanceModel
+from placement.deployment import GPU_RESERVE, InstanceModel, Overheads
 from placement.latency import Roofline, power_w
 from placement.role import RoleSettings
 
@@ -90,7 +90,14 @@ class CostBook:
             pipeline_parallel=cut.pipeline,
             pipelined=self.pipelined,
             settings=settings or RoleSettings(),
+            crowded=self._crowded(cut),
+            neighbours=self._neighbours(cut),
         )
+
+    @property
+    def overheads(self) -> Overheads:
+        """What profiles say of them; several devices' clients wait for the slowest."""
+        return Overheads(max((one.arrival_s for one in self.profiles.values()), default=0.0))
 
     def cost_per_hour(self, cut: Cut) -> float:
         return self.group(cut).device.price_per_hour * cut.accelerators
@@ -111,6 +118,15 @@ class CostBook:
     @cached_property
     def _latencies(self) -> dict[Cut, LatencyModel]:
         return {}
+
+    def _crowded(self, cut: Cut) -> LatencyModel | None:
+        profile = self.profiles.get(cut.device)
+        return None if profile is None else profile.crowded(cut.tensor, cut.pipeline)
+
+    def _neighbours(self, cut: Cut) -> int:
+        profile = self.profiles.get(cut.device)
+        run = None if profile is None else profile.run(cut.tensor, cut.pipeline)
+        return 1 if run is None else max(run.neighbours, 1)
 
     def _find_latency(self, cut: Cut) -> LatencyModel:
         group = self.group(cut)

@@ -35,6 +35,9 @@ class InstanceModel:
     pipelined: bool = False
     """Whether stages work on different batches at once; else they take turns on one."""
     settings: RoleSettings = field(default_factory=RoleSettings)
+    crowded: LatencyModel | None = None
+    """Its passes while `neighbours` others compute on its node; None where none slows it down."""
+    neighbours: int = 1
 
     @property
     def accelerators(self) -> int:

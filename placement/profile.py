@@ -3,14 +3,16 @@
 A profile is JSON: `model` (name), `device`, `dtype`, `kv_bytes_per_token`, and `runs`, one for
 each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, and samples
 `prefill` (tokens, squares, seconds; optionally prompts, context), `decode` (batch, context,
-seconds), `mixed` (the fields of both), where context sums the KV tokens already there; and
-`transfer` (bytes, seconds).
+seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
+`beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
+and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s), as clients of a
+server on this machine see it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +23,7 @@ from engine.errors import BadConfig, unknown_name
 from placement.catalog import Link
 from placement.latency import LatencyModel, Roofline, Step
 from placement.robust_fit import Fit, fit_costs
+from placement.serving_costs import Served, WithServing, fit_serving
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +47,13 @@ class Run:
     pipeline_parallel: int
     kv_capacity_tokens: int | None
     samples: tuple[Sample, ...]
+    crowded_samples: tuple[Sample, ...] = ()
+    """The same passes, while `neighbours` others compute."""
+    neighbours: int = 0
+
+    @property
+    def beside(self) -> Run:
+        return replace(self, samples=self.crowded_samples, crowded_samples=(), neighbours=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class Profile:
     runs: tuple[Run, ...]
     transfers: tuple[tuple[float, float], ...] = ()
     """(bytes, seconds)."""
+    served: tuple[Served, ...] = ()
 
     def run(self, tensor_parallel: int, pipeline_parallel: int) -> Run | None:
         for run in self.runs:
@@ -72,7 +83,7 @@ class Profile:
         """The measured parallelism, or the nearest one carried over by the roofline's ratio."""
         run = self.run(tensor_parallel, pipeline_parallel)
         if run is not None:
-            return fit_run(run)
+            return self._served_run(run)
         nearest = min(
             self.runs,
             key=lambda r: (
@@ -80,10 +91,36 @@ class Profile:
                 abs(r.pipeline_parallel - pipeline_parallel),
             ),
         )
-        measured, report = fit_run(nearest)
+        measured, report = self._served_run(nearest)
         wanted = roofline.cut(tensor_parallel, pipeline_parallel)
         known = roofline.cut(nearest.tensor_parallel, nearest.pipeline_parallel)
         return CarriedOver(measured, known, wanted, pipeline_parallel), report
+
+    def crowded(self, tensor_parallel: int, pipeline_parallel: int) -> LatencyModel | None:
+        """Beside busy neighbours, where that was measured."""
+        run = self.run(tensor_parallel, pipeline_parallel)
+        if run is None or not run.crowded_samples:
+            return None
+        passes, _ = fit_run(run.beside)
+        served = [one for one in self.served if one.instances == run.neighbours + 1]
+        return WithServing(passes, fit_serving(served, passes)) if served else passes
+
+    @property
+    def arrival_s(self) -> float:
+        """From the client to an instance and back, beyond the passes; 0 where not measured."""
+        alone = self._served_alone
+        if not alone:
+            return 0.0
+        return fit_serving(alone, fit_run(self.runs[0])[0]).arrival_s
+
+    @property
+    def _served_alone(self) -> list[Served]:
+        return [one for one in self.served if one.instances == 1]
+
+    def _served_run(self, run: Run) -> tuple[LatencyModel, FitReport]:
+        passes, report = fit_run(run)
+        alone = self._served_alone
+        return (WithServing(passes, fit_serving(alone, passes)) if alone else passes), report
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +282,19 @@ def profile_from(content: object) -> Profile:
         (_number("profile.transfer", raw, "bytes"), _number("profile.transfer", raw, "seconds"))
         for raw in _mappings("profile.transfer", content.get("transfer", []))
     )
-    return Profile(str(content["model"]), str(content["device"]), runs, transfers)
+    served = tuple(
+        _served(f"profile.serving[{i}]", raw)
+        for i, raw in enumerate(_mappings("profile.serving", content.get("serving", [])))
+    )
+    return Profile(str(content["model"]), str(content["device"]), runs, transfers, served)
+
+
+def _served(where: str, raw: Mapping[str, Any]) -> Served:
+    counts = [max(int(_number(where, raw, key)), 1) for key in Served._fields[:4]]
+    seconds = [_number(where, raw, key) for key in Served._fields[4:]]
+    if min(seconds) <= 0:
+        raise BadConfig(where, dict(raw), "needs positive seconds")
+    return Served(*counts, *seconds)
 
 
 def _mappings(where: str, value: object) -> list[Mapping[str, Any]]:
@@ -262,24 +311,33 @@ def _run(where: str, raw: Mapping[str, Any]) -> Run:
         "prefill",
         "decode",
         "mixed",
+        "beside",
     }
     for key in raw:
         if key not in known:
             raise unknown_name(where, key, known)
-    samples = [
-        _sample(f"{where}.{kind}[{i}]", entry)
-        for kind in ("prefill", "decode", "mixed")
-        for i, entry in enumerate(_mappings(f"{where}.{kind}", raw.get(kind, [])))
-    ]
-    if len(samples) < 4:
-        raise BadConfig(where, len(samples), "at least 4 samples are needed")
+    samples, beside = _samples(where, raw), raw.get("beside") or {}
+    crowded = _samples(f"{where}.beside", beside) if beside else ()
     capacity = raw.get("kv_capacity_tokens")
     return Run(
         int(raw.get("tensor_parallel", 1)),
         int(raw.get("pipeline_parallel", 1)),
         None if capacity is None else int(capacity),
-        tuple(samples),
+        samples,
+        crowded,
+        int(_number(f"{where}.beside", beside, "neighbours", 0)),
     )
+
+
+def _samples(where: str, raw: Mapping[str, Any]) -> tuple[Sample, ...]:
+    samples = tuple(
+        _sample(f"{where}.{kind}[{i}]", entry)
+        for kind in ("prefill", "decode", "mixed")
+        for i, entry in enumerate(_mappings(f"{where}.{kind}", raw.get(kind, [])))
+    )
+    if len(samples) < 4:
+        raise BadConfig(where, len(samples), "at least 4 samples are needed")
+    return samples
 
 
 def _sample(where: str, raw: Mapping[str, Any]) -> Sample:

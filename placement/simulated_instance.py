@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import OutOfBlocks
 from engine.messages import InstanceState, Load
 from engine.request import SequenceState
-from placement.latency import Step, pairs_of, steps_to_reach
+from placement.latency import Step, steps_to_reach
 from placement.simulated_handoff import Handoff, Inbox
 from placement.simulated_listing import Listing
+from placement.simulated_run import Run, with_decodes, work_of
 from placement.steady import Flow, SteadyBatcher
 from placement.view import InstanceView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from engine.batch import Chunk
     from engine.blocks import BlockPool
     from engine.messages import Role, Running
     from engine.request import Sequence
     from placement.deployment import Deployment, InstanceModel
+    from placement.latency import LatencyModel
     from placement.role import RoleSettings
     from placement.role import Step as RoleStep
+    from placement.simulated_crowding import Crowd
 
 
 class World(Protocol):
@@ -33,6 +36,7 @@ class World(Protocol):
     """Where all requests have the same target."""
 
     def pool(self, blocks: int) -> BlockPool: ...
+    def crowd(self, node: str) -> Crowd: ...
     def at(self, time_s: float, action: Callable[[Any, float], None], subject: Any) -> None: ...
     def moment(self, name: str, request_id: str, now: float) -> None: ...
     def first_token(self, request_id: str, now: float) -> None: ...
@@ -40,25 +44,6 @@ class World(Protocol):
     def failed(self, request_id: str) -> None: ...
     def lost(self, sequence: Sequence, now: float) -> None: ...
     def gap(self, seconds: float, count: int) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """Steps under way: one, or several in which the same decodes take a token each."""
-
-    step: RoleStep
-    decodes: int
-    start_s: float
-    first_step_s: float
-    growth_s: float
-    """How much longer each step is than the one before."""
-    steps: int
-    steady: bool
-
-    @property
-    def duration_s(self) -> float:
-        growing = self.growth_s * (self.steps * (self.steps - 1) / 2)
-        return self.steps * self.first_step_s + growing
 
 
 class SimulatedInstance:
@@ -88,13 +73,14 @@ class SimulatedInstance:
         self._draining: dict[str, Sequence] = {}
         """Prompts in the last stages of a pipeline."""
         self._held: dict[str, Handoff] = {}
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._run_number = 0
         self._ending = False
         self._between: list[Callable[[float], None]] = []
         """To be done before the next run."""
         self._listing = Listing()
         self._view: InstanceView | None = None
+        self._crowd = None if model.crowded is None else world.crowd(model.node)
 
     # What others ask of it.
 
@@ -173,9 +159,11 @@ class SimulatedInstance:
         run, self._run = self._run, None
         self._run_number += 1
         if run is not None:
-            self.busy_s += now - run.start_s
+            self.busy_s += now - run.start_s - run.moved_s
             done = steps_to_reach(now - run.start_s, run.first_step_s, run.growth_s) - 1
             self._flow.advance(done if run.steady else 0)
+        if self._crowd is not None:
+            self._crowd.settle(self, now)
         self._flow.release()
         self.inbox.abandon(now)
         for handoff in self._held.values():
@@ -240,7 +228,26 @@ class SimulatedInstance:
                 run.steps = steps
                 self._schedule(run)
 
+    @property
+    def computes(self) -> bool:
+        return self._run is not None
+
+    def hurry_or_slow(self, now: float) -> None:
+        run = self._run
+        assert run is not None
+        run.go_on(self._slowed(run.crowded_ratio), now)
+        self._schedule(run)
+
+    def _slowed(self, crowded_ratio: float) -> float:
+        share = 0.0 if self._crowd is None else self._crowd.share(self)
+        return 1.0 + share * (crowded_ratio - 1.0)
+
     def _start(self, now: float) -> None:
+        self._start_run(now)
+        if self._crowd is not None:
+            self._crowd.settle(self, now)
+
+    def _start_run(self, now: float) -> None:
         if self._steady and self._start_steady(now):
             return
         if self._steady:
@@ -250,7 +257,7 @@ class SimulatedInstance:
         for sequence in step.decode_step.outgrown:
             self._give_up(sequence)
         if step.batch.chunks:
-            self._launch(step, len(step.decodes), _work(step), now, 1)
+            self._launch(step, len(step.decodes), work_of((*step.decodes, *step.prefills)), now, 1)
         elif not len(self.batcher.decode):
             self._steady = True
 
@@ -271,7 +278,7 @@ class SimulatedInstance:
             return False
         step = self.batcher.prompts_beside(now, decodes)
         if step.prefills:
-            work = _with_decodes(_work_of(step.prefills), decodes, flow.kv_read_tokens)
+            work = with_decodes(work_of(step.prefills), decodes, flow.kv_read_tokens)
             self._launch(step, decodes, work, now, 1)
         elif decodes:
             work = Step(decodes, decodes, 0, flow.kv_read_tokens)
@@ -305,11 +312,15 @@ class SimulatedInstance:
     def _launch(self, step: RoleStep, decodes: int, work: Step, now: float, steps: int) -> None:
         self.most_tokens = max(self.most_tokens, work.tokens)
         self.most_kv_read_tokens = max(self.most_kv_read_tokens, work.kv_read_tokens)
-        first_s = self._step_s(work, decodes=decodes > 0)
+        first_s = self._step_s(self.model.latency, work, decodes=decodes > 0)
         if step.batch.swaps:
             first_s += self._swap_s(step)
         growth_s = self._growth_s(decodes) if steps > 1 else 0.0
-        run = _Run(step, decodes, now, first_s, growth_s, steps, self._steady)
+        run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
+        if self.model.crowded is not None:
+            crowded_s = self._step_s(self.model.crowded, work, decodes=decodes > 0)
+            run.crowded_ratio = crowded_s / first_s
+            run.go_on(self._slowed(run.crowded_ratio), now)
         self._run = run
         for chunk in step.prefills:
             if chunk.request_id not in self._started_s:
@@ -319,11 +330,11 @@ class SimulatedInstance:
             self._mark_first_steps(run)
         self._schedule(run)
 
-    def _schedule(self, run: _Run) -> None:
+    def _schedule(self, run: Run) -> None:
         self._run_number += 1
         self._world.at(run.start_s + run.duration_s, self._end, self._run_number)
 
-    def _mark_first_steps(self, run: _Run) -> None:
+    def _mark_first_steps(self, run: Run) -> None:
         """Everyone decodes in a steady run; else those in the step."""
         taking = (
             list(self._fresh) if run.steady else [chunk.request_id for chunk in run.step.decodes]
@@ -334,9 +345,9 @@ class SimulatedInstance:
                 self._world.moment("decode_started_s", request_id, run.start_s)
                 self._world.moment("second_token_s", request_id, run.start_s + run.first_step_s)
 
-    def _step_s(self, work: Step, *, decodes: bool) -> float:
+    def _step_s(self, latency: LatencyModel, work: Step, *, decodes: bool) -> float:
         """A pass, or with stages working at once: a round of passes over parts of the batch."""
-        latency, stages = self.model.latency, self.model.pipeline_parallel
+        stages = self.model.pipeline_parallel
         if not self.model.pipelined or stages == 1:
             return latency.step_s(work)
         if not decodes:
@@ -358,7 +369,7 @@ class SimulatedInstance:
         blocks = sum(len(swap.blocks) for swap in step.batch.swaps)
         return blocks * self.model.settings.decode.swap_block_s / 2
 
-    def _drain_s(self, run: _Run) -> float:
+    def _drain_s(self, run: Run) -> float:
         """How long prompts are still in later stages when the next batch may start."""
         stages = self.model.pipeline_parallel
         if not self.model.pipelined or stages == 1 or run.decodes:
@@ -372,7 +383,7 @@ class SimulatedInstance:
         assert run is not None
         self._run = self._view = None
         self._ending = True
-        duration_s = run.duration_s
+        duration_s = run.lasted_s
         self.busy_s += duration_s
         if run.step.prefills:
             self.batcher.measured(run.step, run.first_step_s)
@@ -394,7 +405,7 @@ class SimulatedInstance:
         self._ending = False
         self._start(now)
 
-    def _take_tokens(self, run: _Run) -> list[Sequence]:
+    def _take_tokens(self, run: Run) -> list[Sequence]:
         """One step as the batcher made it; those that end with it."""
         ended = []
         for chunk in run.step.decodes:
@@ -412,7 +423,7 @@ class SimulatedInstance:
         running = scheduler.running
         if not scheduler.all_run or any(s.uncomputed != 1 for s in running):
             return
-        if running and self.pool.available < 4 * len(running):
+        if self.pool.available < len(running):
             return
         for sequence in running:
             self._flow.add(sequence)
@@ -498,31 +509,6 @@ class SimulatedInstance:
             step_s=self.batcher.decode_step_s,
             sequences=sequences,
         )
-
-
-def _work(step: RoleStep) -> Step:
-    """What a step costs, from its chunks."""
-    return _work_of((*step.decodes, *step.prefills))
-
-
-def _work_of(chunks: Iterable[Chunk]) -> Step:
-    tokens = draws = pairs = read = 0
-    for chunk in chunks:
-        count = len(chunk.tokens)
-        tokens += count
-        draws += chunk.draw is not None
-        read += chunk.start
-        pairs += pairs_of(count, chunk.start) if count > 1 else 0
-    return Step(tokens, draws, pairs, read)
-
-
-def _with_decodes(work: Step, decodes: int, kv_read_tokens: int) -> Step:
-    return Step(
-        work.tokens + decodes,
-        work.draws + decodes,
-        work.pairs,
-        work.kv_read_tokens + kv_read_tokens,
-    )
 
 
 def _with_speed(model: InstanceModel) -> RoleSettings:

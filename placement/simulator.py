@@ -19,6 +19,7 @@ from placement.dynamics import FleetRecord
 from placement.outcome import Ledger
 from placement.router import Router
 from placement.simulated_balancing import Balancing
+from placement.simulated_crowding import Crowd
 from placement.simulated_fleet import SimulatedFleet
 from placement.simulated_instance import SimulatedInstance
 from placement.simulated_migration import Migrations
@@ -68,6 +69,7 @@ class Simulation:
         self.tpot_s = slo.tpot_s if workload.slo_tpot_s is None else None
         self._events: list[tuple[float, int, Action, Any]] = []
         self._scheduled = 0
+        self._crowds: dict[str, Crowd] = {}
         self.instances = {
             name: SimulatedInstance(name, model, deployment, self)
             for name, model in zip(_names(deployment), deployment.instances, strict=True)
@@ -161,6 +163,9 @@ class Simulation:
         size = self._deployment.block_tokens
         counted = self._workload.prefix_id is None
         return CountedPool(blocks, size) if counted else BlockPool(blocks, size)
+
+    def crowd(self, node: str) -> Crowd:
+        return self._crowds.setdefault(node, Crowd())
 
     def moment(self, name: str, request_id: str, now: float) -> None:
         self.ledger.moment(name, int(request_id), now)

@@ -206,8 +206,9 @@ class PrefillScheduler:
     def _blocks_under_way(self) -> set[bytes]:
         computing: set[bytes] = set()
         for request_id, sequence in self._admitted.items():
-            start = sequence.computed // self._block_tokens
-            computing.update(self._hashes[request_id][start:])
+            hashes = self._hashes[request_id]
+            if hashes:
+                computing.update(hashes[sequence.computed // self._block_tokens :])
         return computing
 
     def _sibling_computes(self, sequence: Sequence, computing: set[bytes]) -> bool:

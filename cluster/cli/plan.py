@@ -77,6 +77,8 @@ def plan(
 
     _check_output("output", output)
     _check_output("report", report)
+    fleet = fleet_with(hardware, profile)
+    book = cost_book(model, fleet)
     question = Question(
         Target(ttft, tpot, attainment),
         _objective(objective),
@@ -86,9 +88,8 @@ def plan(
         most_requests=requests * MOST_REQUESTS_FACTOR,
         seed=seed,
         processes=processes or os.cpu_count() or 1,
+        overheads=book.overheads,
     )
-    fleet = fleet_with(hardware, profile)
-    book = cost_book(model, fleet)
     load = read_workload(workload)
     with _progress("simulating candidates") as progress:
         answer = find_answer(book, load, question, progress)
@@ -168,8 +169,14 @@ def profile(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU worker.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Over all passes; medians count.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Over all passes; lower quartiles count.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer passes.")] = False,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Measures also while so many other instances compute here.")
+    ] = 0,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Measures a server and its clients here, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
@@ -178,7 +185,16 @@ def profile(
     from cluster.profiling.measure import Measuring, find_device, measure
 
     found = find_device(device, device_name)
-    settings = Measuring(model, found, threads=threads, dtype=dtype, rounds=rounds, quick=quick)
+    settings = Measuring(
+        model,
+        found,
+        threads=threads,
+        dtype=dtype,
+        rounds=rounds,
+        quick=quick,
+        neighbours=neighbours,
+        serving=serving,
+    )
     with _progress("measuring") as progress:
         document = measure(settings, progress)
     output.write_text(json.dumps(document, indent=1), encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import torch
 from cluster.config import Config
 from cluster.instance.rank import count_blocks
 from cluster.profiling.copies import copy_times
-from cluster.profiling.passes import passes_of, profile_entry
+from cluster.profiling.neighbours import busy_neighbours
+from cluster.profiling.passes import passes_of, profile_entry, undisturbed
+from cluster.profiling.serving import Serving, measure_serving
 from engine.batch import Batch, Chunk, Draw
 from engine.blocks import blocks_for
 from engine.checkpoint import open_checkpoint
@@ -25,6 +28,7 @@ from placement.catalog import find_device as find_in_catalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from multiprocessing.synchronize import Event
 
     from cluster.profiling.passes import Pass
     from engine.checkpoint import Checkpoint
@@ -51,6 +55,10 @@ class Measuring:
     dtype: str = "auto"
     rounds: int = 7
     quick: bool = False
+    neighbours: int = 0
+    """Passes are also measured while so many other instances compute."""
+    serving: bool = False
+    """Whether a server is measured, too."""
 
 
 def find_device(wanted: str, catalog_name: str | None) -> Device:
@@ -77,28 +85,26 @@ def _gpu_name(reported: str) -> str:
 
 def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     """The profile as it is written to a file."""
-    checkpoint = open_checkpoint(settings.model)
-    torch.set_num_threads(settings.threads)
+    serving, checkpoint = _serving(settings), open_checkpoint(settings.model)
     rank = _Rank(settings, checkpoint)
     try:
-        grid = passes_of(checkpoint.max_length, quick=settings.quick)
-        passes = [one for one in grid if rank.holds(one)]
-        steps = len(passes) * (settings.rounds + 1)
-        seconds = rank.run(passes, settings.rounds, lambda done: progress(done, steps))
+        passes = _passes(settings, checkpoint, rank)
+        stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings, serving)
+        run: dict[str, Any] = {
+            "tensor_parallel": 1,
+            "pipeline_parallel": 1,
+            "kv_capacity_tokens": rank.capacity_tokens,
+            **_samples(passes, rank.run(passes, settings.rounds, stages.alone)),
+        }
+        if settings.neighbours:
+            with busy_neighbours(settings.neighbours, partial(compute_for_ever, settings)):
+                seconds = rank.run(passes, settings.rounds, stages.beside)
+            run["beside"] = {"neighbours": settings.neighbours, **_samples(passes, seconds)}
         transfer = copy_times(rank.runner.kv, settings.rounds)
     finally:
         rank.runner.close()
     layout = rank.layout
-    run: dict[str, Any] = {
-        "tensor_parallel": 1,
-        "pipeline_parallel": 1,
-        "kv_capacity_tokens": rank.capacity_tokens,
-        "prefill": [],
-        "decode": [],
-        "mixed": [],
-    }
-    for one, median_s in zip(passes, seconds, strict=True):
-        run[one.kind].append(profile_entry(one, median_s))
+    served = [] if serving is None else measure_serving(serving, stages.served)
     return {
         "model": _name_of(settings.model),
         "device": settings.device.catalog_name,
@@ -107,7 +113,64 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
         "kv_bytes_per_token": layout.block_bytes(0) // layout.block_tokens,
         "runs": [run],
         "transfer": transfer,
+        "serving": served,
     }
+
+
+class _Stages:
+    """How much of all is done, over the stages of a measurement."""
+
+    def __init__(
+        self, progress: Progress, steps: int, settings: Measuring, serving: Serving | None
+    ) -> None:
+        self._progress, self._steps = progress, steps
+        self._passes = steps * (2 if settings.neighbours else 1)
+        self._loops = 0 if serving is None else serving.loops
+        self._loop_steps = self._passes // max(self._loops, 1)
+
+    @property
+    def _total(self) -> int:
+        return self._passes + self._loops * self._loop_steps
+
+    def alone(self, done: int) -> None:
+        self._progress(done, self._total)
+
+    def beside(self, done: int) -> None:
+        self._progress(self._steps + done, self._total)
+
+    def served(self, done: int) -> None:
+        self._progress(self._passes + done * self._loop_steps, self._total)
+
+
+def _serving(settings: Measuring) -> Serving | None:
+    if not settings.serving:
+        return None
+    if settings.device.torch_name != "cpu":
+        raise Unsupported("profile --serving: a server is measured on CPUs only")
+    instances = (1, settings.neighbours + 1) if settings.neighbours else (1,)
+    return Serving(settings.model, settings.threads, instances)
+
+
+def _passes(settings: Measuring, checkpoint: Checkpoint, rank: _Rank) -> list[Pass]:
+    grid = passes_of(checkpoint.max_length, quick=settings.quick)
+    return [one for one in grid if rank.holds(one)]
+
+
+def _samples(passes: Sequence[Pass], seconds: Sequence[float]) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {"prefill": [], "decode": [], "mixed": []}
+    for one, lasted_s in zip(passes, seconds, strict=True):
+        found[one.kind].append(profile_entry(one, lasted_s))
+    return found
+
+
+def compute_for_ever(settings: Measuring, begun: Event) -> None:
+    """A neighbour: the same passes, over and over, until it is killed."""
+    checkpoint = open_checkpoint(settings.model)
+    rank = _Rank(settings, checkpoint)
+    passes = _passes(settings, checkpoint, rank)
+    begun.set()
+    while True:
+        rank.run(passes, 1, lambda _: None)
 
 
 def _name_of(model: str) -> str:
@@ -120,9 +183,11 @@ class _Rank:
     """A runner whose pool holds every pass at once, its blocks given out from the start."""
 
     def __init__(self, settings: Measuring, checkpoint: Checkpoint) -> None:
+        torch.set_num_threads(settings.threads)
         config = Config(model=settings.model)
         device = settings.device.torch_name
         dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
+        self._alone = device == "cpu" and settings.threads == 1
         self._vocab = checkpoint.config.vocab
         self.layout = checkpoint.layout(block_tokens=config.engine.block_tokens, dtype=dtype)
         most = count_blocks(config, checkpoint, self.layout, device)
@@ -145,15 +210,21 @@ class _Rank:
     def run(
         self, passes: Sequence[Pass], rounds: int, progress: Callable[[int], None]
     ) -> list[float]:
-        """Medians over rounds that take the passes in turn, so that noise falls on all alike."""
+        """Rounds take the passes in turn, so that noise falls on all alike."""
         seconds: list[list[float]] = [[] for _ in passes]
         for turn in range(rounds + 1):
             for number, one in enumerate(passes):
-                duration_s = self.runner.execute(self._batch(one)).duration_s
+                lasted_s = self._time(self._batch(one))
                 if turn:  # the first round only warms up
-                    seconds[number].append(duration_s)
+                    seconds[number].append(lasted_s)
                 progress(turn * len(passes) + number + 1)
-        return [statistics.median(times) for times in seconds]
+        return [undisturbed(times) for times in seconds]
+
+    def _time(self, batch: Batch) -> float:
+        """On one processor, without the time for which others had it."""
+        began_s = time.process_time()
+        duration_s = self.runner.execute(batch).duration_s
+        return min(duration_s, time.process_time() - began_s) if self._alone else duration_s
 
     def _batch(self, one: Pass) -> Batch:
         chunks, given = [], 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
 from placement.latency import pairs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PROMPTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CONTEXTS = (256, 1024, 3072)
@@ -53,6 +54,11 @@ def passes_of(max_length: int, *, quick: bool) -> Iterator[Pass]:
     for tokens in prompts[1:-1:2]:
         for batch in (4, 16):
             yield Pass(((tokens, 0),), (min(256, longest),) * batch)
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """The lower quartile: what else goes on in a machine makes things slower, and never faster."""
+    return seconds[0] if len(seconds) == 1 else statistics.quantiles(seconds, method="inclusive")[0]
 
 
 def profile_entry(one: Pass, seconds: float) -> dict[str, float]:

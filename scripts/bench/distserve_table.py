@@ -127,7 +127,7 @@ def ceiling_rps(row: Row, load: Workload) -> float:
 
 def deployment(row: Row) -> Deployment:
     if row.decode is None:
-        instances = (instance(row, row.prefill, Role.MIXED),)
+        instances: tuple[InstanceModel, ...] = (instance(row, row.prefill, Role.MIXED),)
     else:
         instances = (
             instance(row, row.prefill, Role.PREFILL),

@@ -3,13 +3,16 @@
 
     python scripts/bench/prediction.py [--model demo] [--ttft 0.5] [--tpot 0.05] [--requests 120]
         [--shares 0.25,0.5,0.75,1.0] [--prompt 128] [--output 32] [--quick] [--json]
+        [--folder DIR] [--stages prepare,measure,report] [--deployments aggregated,split]
 
 The model is profiled on one core, and a plan made for two. Two mixed instances of a core each, and
 one prefill beside one decode instance, are then served by `tandem serve` and driven by `tandem
 bench` at shares of the rate that the plan is predicted to serve; `tandem simulate` predicts the
 same requests at the same rates. Each rate sends the same prompts to one server, so prefixes are
-not cached: later rates would find their prompts computed. The generator and the gateway share the
-two cores with the instances, so the lower rates say most about the model of latency.
+not cached: later rates would find their prompts computed. The profile also tells what passes cost
+beside a busy neighbour, and what serving adds to them, since the generator and the gateway share
+the two cores with the instances. With a folder the stages may run one by one, and a rate that was
+measured is not measured again. Rates during which other processes computed are measured again.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ SAME = 0.02
 """What two deployments serve is told apart from here on."""
 LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
 STOP_S = 60
-DISTURBED_CORES, MOST_TRIES = 0.1, 3
+DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
 STAGES = ["prepare", "measure", "report"]
 WORKLOAD, PLAN, RATES, MEASURED = "load.csv", "plan.yaml", "rates.json", "measured.jsonl"
@@ -75,7 +78,7 @@ def main() -> None:
             prepare(folder, options)
         if "measure" in options.stages:
             for deployment in options.deployments:
-                measure(folder, deployment)
+                measure(folder, deployment, options.tries)
         if "report" in options.stages:
             report(folder, as_json=options.json)
 
@@ -105,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keeps what is made here, to go on later")
     parser.add_argument("--stages", type=names_of(STAGES), default=STAGES)
     parser.add_argument("--deployments", type=names_of(DEPLOYMENTS), default=list(DEPLOYMENTS))
+    parser.add_argument("--tries", type=int, default=3, help="at a rate that others disturbed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.folder is None and set(options.stages) != set(STAGES):
@@ -154,7 +158,8 @@ def make_plan(folder: Path, workload: Path, options: argparse.Namespace) -> dict
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
         rounds = ["--quick"] if options.quick else []
-        tandem("profile", options.model, "-o", profile, "--device=cpu", *rounds)
+        beside = ("--neighbours=1", "--serving")
+        tandem("profile", options.model, "-o", profile, "--device=cpu", *beside, *rounds)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
     made = tandem("plan", "--model", options.model, *given, *targets, "-o", plan, "--json")
@@ -171,7 +176,7 @@ def write_deployment(path: Path, plan: dict[str, Any], pools: dict[str, int]) ->
     path.write_text(yaml.safe_dump({**kept, "engine": engine, "pools": entries}))
 
 
-def measure(folder: Path, deployment: str) -> None:
+def measure(folder: Path, deployment: str, most_tries: int) -> None:
     """Every rate that has not been measured yet; each is kept as soon as it is."""
     known = {(one["deployment"], one["rate_rps"]) for one in read_measured(folder)}
     rates = [rate for rate in read_rates(folder) if (deployment, rate) not in known]
@@ -183,16 +188,17 @@ def measure(folder: Path, deployment: str) -> None:
     with serving(plan) as url:
         for rate in rates:
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-            others, figures = undisturbed(partial(tandem, "bench", "--url", url, *targets, *given))
+            bench = partial(tandem, "bench", "--url", url, *targets, *given)
+            others, figures = undisturbed(bench, most_tries)
             line = {"deployment": deployment, "rate_rps": rate, "others": others}
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(figures)}) + "\n")
 
 
-def undisturbed(work: Callable[[], str]) -> tuple[float, str]:
+def undisturbed(work: Callable[[], str], most_tries: int) -> tuple[float, str]:
     """What came of it, and how many cores others took meanwhile; again if that was too much."""
     tries: list[tuple[float, str]] = []
-    while len(tries) < MOST_TRIES and (not tries or tries[-1][0] > DISTURBED_CORES):
+    while len(tries) < most_tries and (not tries or tries[-1][0] > DISTURBED_CORES):
         began_s, before_s = time.monotonic(), foreign_s()
         text = work()
         others = (foreign_s() - before_s) / (time.monotonic() - began_s)

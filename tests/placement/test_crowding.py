@@ -1,0 +1,122 @@
+"""Neighbours on one machine: slower while both compute, and not a moment longer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from engine.messages import Role
+from engine.slo import Slo
+from placement.catalog import Link
+from placement.deployment import Deployment, InstanceModel
+from placement.dynamics import Dynamics, Failure
+from placement.latency import LatencyModel
+from placement.router import Policy, RouterSettings
+from placement.simulated_instance import SimulatedInstance
+from placement.simulator import simulate
+from placement.workload import Workload
+
+if TYPE_CHECKING:
+    from placement.outcome import Outcome
+
+LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)
+
+
+class Paced(LatencyModel):
+    """10 ms a pass, 10 us a token, 1 us per KV token read, so many times over."""
+
+    pair_s = 0.0
+
+    def __init__(self, times: float = 1.0) -> None:
+        self._times = times
+
+    @property
+    def read_s(self) -> float:
+        return 1e-6 * self._times
+
+    def fixed_s(self, tokens: int, draws: int) -> float:
+        return (0.01 + 1e-5 * tokens) * self._times
+
+
+def pair(crowded: LatencyModel | None = None, **fields: object) -> Deployment:
+    """Two instances of one machine, who take requests in turn."""
+    model = InstanceModel(Role.MIXED, Paced(), 100_000, LINK, crowded=crowded)
+    turns = RouterSettings(policy=Policy.ROUND_ROBIN)
+    base = Deployment((model, model), 1000, LINK, Slo(1.0, 0.1), router=turns)
+    return replace(base, **fields)  # type: ignore[arg-type]
+
+
+def arriving(*seconds: float, tokens: int = 100) -> Workload:
+    count = len(seconds)
+    return Workload(np.array(seconds), np.full(count, 64), np.full(count, tokens))
+
+
+def test_an_instance_by_itself_is_not_slowed_down() -> None:
+    load = arriving(0.0)
+    crowded, apart = simulate(pair(Paced(2.0)), load), simulate(pair(), load)
+    np.testing.assert_allclose(crowded.finished_s, apart.finished_s)
+
+
+def test_two_who_compute_all_the_time_take_as_long_as_was_measured() -> None:
+    load = arriving(0.0, 0.0)
+    crowded, apart = simulate(pair(Paced(2.0)), load), simulate(pair(), load)
+    np.testing.assert_allclose(crowded.finished_s, 2 * apart.finished_s)
+    np.testing.assert_allclose(crowded.tpot_s, 2 * apart.tpot_s)
+
+
+def test_the_pace_changes_when_a_neighbour_comes_and_when_it_goes() -> None:
+    alone_s = simulate(pair(), arriving(0.0)).finished_s[0]
+    outcome = simulate(pair(Paced(2.0)), arriving(0.0, alone_s / 2))
+    first_s, second_s = outcome.finished_s
+    assert first_s == pytest.approx(alone_s / 2 + 2 * (alone_s / 2))
+    assert second_s == pytest.approx(first_s + alone_s - (first_s - alone_s / 2) / 2)
+
+
+def test_those_on_other_machines_are_no_neighbours() -> None:
+    near = pair(Paced(2.0)).instances[0]
+    spread = pair(instances=(near, replace(near, node="node-1")))
+    load = arriving(0.0, 0.0)
+    np.testing.assert_allclose(simulate(spread, load).finished_s, simulate(pair(), load).finished_s)
+
+
+def test_fewer_neighbours_than_were_measured_slow_down_less() -> None:
+    near = replace(pair(Paced(3.0)).instances[0], neighbours=2)
+    load = arriving(0.0, 0.0)
+    half = simulate(pair(instances=(near, near)), load)
+    np.testing.assert_allclose(half.finished_s, 2 * simulate(pair(), load).finished_s)
+
+
+def test_busy_time_is_what_passed() -> None:
+    outcome = simulate(pair(Paced(2.0)), arriving(0.0, 0.3))
+    for name, index in (("mixed-0", 0), ("mixed-1", 1)):
+        assert outcome.busy_s[name] == pytest.approx(outcome.e2e_s[index])
+
+
+def test_a_neighbour_that_fails_slows_nobody_down_any_more() -> None:
+    alone_s = simulate(pair(), arriving(0.0)).finished_s[0]
+    failing = Dynamics(failures=(Failure(0.0005, "mixed-1"),), restart=False)
+    waiting = simulate(pair(Paced(2.0)), arriving(0.0, 0.0), dynamics=failing)
+    assert waiting.finished_s[0] < 2 * alone_s
+
+
+def walked(target: Deployment, load: Workload, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedInstance, "_start_steady", lambda self, now: False)
+        patch.setattr(SimulatedInstance, "_try_steady", lambda self: None)
+        return simulate(target, load)
+
+
+def test_skipping_steps_changes_nothing_among_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    load = Workload(
+        np.cumsum(generator.exponential(0.2, 50)),
+        generator.integers(1, 400, 50),
+        generator.integers(2, 100, 50),
+    )
+    target = pair(Paced(1.7))
+    skipped, every = simulate(target, load), walked(target, load, monkeypatch)
+    np.testing.assert_allclose(skipped.first_token_s, every.first_token_s, atol=1e-4)
+    np.testing.assert_allclose(skipped.finished_s, every.finished_s, atol=1e-4)

@@ -1,0 +1,114 @@
+"""What a measured server tells of itself beyond its passes, and what a profile makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.errors import BadConfig
+from placement.latency import LatencyModel
+from placement.profile import profile_from
+from placement.serving_costs import Served, WithServing, fit_serving
+
+ARRIVAL_S, STEP_S, TOKEN_S = 0.004, 0.0006, 0.0001
+
+
+class Passes(LatencyModel):
+    pair_s = 0.0
+    read_s = 1e-6
+
+    def fixed_s(self, tokens: int, draws: int) -> float:
+        return 0.002 + 1e-4 * tokens
+
+
+def served(users: int, instances: int = 1, latency: LatencyModel | None = None) -> Served:
+    passes = latency or Passes()
+    context = 64 + 64 // 2
+    tpot_s = passes.decode_s([context] * users) + STEP_S + TOKEN_S * users
+    ttft_s = passes.prefill_s([(64, 0)] * users) + STEP_S + ARRIVAL_S
+    return Served(instances, users, 64, 64, ttft_s, tpot_s)
+
+
+def test_what_passes_leave_unexplained_is_found() -> None:
+    costs = fit_serving([served(users) for users in (1, 2, 4, 8)], Passes())
+    assert costs.arrival_s == pytest.approx(ARRIVAL_S)
+    assert costs.step_s == pytest.approx(STEP_S)
+    assert costs.token_s == pytest.approx(TOKEN_S)
+
+
+def test_a_server_quicker_than_its_passes_costs_nothing() -> None:
+    quick = [one._replace(tpot_s=0.001, ttft_s=0.001) for one in map(served, (1, 4))]
+    costs = fit_serving(quick, Passes())
+    assert (costs.arrival_s, costs.step_s, costs.token_s) == (0.0, 0.0, 0.0)
+
+
+def test_serving_lengthens_a_step_by_its_tokens() -> None:
+    costs = fit_serving([served(users) for users in (1, 8)], Passes())
+    whole, passes = WithServing(Passes(), costs), Passes()
+    added_s = whole.decode_s([100] * 5) - passes.decode_s([100] * 5)
+    assert added_s == pytest.approx(STEP_S + 5 * TOKEN_S)
+    assert whole.decode_run_s(5, 500, 20) - passes.decode_run_s(5, 500, 20) == pytest.approx(
+        20 * added_s
+    )
+
+
+def samples(times: float) -> dict[str, Any]:
+    prompts = [
+        {"tokens": n, "squares": n * n, "seconds": times * (0.002 + 1e-4 * n)}
+        for n in (16, 64, 256, 1024)
+    ]
+    decodes = [
+        {"batch": b, "context": c * b, "seconds": times * (0.002 + 1e-4 * b + 1e-6 * c * b)}
+        for b in (1, 2, 8, 32)
+        for c in (64, 1024)
+    ]
+    return {"prefill": prompts, "decode": decodes}
+
+
+def document() -> dict[str, Any]:
+    beside = {"neighbours": 1, **samples(2.0)}
+    serving = [served(users)._asdict() for users in (1, 2, 4, 8)]
+    return {
+        "model": "demo",
+        "device": "cpu-core",
+        "runs": [{**samples(1.0), "beside": beside}],
+        "serving": serving,
+    }
+
+
+def test_a_profile_knows_passes_beside_a_neighbour() -> None:
+    profile = profile_from({**document(), "serving": []})
+    (run,) = profile.runs
+    crowded = profile.crowded(1, 1)
+    assert run.neighbours == 1
+    assert crowded is not None
+    assert crowded.decode_s([300] * 4) == pytest.approx(2 * 0.0036, rel=0.02)
+    assert profile.crowded(2, 1) is None
+    assert profile.arrival_s == 0.0
+
+
+def test_what_was_served_counts_for_as_many_instances_as_served_it() -> None:
+    both = document()
+    both["serving"].append(served(1, 2)._replace(tpot_s=0.1)._asdict())
+    profile = profile_from(both)
+    crowded = profile.crowded(1, 1)
+    assert profile.arrival_s == pytest.approx(ARRIVAL_S, rel=0.2)
+    assert isinstance(crowded, WithServing)
+    assert crowded.decode_s([96]) == pytest.approx(0.1, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"serving": [{"instances": 1}]}, "profile.serving[0].users"),
+        ({"serving": [served(1)._replace(ttft_s=-1)._asdict()]}, "profile.serving[0].ttft_s"),
+        ({"serving": [served(1)._replace(ttft_s=0)._asdict()]}, "profile.serving[0]"),
+        ({"serving": 3}, "profile.serving"),
+        ({"runs": [{**samples(1.0), "beside": {"prefill": []}}]}, "profile.runs[0].beside"),
+    ],
+)
+def test_what_was_measured_badly_is_refused(changed: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadConfig) as refusal:
+        profile_from({**document(), **changed})
+    assert refusal.value.field == field
