@@ -22,6 +22,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+from shapes import SHAPES, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -95,7 +97,7 @@ def working_folder(options: argparse.Namespace) -> Iterator[Path]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help=f"also {', '.join(SHAPES)}: random weights")
     parser.add_argument("--ttft", type=float, default=0.5)
     parser.add_argument("--tpot", type=float, default=0.05)
     parser.add_argument("--attainment", type=float, default=0.9)
@@ -145,7 +147,7 @@ def write_workload(path: Path, options: argparse.Namespace) -> Path:
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """A profile, a plan, the two deployments, and the rates to drive them at."""
     workload = write_workload(folder / WORKLOAD, options)
-    plan = make_plan(folder, workload, options)
+    plan = make_plan(folder, checkpoint(folder, options.model), workload, options)
     for deployment, pools in DEPLOYMENTS.items():
         write_deployment(folder / f"{deployment}.yaml", plan, pools)
     rates = [plan["predicted"]["goodput_rps"] * share for share in options.shares]
@@ -153,16 +155,30 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     (folder / MEASURED).unlink(missing_ok=True)
 
 
-def make_plan(folder: Path, workload: Path, options: argparse.Namespace) -> dict[str, Any]:
+def checkpoint(folder: Path, model: str) -> str:
+    """A shape's name stands for random weights, with the built-in model's tokenizer."""
+    if model not in SHAPES:
+        return model
+    directory = folder / model
+    if not directory.exists():
+        write_checkpoint(SHAPES[model], "bfloat16", directory)
+        for path in (ROOT / "engine" / "demo").glob("token*.json"):
+            shutil.copy(path, directory)
+    return str(directory)
+
+
+def make_plan(
+    folder: Path, model: str, workload: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     fleet, profile, plan = (folder / name for name in ("fleet.yaml", "profile.json", PLAN))
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
         rounds = ["--quick"] if options.quick else []
         beside = ("--neighbours=1", "--serving")
-        tandem("profile", options.model, "-o", profile, "--device=cpu", *beside, *rounds)
+        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
-    made = tandem("plan", "--model", options.model, *given, *targets, "-o", plan, "--json")
+    made = tandem("plan", "--model", model, *given, *targets, "-o", plan, "--json")
     answer: dict[str, Any] = json.loads(made)
     return answer
 
