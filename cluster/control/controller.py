@@ -161,11 +161,18 @@ class Controller:
     def retire(self, name: str) -> None:
         launched = self._instances.get(name)
         if launched is not None and launched.stage == "up":
-            self._spawn(self.drain(name))
+            self._spawn(self._empty(name))
             return
         self._unwant(name)
         if launched is not None:
             launched.condemn("not wanted any more")
+
+    async def _empty(self, name: str) -> None:
+        """It may die at that very moment, which is no reason for the controller to die too."""
+        try:
+            await self.drain(name)
+        except TandemError as error:
+            self._note("scale", name, "not drained", reason=str(error))
 
     def turn(self, name: str, role: Role) -> None:
         self._spawn(self._turn(name, role))
@@ -209,7 +216,7 @@ class Controller:
         if instances < len(wanted):
             surplus = tuple(spec.name for spec in wanted[instances:])
             for name in surplus:
-                self._spawn(self.drain(name))
+                self.retire(name)
             return Scaled((), surplus)
         started: list[InstanceSpec] = []
         for _ in range(instances - len(wanted)):
@@ -366,7 +373,8 @@ class Controller:
     async def _listen(self) -> None:
         while True:
             sender, message = await self._link.receive()
-            if isinstance(message, Load):
+            # What an instance said before its end may be read after it: that is no sign of life.
+            if isinstance(message, Load) and self._book.roster.find(sender) is not None:
                 self._heartbeats.heard(sender, self._clock.now())
                 self._loads[sender] = message
                 if message.state is InstanceState.DRAINING:
@@ -377,8 +385,9 @@ class Controller:
             await asyncio.sleep(LOOK_S)
             now = self._clock.now()
             for name in self._heartbeats.silent(now):
-                if name in self._instances and name not in self._asked:
-                    self._asked[name] = self._spawn(self._ask(name))
+                launched = self._instances.get(name)
+                if launched is not None and name not in self._asked:
+                    self._asked[name] = self._spawn(self._ask(name, launched))
             for gateway in self._gateways.silent(now):
                 self._lose_gateway(gateway)
             if self._book.settle(now):
@@ -388,12 +397,12 @@ class Controller:
                 log.error("the serve process has vanished: shutting down")
                 self._spawn(self._abandon())
 
-    async def _ask(self, name: str) -> None:
+    async def _ask(self, name: str, launched: Launched) -> None:
         """A silent instance that does not answer either is lost, whatever Ray thinks."""
-        launched = self._instances[name]
         try:
             await answer(launched.workers[0].ping.remote(), self._config.limits.answer_s)
-            self._heartbeats.heard(name, self._clock.now())
+            if self._book.roster.find(name) is not None:
+                self._heartbeats.heard(name, self._clock.now())
         except TandemError as error:
             launched.condemn(f"silent: {error}")
         finally:
