@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -35,7 +36,7 @@ import numpy as np
 import yaml
 
 from cluster.rpc import tandem_pb2 as pb
-from engine.errors import TandemError
+from engine.errors import DeadlineExceeded, InstanceLost, TandemError
 from tests.ray.serving import command_of, descendants, is_controller, serve
 
 if TYPE_CHECKING:
@@ -105,9 +106,12 @@ def soak(options: argparse.Namespace) -> Outcome:
         file.write_text(yaml.safe_dump(config(options.tensor, options.kills)))
         serving = serve(options.log or Path(folder) / "serve.log", str(file))
         try:
-            return asyncio.run(Soak(serving, options).run())
+            outcome = asyncio.run(Soak(serving, options).run())
         finally:
-            serving.end()
+            status = serving.end()
+        if status:
+            outcome.lost.append(f"the cluster ended with status {status}")
+        return outcome
 
 
 def config(tensor: int, kills: int) -> dict[str, Any]:
@@ -133,8 +137,7 @@ class Soak:
 
     async def run(self) -> Outcome:
         async with self._serving.async_client() as client:
-            for prompt in PROMPTS:
-                self._expected[prompt] = await self._undisturbed(client, prompt)
+            await self._learn(client)
             start_s = time.monotonic()
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self._options.streams):
@@ -145,8 +148,18 @@ class Soak:
             await self._settle(client)
         return self.outcome
 
-    async def _undisturbed(self, client: AsyncClient, prompt: str) -> list[int]:
-        return [token async for chunk in client.stream(ask(prompt)) for token in chunk.token_ids]
+    async def _learn(self, client: AsyncClient) -> None:
+        """What every prompt is answered with while nobody dies."""
+        prompts = iter(PROMPTS)
+
+        async def learn_on() -> None:
+            for prompt in prompts:
+                chunks = [chunk async for chunk in client.stream(ask(prompt))]
+                self._expected[prompt] = [token for chunk in chunks for token in chunk.token_ids]
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._options.streams):
+                tasks.create_task(learn_on())
 
     # Readers.
 
@@ -188,45 +201,58 @@ class Soak:
         start_s, kills = loop.time(), Counter[str]()
         for moment in moments:
             await asyncio.sleep(max(start_s + moment - loop.time(), 0.0))
-            victim, pid = await self._victim(client)
-            os.kill(pid, signal.SIGKILL)
+            victim = await self._kill_one(client)
             kills[victim] += 1
             progress = f"{moment:5.0f} s  killed {victim:<10} {self.outcome.requests} answered"
             print(f"{progress}, {len(self.outcome.lost)} lost", file=sys.stderr, flush=True)
         await asyncio.sleep(max(start_s + end_s - loop.time(), 0.0))
         self.outcome.kills = dict(kills)
 
-    async def _victim(self, client: AsyncClient) -> tuple[str, int]:
-        """One that lives: waits until there is one of the kind that was drawn."""
+    async def _kill_one(self, client: AsyncClient) -> str:
+        """Waits until there is one of the kind that was drawn, and says what it was."""
         (kind,) = self._random.choices(KINDS, WEIGHTS)
         while True:
-            if kind == "controller":
-                found = await asyncio.to_thread(descendants, self._serving.process.pid)
-                candidates = [(kind, pid) for pid in sorted(found) if is_controller(pid)]
-            else:
-                status = await client.status()
-                candidates = [
-                    (kind if worker.rank == 0 else f"{kind} rank {worker.rank}", worker.pid)
-                    for one in status.instances
-                    if one.role == kind and one.state == "ready"
-                    for worker in one.workers
-                ]
+            candidates = await self._candidates(client, kind)
             alive = [one for one in candidates if command_of(one[1])]
             if alive:
-                return self._random.choice(alive)
+                victim, pid = self._random.choice(alive)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return victim
             await asyncio.sleep(0.1)
+
+    async def _candidates(self, client: AsyncClient, kind: str) -> list[tuple[str, int]]:
+        if kind == "controller":
+            found = await asyncio.to_thread(descendants, self._serving.process.pid)
+            return [(kind, pid) for pid in sorted(found) if is_controller(pid)]
+        status = await status_of(client)
+        return [
+            (kind if worker.rank == 0 else f"{kind} rank {worker.rank}", worker.pid)
+            for one in status.instances
+            if one.role == kind and one.state == "ready"
+            for worker in one.workers
+        ]
 
     async def _settle(self, client: AsyncClient) -> None:
         """Everything is up again and holds nothing; what is held at the end has leaked."""
         deadline_s = time.monotonic() + SETTLE_S
         while True:
-            status = await client.status()
+            status = await status_of(client)
             held = sum(one.total_blocks - one.free_blocks for one in status.instances)
             up = all(one.state == "ready" for one in status.instances)
             if (up and not held and not status.requests) or time.monotonic() > deadline_s:
                 break
             await asyncio.sleep(0.2)
         self.outcome.leaked_blocks, self.outcome.left_requests = held, len(status.requests)
+
+
+async def status_of(client: AsyncClient) -> pb.StatusReply:
+    """Asked again while the controller's successor starts."""
+    while True:
+        try:
+            return await client.status()
+        except (InstanceLost, DeadlineExceeded):
+            await asyncio.sleep(0.2)
 
 
 def ask(prompt: str, tokens: int = TOKENS[1]) -> pb.GenerateRequest:
