@@ -84,7 +84,7 @@ CASES = {
     ),
     "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.87),
     "mooncake": Case(
-        "mooncake_conversation_trace.jsonl", "a100-80gb", Target(15.0, 0.05), 13.0, 0.69
+        "mooncake_conversation_trace.jsonl", "a100-80gb", Target(15.0, 0.05), 16.0, 0.69
     ),
 }
 
