@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from placement.candidate import Candidate, Scored
     from placement.costbook import CostBook
     from placement.phases import Phase
+    from placement.plan import PoolPlan
     from placement.question import Question
 
 
@@ -29,6 +30,12 @@ class Choice:
     @property
     def candidate(self) -> Candidate:
         return self.scored.candidate.times(self.copies)
+
+    @property
+    def deployed(self) -> tuple[tuple[PoolPlan, ...], int]:
+        """Copies of a small candidate and one large one may come to the same."""
+        candidate = self.scored.candidate.times(max(self.copies, 1))
+        return candidate.pools, candidate.token_budget
 
     @property
     def rate_rps(self) -> float:

@@ -17,7 +17,7 @@ from placement.search import Search
 from placement.workload import Arrivals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from placement.costbook import CostBook, Cut
     from placement.plan import Target
@@ -83,9 +83,19 @@ def _beaten(choices: Sequence[Choice], able: Sequence[Choice]) -> list[Choice]:
     rest = [one for one in choices if one not in able]
     rest.sort(key=lambda one: (-one.rate_rps, one.scored.power_w, str(one.candidate)))
     kinds: dict[str, Choice] = {}
-    for one in (*able[1:], *rest):
+    beaten = _apart(able[0], [*able[1:], *rest])
+    for one in beaten:
         kinds.setdefault(one.candidate.kind, one)
-    return list(dict.fromkeys([*kinds.values(), *able[1 : 1 + CLOSEST]]))
+    close = [one for one in beaten if one in able][:CLOSEST]
+    return list(dict.fromkeys([*kinds.values(), *close]))
+
+
+def _apart(chosen: Choice, others: Iterable[Choice]) -> list[Choice]:
+    """Those that deploy anything else than the chosen one and than those before them."""
+    found = {chosen.deployed: chosen}
+    for one in others:
+        found.setdefault(one.deployed, one)
+    return list(found.values())[1:]
 
 
 def _unseen(done: int, total: int) -> None:
@@ -154,6 +164,7 @@ def _alternative(book: CostBook, rival: Choice) -> Alternative:
         copies.candidate.cost_per_hour(book),
         copies.power_w,
         rival.scored.goodput.limit,
+        copies.candidate.token_budget,
     )
 
 

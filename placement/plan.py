@@ -79,6 +79,8 @@ class Alternative:
     power_w: float
     limit: str
     """What keeps it from serving more."""
+    token_budget: int
+    """Prompt tokens of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,7 @@ def _alternative_entry(other: Alternative) -> dict[str, Any]:
         "goodput_rps_per_gpu": round(other.goodput_rps_per_gpu, 4),
         "cost_per_hour": round(other.cost_per_hour, 4),
         "power_w": round(other.power_w, 1),
+        "token_budget": other.token_budget,
         "limit": other.limit,
     }
 

@@ -59,6 +59,7 @@ PRICE_COLUMNS = ("$ an hour", "W")
 RIVAL_COLUMNS = (
     "kind",
     "pools",
+    "chunk",
     "goodput (1/s)",
     "per accelerator",
     *PRICE_COLUMNS,
@@ -72,7 +73,7 @@ def rival_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
         pools = " + ".join(str(pool) for pool in other.pools)
         rates = (f"{other.goodput_rps:.3f}", f"{other.goodput_rps_per_gpu:.3f}")
         prices = (f"{other.cost_per_hour:.2f}", f"{other.power_w:.0f}")
-        yield (other.kind, pools, *rates, *prices, other.limit)
+        yield (other.kind, pools, str(other.token_budget), *rates, *prices, other.limit)
 
 
 def alternatives_table(plan: Plan) -> Table:

@@ -106,6 +106,12 @@ def test_the_plan_names_what_it_beat_and_why(answer: Plan) -> None:
     assert "%" in answer.reason
 
 
+def test_nothing_is_said_to_have_beaten_itself(answer: Plan) -> None:
+    deployed = [(answer.pools, answer.token_budget)]
+    deployed += [(other.pools, other.token_budget) for other in answer.alternatives]
+    assert len(set(deployed)) == len(deployed)
+
+
 @pytest.mark.parametrize(("device", "model"), [("l4", "llama-3.1-8b"), ("a100-40gb", "opt-13b")])
 def test_more_accelerators_never_serve_less(device: str, model: str) -> None:
     found = [served(plan(book(n, device, model), chat(), question(TIGHT))) for n in (1, 2, 4)]
