@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +19,10 @@ from engine.errors import BadConfig, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from placement.latency import LatencyModel
     from placement.plan import Plan
+    from placement.profile import Profile as Measurements
+    from placement.profile import Run
     from placement.question import Objective
 
 Workload = Annotated[
@@ -261,6 +265,25 @@ def _note_extrapolation(figures: dict[str, Any]) -> None:
         print(f"beyond what was measured: {beyond}", file=sys.stderr)
 
 
+def _both_ways(run: Run) -> Iterator[tuple[float, float]]:
+    """What each pass took beside neighbours, and alone."""
+    for crowded, alone in zip(run.crowded_samples, run.samples, strict=False):
+        yield crowded.seconds, alone.seconds
+
+
+def _show_serving(measured: Measurements, instances: int, latency: LatencyModel) -> None:
+    from placement.serving_costs import fit_serving
+
+    served = [one for one in measured.served if one.instances == instances]
+    if not served:
+        return
+    costs = fit_serving(served, latency)
+    print(
+        f"serving from {instances}: {costs.step_s * 1e3:.2f} ms a step, "
+        f"{costs.token_s * 1e6:.0f} us a token, {costs.arrival_s * 1e3:.1f} ms a request"
+    )
+
+
 def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
 
@@ -276,6 +299,15 @@ def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
     console = Console()
     console.print(samples_table(run.samples, [fit.step_s(one.step) for one in run.samples]))
     print(f"{measured.model} on {measured.device}: {report}")
+    if run.crowded_samples:
+        beside, crowded = fit_run(run.beside)
+        slower = [crowded_s / alone_s for crowded_s, alone_s in _both_ways(run)]
+        print(
+            f"neighbours that compute: {run.neighbours}; passes take {median(slower):.2f} times "
+            f"as long in the median; {crowded}"
+        )
+        _show_serving(measured, run.neighbours + 1, beside)
+    _show_serving(measured, 1, fit)
     if not measured.transfers:
         print("KV transfer was not measured: it takes two GPUs", file=sys.stderr)
         return

@@ -388,6 +388,7 @@ def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path
     status, out, err = tandem(*arguments, "--neighbours", 1)
     assert status == 0
     assert "samples, error" in out
+    assert "neighbours that compute: 1" in out
     assert "KV transfer" in out
     assert "measuring" in err
     fleet = {"nodes": [{"device": "cpu-core"}], "profile": str(path)}
