@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -100,11 +101,15 @@ def _locate(source: str) -> Path:
 
 
 def _download(source: str) -> Path:
-    """The hub's copy on this machine, fetched if need be."""
+    """The hub's copy: the one on this machine without asking the hub, if it is whole."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
+        with suppress(LocalEntryNotFoundError):
+            kept = Path(huggingface_hub.snapshot_download(source, local_files_only=True))
+            if _is_whole(kept):
+                return kept
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(WANTED_FILES)))
     except HFValidationError as error:
         raise BadCheckpoint("model", source, "neither a directory nor a hub id") from error
@@ -113,6 +118,16 @@ def _download(source: str) -> Path:
         raise BadCheckpoint("model", source, rule) from error
     except OSError as error:
         raise BadCheckpoint("model", source, f"the hub does not give it: {error}") from error
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a download that was broken off left nothing out."""
+    index = directory / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.exists():
+        weights = set(_read_json(index)["weight_map"].values())
+    wanted = {"config.json", "tokenizer.json", *weights}
+    return all((directory / name).exists() for name in wanted)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

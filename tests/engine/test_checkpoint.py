@@ -6,11 +6,12 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import _locate, open_checkpoint
 from engine.errors import BadCheckpoint
 from engine.runner import Runner
 from tests.engine import tiny
@@ -134,6 +135,35 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BadCheckpoint, match="give a model directory"):
         open_checkpoint("somebody/some-model")
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00002.safetensors"])
+def test_a_hub_copy_on_this_machine_is_taken_without_asking_the_hub_if_it_is_whole(
+    lost: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache = tmp_path / "models--somebody--some-model"
+    copy = cache / "snapshots" / "abc"
+    copy.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    weights = {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
+    for name in ("config.json", "tokenizer.json", *weights.values()):
+        (copy / name).touch()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    asked: list[bool] = []
+    ask = huggingface_hub.snapshot_download
+
+    def noting(source: str, *, local_files_only: bool = False, **options: Any) -> str:
+        asked.append(not local_files_only)
+        return str(ask(source, local_files_only=True, **options))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", noting)
+    assert _locate("somebody/some-model") == copy
+    assert asked == [False]
+    (copy / lost).unlink()
+    _locate("somebody/some-model")
+    assert asked == [False, False, True]
 
 
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused() -> None:
