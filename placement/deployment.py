@@ -63,7 +63,8 @@ class Deployment:
     network: Link
     """Between nodes."""
     slo: Slo = field(default_factory=Slo)
-    block_tokens: int = 64
+    block_tokens: int = 16
+    """As a cluster has it where its config says nothing else."""
     router: RouterSettings = field(default_factory=RouterSettings)
     overheads: Overheads = field(default_factory=Overheads)
 

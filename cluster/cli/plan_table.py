@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from placement.plan import Plan
     from placement.profile import Sample
 
+SHARE = ("attainment", "within targets", "{:.1%}")
 COSTS = (
     ("goodput_rps_per_gpu", "goodput per accelerator (1/s)", "{:.3f}"),
     ("cost_per_hour", "cost per hour ($)", "{:.2f}"),
@@ -46,7 +47,7 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
 
 def figure_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Figures that are not there have no row; those that nothing was seen of, a dash."""
-    for key, title, shape in (*COUNTS, *COSTS):
+    for key, title, shape in (*COUNTS, SHARE, *COSTS):
         if key in figures:
             yield title, "-" if figures[key] is None else shape.format(figures[key])
     for key, title in LATENCY_TITLES.items():

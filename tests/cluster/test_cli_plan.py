@@ -9,14 +9,16 @@ import pytest
 import yaml
 
 from cluster.cli.app import run
-from cluster.cli.planning import cost_book, find_shape
+from cluster.cli.planning import cost_book, find_shape, read_plan_file
 from cluster.config import A_LITTLE, load_config
 from cluster.control.pools import LOCAL_WORKER_CPU, Ground, initial_specs
 from cluster.profiling.measure import Device, Measuring, measure
 from cluster.profiling.passes import Pass, passes_of, profile_entry
+from cluster.settings import instance_settings
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
 from engine.messages import Role
+from placement.candidate import deployment_for
 from placement.costbook import Cut
 from placement.latency import mixed_step
 from placement.profile import Measured, profile_from
@@ -216,6 +218,16 @@ def test_processors_and_accelerators_do_not_serve_together(files):
     ]
     with pytest.raises(BadConfig, match="CPUs and GPUs"):
         served_as(files, *pools)
+
+
+def test_a_plan_is_simulated_with_the_settings_that_it_is_served_with(files):
+    path = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    served, planned = load_config(str(path)), read_plan_file(path)
+    simulated = deployment_for(planned, cost_book("demo", planned.hardware))
+    assert simulated.block_tokens == served.engine.block_tokens
+    assert simulated.router == served.gateway.routing
+    roles = {instance.settings for instance in simulated.instances}
+    assert roles == {instance_settings(served).role}
 
 
 def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
