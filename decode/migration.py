@@ -47,6 +47,9 @@ class Migrations:
         self._sealing: dict[str, Outgoing] = {}
         self._asked: dict[str, _Asked] = {}
         self._given: dict[str, _Given] = {}
+        self._void: dict[str, int] = {}
+        """Per sequence, the epoch of a hand-off that was given up: its target refuses it from then
+        on."""
 
     @property
     def held(self) -> set[str]:
@@ -67,10 +70,14 @@ class Migrations:
             sequence,
             gateway=gateway,
             target=target,
-            epoch=sequence.epoch + 1,
+            epoch=max(sequence.epoch, self._void.get(sequence.id, 0)) + 1,
             now=now,
             reason=reason,
         )
+
+    def void(self, out: Outgoing) -> None:
+        """A hand-off came to nothing, and its sequence stays here."""
+        self._void[out.sequence.id] = out.epoch
 
     def reserved(self, out: Outgoing, now: float) -> None:
         self._next_round(out, now)
@@ -144,6 +151,7 @@ class Migrations:
         """The request has ended here."""
         self._asked.pop(request_id, None)
         self._given.pop(request_id, None)
+        self._void.pop(request_id, None)
 
     def tick(self, now: float) -> list[str]:
         """Repeat unanswered claims; returns requests whose gateway never spoke again."""

@@ -97,6 +97,8 @@ class Entry:
     """Since when it has waited for a route or, while `early` holds any, for the next token."""
     resumed_from: int | None = None
     """The epoch a Resume replaced, until a token shows that the Resume arrived."""
+    voided: int = 0
+    """The epoch of a grant that came to nothing while its owner went on."""
     claimed_from: int | None = None
     """The epoch from which the present owner's claim was granted."""
 
@@ -107,7 +109,7 @@ class Entry:
     @property
     def highest(self) -> int:
         """The highest epoch anybody has been given."""
-        return self.epoch if self.grant is None else self.grant.epoch
+        return max(self.epoch, self.voided) if self.grant is None else self.grant.epoch
 
     @property
     def holders(self) -> tuple[str, ...]:

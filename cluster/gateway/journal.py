@@ -174,7 +174,7 @@ class Journal:
             return [*_refuse(sender, claim), Send(sender, Abort(claim.request_id, claim.epoch))]
         wanted = Grant(claim.epoch, claim.target, claimed=True)
         owns = entry.owner == sender and entry.epoch == claim.old_epoch
-        free = entry.grant is None and claim.epoch > entry.epoch
+        free = entry.grant is None and claim.epoch > entry.highest
         if owns and free and claim.target not in self._lost:
             entry.grant = wanted
         if owns:
@@ -208,6 +208,7 @@ class Journal:
         if entry.grant is None or entry.grant.claimed:
             return []
         grant, entry.grant = entry.grant, None
+        entry.voided = grant.epoch
         return self._send_alive((grant.instance,), Abort(entry.id, grant.epoch))
 
     def load(self, load: Load, now: float) -> list[Action]:

@@ -254,6 +254,7 @@ class Transfers:
         self._departures.abort(out, "Overloaded", "waited too long for room", now)
         self._handoffs.forget(sequence.id)
         self._decode.add(sequence)
+        self._migrations.void(out)
         self._send(out.gateway, Kept(sequence.id, sequence.epoch))
 
     def _migrate(self, migrate: Migrate, now: float) -> None:

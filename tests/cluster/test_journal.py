@@ -19,6 +19,7 @@ from engine.messages import (
     Claim,
     Dropped,
     InstanceState,
+    Kept,
     Load,
     Lost,
     Migrate,
@@ -54,6 +55,16 @@ def delivered(actions) -> list[int]:
 
 def sent(actions) -> list[tuple[str, object]]:
     return [(action.to, action.message) for action in actions if isinstance(action, Send)]
+
+
+def test_the_epoch_of_a_hand_off_that_was_given_up_is_not_used_again():
+    journal = journal_with(SPLIT)
+    assert sent(journal.receive("prefill-0", Kept("r", 1), 0.1)) == [("decode-0", Abort("r", 2))]
+    refused = journal.claim("prefill-0", Claim("r", 1, 2, "decode-0"))
+    assert sent(refused) == [("prefill-0", Verdict("r", 2, granted=False))]
+    journal.lost("prefill-0", 0.2)
+    ((to, start),) = sent(journal.restart("r", Route("decode-0"), 0.3))
+    assert (to, start.epoch) == ("decode-0", 3)
 
 
 def test_a_route_fixes_both_epochs_beforehand():

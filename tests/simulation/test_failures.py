@@ -258,6 +258,22 @@ def test_a_hand_off_to_a_full_target_waits_and_then_decodes_where_it_is():
     assert replays(scene) == 0
 
 
+def test_a_request_that_was_kept_can_still_move_to_the_target_that_was_full():
+    scene = handing_off()
+    pool = scene.nodes["decode-0"].instance.pool
+    others = pool.allocate(pool.available)
+
+    def make_room() -> None:
+        pool.release(others)
+        scene.happen(2 * STEP_S, lambda: scene.migrate("a", "prefill-0", "decode-0"))
+
+    scene.before(Kept, make_room)
+    scene.play()
+    assert scene.outcomes == ["committed"]
+    assert scene.finished["a"] == 12
+    assert replays(scene) == 0
+
+
 # The request ends or is preempted mid-way.
 
 
