@@ -7,9 +7,10 @@ from tests.ray.streams import read_all
 
 CONFIG = """
 pools: {prefill: {instances: 1}, decode: {instances: 2}}
-limits: {answer_s: 15}
+limits: {answer_s: 10, restarts: 1000}
+gateway: {journal: {reroute_s: 600}}
 """
-"""Whoever does not answer for so long hangs, on the slowest machine that tests run on."""
+"""Patient with a slow machine: only what hangs does not answer for so long."""
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -23,6 +22,13 @@ if TYPE_CHECKING:
 PATIENCE_S = 600.0
 """Before a test says that something hangs; no machine is so slow that it needs as long."""
 LOOK_S = 0.02
+RAY_SETTINGS = {
+    # Ray kills workers on a machine whose memory is nearly full, be it with others' processes.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # And it gives a process a minute to start, which a slow machine may need.
+    "RAY_worker_register_timeout_seconds": f"{PATIENCE_S:.0f}",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{PATIENCE_S:.0f}",
+}
 
 
 @dataclass
@@ -74,7 +80,7 @@ def serve(
             stderr=errors,
             text=True,
             start_new_session=start_new_session,
-            env={**os.environ, **environment},
+            env={**os.environ, **RAY_SETTINGS, **environment},
         )
     line = ready_line(process, log)
     fields = dict(part.split("=", 1) for part in line.split()[1:])
@@ -82,15 +88,17 @@ def serve(
 
 
 def ready_line(process: subprocess.Popen[str], log: Path) -> str:
+    """Whatever else it prints before; Ray brings what its workers print whenever it can."""
     assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(PATIENCE_S):
-            process.kill()
-            raise TimeoutError(f"not ready within {PATIENCE_S:g} s:\n{log.read_text()[-4000:]}")
-    line = process.stdout.readline()
-    assert line.startswith("ready "), log.read_text()[-4000:]
-    return line
+    alarm = threading.Timer(PATIENCE_S, process.kill)
+    alarm.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("ready "):
+                return line
+    finally:
+        alarm.cancel()
+    raise AssertionError(f"it did not get ready:\n{log.read_text()[-4000:]}")
 
 
 def metric(serving: Serving, name: str) -> float:

@@ -100,7 +100,7 @@ def started_anew(cluster, instance, former_pids):
         with cluster.client() as client:
             one = next(one for one in client.status().instances if one.id == instance)
         pids = {worker.pid for worker in one.workers}
-        return one.state == "ready" and pids.isdisjoint(former_pids)
+        return one.state == "ready" and bool(pids) and pids.isdisjoint(former_pids)
 
     return condition
 

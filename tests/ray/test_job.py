@@ -17,7 +17,7 @@ import pytest
 
 from cluster.access import Access
 from cluster.client import Client
-from tests.ray.serving import PATIENCE_S, descendants, until_gone, wait_for
+from tests.ray.serving import PATIENCE_S, RAY_SETTINGS, descendants, until_gone, wait_for
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -34,8 +34,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
-    # Ray's own limits for the start of its job server and for the end of a stopped job.
-    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{PATIENCE_S:.0f}",
+    # Ray's own limit for the end of a stopped job.
     "RAY_JOB_STOP_WAIT_TIME_S": f"{PATIENCE_S:.0f}",
 }
 FIXED_PORTS = range(20_000, 32_000)
@@ -72,7 +71,7 @@ def temporary():
 @pytest.fixture
 def head(tmp_path, temporary):
     """A Ray head with its job server, under a token of its own."""
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **RAY_SETTINGS, **ENVIRONMENT}
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
     command += [f"--{name}=0" for name in ANY_PORT]
     command += [f"--ray-client-server-port={free_port()}"]

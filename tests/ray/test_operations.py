@@ -97,6 +97,15 @@ async def test_a_drained_instance_leaves_no_reader_behind(cluster, undisturbed):
     await until(all_ready(cluster))
 
 
+async def test_an_instance_that_is_not_wanted_before_it_is_up_is_given_up(cluster):
+    controller = cluster.controller_pid()
+    with cluster.client() as client:
+        started = list(client.scale("decode", 3).started)
+        assert list(client.scale("decode", 2).draining) == started == ["decode-2"]
+    await until(all_ready(cluster))
+    assert cluster.controller_pid() == controller
+
+
 async def test_a_role_can_be_switched_and_switched_back(cluster, undisturbed):
     def roles():
         with cluster.client() as client:

@@ -14,6 +14,8 @@ model: demo
 pools:
   prefill: {instances: 1}
   decode: {instances: 1, tensor_parallel: 2}
+limits: {answer_s: 10}
+gateway: {journal: {reroute_s: 600}}
 """
 
 

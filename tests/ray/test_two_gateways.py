@@ -17,7 +17,7 @@ from tests.ray.streams import ENDLESS, PROMPTS, Reader, holds_nothing, moved, re
 CONFIG = """
 pools: {prefill: {instances: 1}, decode: {instances: 1}}
 gateway: {instances: 2, http_port: 0, grpc_port: 0}
-limits: {gateway_silence_s: 3600}
+limits: {gateway_silence_s: 3600, answer_s: 10}
 """
 """Whatever is freed after a gateway's death is freed because it was seen, not by its silence."""
 INSTANCES = ("prefill-0", "decode-0")
@@ -75,11 +75,15 @@ async def test_either_gateway_shows_operates_and_ends_the_others_requests(first,
 
 
 async def test_both_show_the_metrics_of_the_whole_cluster(first, second):
-    stopped = 'tandem_requests_total{outcome="stop"}'
+    def stopped() -> set[float]:
+        return {metric(one, 'tandem_requests_total{outcome="stop"}') for one in (first, second)}
+
+    await until(lambda: len(stopped()) == 1)
+    (before,) = stopped()
     for serving in (first, second):
         async with serving.async_client() as client:
             await asyncio.gather(*(stop_at_once(client, number) for number in range(3)))
-    await until(lambda: {metric(one, stopped) for one in (first, second)} == {6})
+    await until(lambda: stopped() == {before + 6})
 
 
 async def stop_at_once(client, number) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.ray.serving import (
     PATIENCE_S,
+    RAY_SETTINGS,
     command_of,
     descendants,
     metric,
@@ -36,8 +37,11 @@ device: cpu
 pools:
   prefill: {instances: 1, resources: {prefill_node: 0.1}}
   decode: {instances: 1, resources: {decode_node: 0.1}}
-transfer: {transport: nixl}
+transfer: {transport: nixl, copies: {slice_timeout_s: 60}}
+limits: {answer_s: 10}
+gateway: {journal: {reroute_s: 600}}
 """
+"""Patient with a slow machine: only the lost node does not answer for so long."""
 
 
 def ip(*arguments):
@@ -87,6 +91,8 @@ def nodes(spaces, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     monkeypatch.setenv("UCX_TLS", "tcp,self")
+    for name, value in RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
     session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     heads = {
         "prefill": ["--head", f"--port={PORT}", f"--temp-dir={session}"],
