@@ -1,17 +1,19 @@
 """Two gateways, the second a process of its own: asked for each other's requests, and killed."""
 
 import asyncio
+import json
 import os
 import re
 import signal
 from contextlib import suppress
 from dataclasses import replace
+from urllib.request import urlopen
 
 import pytest
 
 from cluster.rpc import tandem_pb2 as pb
 from engine.errors import DeadlineExceeded, TandemError
-from tests.ray.serving import command_of, descendants, metric, serve
+from tests.ray.serving import PATIENCE_S, command_of, descendants, metric, serve
 from tests.ray.streams import ENDLESS, PROMPTS, Reader, holds_nothing, moved, request, until
 
 CONFIG = """
@@ -91,6 +93,25 @@ async def stop_at_once(client, number) -> None:
     only = pb.Sampling(max_tokens=10, temperature=0.0, logit_bias={5: 100.0}, stop_token_ids=[5])
     async for chunk in client.stream(pb.GenerateRequest(text=PROMPTS[number], sampling=only)):
         assert chunk.finish_reason in ("", "stop")
+
+
+def listed(serving, kind: str) -> set[str]:
+    """Requests of the live page; `kind` is requests or ended."""
+    with urlopen(f"{serving.http}/dashboard/data", timeout=PATIENCE_S) as reply:
+        return {one["id"] for one in json.load(reply)[kind]}
+
+
+async def test_either_live_page_shows_what_both_are_doing_and_did(first, second):
+    async with second.async_client() as far:
+        reader = Reader(far, 0, ENDLESS)
+        await reader.has()
+        await until(lambda: len(listed(second, "requests")) == 1)
+        under_way = listed(second, "requests")
+        await until(lambda: listed(first, "requests") == under_way)
+        await reader.leave()
+    for serving in (first, second):
+        await until(lambda serving=serving: under_way <= listed(serving, "ended"))
+    await until(holds_nothing(first))
 
 
 async def drained(client, number) -> None:
