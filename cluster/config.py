@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,17 +14,20 @@ from cluster.config_errors import first_error
 from cluster.doors.limits import GrpcLimits, HttpLimits
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import JournalSettings
+from cluster.plan_file import plan_values
 from cluster.yaml_file import read_yaml
 from cluster.zmq_link import LinkLimits
 from decode.scheduler import DecodeSettings
 from engine.errors import BadConfig
-from engine.messages import Role
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
 from placement.admission import AdmissionSettings
 from placement.balancer import BalancerSettings
 from placement.router import RouterSettings
 from prefill.scheduler import PrefillSettings
+
+if TYPE_CHECKING:
+    from engine.messages import Role
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -310,82 +313,6 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise BadConfig(section, values, "must be a mapping")
     values[name] = value
-
-
-RAY_TYPES = {
-    "a10g": "A10G",
-    "a100": "A100",
-    "b200": "B200",
-    "h100": "H100",
-    "h200": "H200",
-    "l4": "L4",
-    "l40s": "L40S",
-    "mi300x": "AMD-Instinct-MI300X-OAM",
-}
-"""Ray's names of what it finds on a node, by the catalog's."""
-A_LITTLE = 0.001
-"""Of a node or of its accelerator type, which Ray counts as one each: any number of workers may
-ask for it."""
-PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "reason")
-
-
-def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan's deployment as config values; the live page shows what it predicted."""
-    shapes: dict[str, list[dict[str, Any]]] = {role.value: [] for role in Role}
-    kinds = _kinds(plan)
-    for number, pool in enumerate(plan["pools"]):
-        role = pool.get("role") if isinstance(pool, dict) else None
-        if role not in shapes:
-            raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
-        kept = ("instances", "tensor_parallel", "pipeline_parallel", "resources")
-        shape = {key: pool[key] for key in kept if pool.get(key) is not None}
-        if len(kinds) > 1 and "resources" not in shape:
-            shape["resources"] = _resources_of(f"pools[{number}]", pool, kinds)
-        if pool.get("nodes"):
-            node = _only_node(f"pools[{number}].nodes", pool["nodes"])
-            shape["resources"] = {**shape.get("resources", {}), f"node:{node}": A_LITTLE}
-        shapes[role].append(shape)
-    pools = {role: _pool_of(found) for role, found in shapes.items()}
-    devices = {"cpu" if kind.startswith("cpu") else "cuda" for kind in kinds}
-    if len(devices) > 1:
-        raise BadConfig("pools", ", ".join(sorted(kinds)), "CPUs and GPUs cannot serve together")
-    values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
-    values |= {"model": plan.get("model", "demo"), "pools": pools}
-    values["predicted"] = plan.get("predicted")
-    if plan.get("slo"):
-        values["slo"] = plan["slo"]
-    values.setdefault("device", devices.pop())
-    return values
-
-
-def _pool_of(shapes: list[dict[str, Any]]) -> dict[str, Any]:
-    if not shapes:
-        return {"instances": 0}
-    first, *more = shapes
-    return {**first, "more": more} if more else first
-
-
-def _kinds(plan: dict[str, Any]) -> set[str]:
-    """Of devices in the plan's pools."""
-    pools = [pool for pool in plan["pools"] if isinstance(pool, dict)]
-    return {str(pool.get("device", "")).lower() for pool in pools} or {""}
-
-
-def _only_node(where: str, nodes: object) -> str:
-    if not isinstance(nodes, list) or len(nodes) != 1:
-        rule = "must be a list of one node's address; say by resources which of several will do"
-        raise BadConfig(where, nodes, rule)
-    return str(nodes[0])
-
-
-def _resources_of(where: str, pool: dict[str, Any], kinds: set[str]) -> dict[str, float]:
-    """What makes Ray place a pool on its kind of device, where a plan has several."""
-    kind = str(pool.get("device", "")).lower()
-    type_of = {one: RAY_TYPES.get(one.partition("-")[0]) for one in kinds}
-    if type_of[kind] is None or list(type_of.values()).count(type_of[kind]) > 1:
-        rule = "Ray cannot tell it from the plan's other devices: say by which resource it can"
-        raise BadConfig(f"{where}.resources", kind, rule)
-    return {f"accelerator_type:{type_of[kind]}": A_LITTLE}
 
 
 def _numbers(value: Any, path: str) -> list[tuple[str, float]]:

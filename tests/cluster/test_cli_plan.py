@@ -10,8 +10,9 @@ import yaml
 
 from cluster.cli.app import run
 from cluster.cli.planning import cost_book, find_shape, read_plan_file
-from cluster.config import A_LITTLE, load_config
+from cluster.config import load_config
 from cluster.control.pools import LOCAL_WORKER_CPU, Ground, initial_specs
+from cluster.plan_file import A_LITTLE
 from cluster.profiling.measure import Device, Measuring, measure
 from cluster.profiling.passes import Pass, passes_of, profile_entry
 from cluster.settings import instance_settings
@@ -150,8 +151,10 @@ def test_every_objective_can_be_asked_for_and_is_explained_in_its_terms(tandem, 
     assert answer["predicted"]["power_w"] <= asked.get("power-cap", float("inf"))
 
 
-def served_as(files, *pools):
-    path = write(files / "mix.yaml", yaml.safe_dump({**SPLIT_PLAN, "pools": list(pools)}))
+def served_as(files, *pools, fleet=()):
+    hardware = {"nodes": [{"device": device} for device in fleet]}
+    plan = {**SPLIT_PLAN, "hardware": hardware, "pools": list(pools)}
+    path = write(files / "mix.yaml", yaml.safe_dump(plan))
     return initial_specs(load_config(str(path)), Ground("cuda", owned=True))
 
 
@@ -173,9 +176,21 @@ def test_every_pool_of_a_mix_is_served_on_its_own_devices(files):
     ]
 
 
+def test_a_pool_keeps_off_devices_that_its_plan_leaves_idle(files):
+    (spec,) = served_as(files, {"role": "mixed", "device": "l4"}, fleet=["l4", "h100-80gb"])
+    assert dict(spec.resources)["accelerator_type:L4"] == A_LITTLE
+
+
+@pytest.mark.parametrize("pool", [{"device": "cpu-core"}, {}])
+def test_a_pool_on_no_kind_of_gpu_goes_wherever_there_is_room(files, pool):
+    (spec,) = served_as(files, {"role": "mixed", **pool}, fleet=["l4", "h100-80gb"])
+    assert not any(name.startswith("accelerator") for name, _ in spec.resources)
+
+
 def test_pools_on_one_kind_of_device_go_wherever_that_is(files):
     shapes = ({"tensor_parallel": 2}, {"tensor_parallel": 1})
-    specs = served_as(files, *({"role": "mixed", "device": "l4", **shape} for shape in shapes))
+    pools = [{"role": "mixed", "device": "l4", **shape} for shape in shapes]
+    specs = served_as(files, *pools, fleet=["l4", "cpu-core"])
     assert [spec.tensor_parallel for spec in specs] == [2, 1]
     assert not any(name.startswith("accelerator") for spec in specs for name, _ in spec.resources)
 
