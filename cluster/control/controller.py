@@ -237,6 +237,7 @@ class Controller:
         return self._scaling.status
 
     async def set_role(self, name: str, role: Role) -> None:
+        await self._recovered.wait()
         launched = self._up(name)
         await answer(launched.workers[0].set_role.remote(role), self._config.limits.answer_s)
         launched.spec = replace(launched.spec, role=role)
@@ -246,6 +247,7 @@ class Controller:
 
     async def drain(self, name: str) -> None:
         """Moves its requests away and stops it; returns when it is gone or its time is up."""
+        await self._recovered.wait()
         launched = self._up(name)
         self._unwant(name)
         self._note("instance", name, "draining")
@@ -258,6 +260,7 @@ class Controller:
 
     async def migrate(self, request_id: str, target: str) -> tuple[str, str]:
         """Asks the request's owner to move it; returns the source and the target."""
+        await self._recovered.wait()
         self._up(target)
         for source, load in sorted(self._loads.items()):
             if any(running.request_id == request_id for running in load.sequences):
