@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ import torch
 
 from engine.native_library import load_library
 from engine.ops import Activation, Ops, TorchOps
+from engine.replay import Replays
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from engine.attention import AttentionShape, KvLayer
-    from engine.native_library import NativeLibrary
+    from engine.native_library import Kernels, NativeLibrary
     from engine.ops import QkNorm, Rotary
     from engine.packing import Packed
+    from engine.replay import Empty
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +94,23 @@ class NativeOps(TorchOps):
 
     def __init__(self, library: NativeLibrary, threads: int, instruction_set: str) -> None:
         self.instruction_set = instruction_set
-        self._native = library
+        self._library = library
+        self._native: Kernels = library
+        self._empty: Empty = torch.empty
         self._slabs = Slabs(library)
         library.use(instruction_set, threads)
+
+    def replays(self) -> Replays | None:
+        return Replays(self._library, self.writing_down)
+
+    @contextmanager
+    def writing_down(self, kernels: Kernels, empty: Empty) -> Iterator[None]:
+        """Calls these kernels instead of the library's, and takes memory here, meanwhile."""
+        self._native, self._empty = kernels, empty
+        try:
+            yield
+        finally:
+            self._native, self._empty = self._library, torch.empty
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
         if shared or weight.dtype not in DTYPES:
@@ -105,7 +124,7 @@ class NativeOps(TorchOps):
         packed.pointer = room.data_ptr()
         packed.in_features, packed.out_features = in_features, out_features
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        self._native.pack(
+        self._library.pack(
             _PACK.pack(
                 weight.data_ptr(),
                 packed.pointer,
@@ -143,7 +162,7 @@ class NativeOps(TorchOps):
             plain, pointer = 1, weight.data_ptr()
             out_features, in_features = weight.shape
         rows = x.shape[0]
-        out = torch.empty((rows, out_features), dtype=out_dtype)
+        out = self._empty((rows, out_features), dtype=out_dtype)
         self._native.linear(
             _LINEAR.pack(
                 x.data_ptr(),
@@ -186,7 +205,7 @@ class NativeOps(TorchOps):
         if dtype is None:
             return self._plain_norm(x, residual, weight, bias, eps)
         x = x.contiguous()
-        out = torch.empty_like(x)
+        out = self._empty(x.shape, dtype=x.dtype)
         features = x.shape[-1]
         self._native.norm(
             _NORM.pack(
@@ -232,7 +251,7 @@ class NativeOps(TorchOps):
         self, x: torch.Tensor, features: int, kind: Activation, gated: int
     ) -> torch.Tensor:
         x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+        out = self._empty((*x.shape[:-1], features), dtype=x.dtype)
         rows = out.numel() // features
         self._native.activation(
             _ACTIVATION.pack(
@@ -284,7 +303,7 @@ class NativeOps(TorchOps):
         if not _covers(query, kv):
             return super().paged_attention(query, kv, packed, shape)
         tokens, heads, dim = query.shape
-        out = torch.empty((tokens, heads, dim), dtype=query.dtype)
+        out = self._empty((tokens, heads, dim), dtype=query.dtype)
         self._native.attention(
             _ATTENTION.pack(
                 query.data_ptr(),

@@ -7,20 +7,30 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from engine.errors import Unsupported
 
 log = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parent
-INTERFACE = 2
+INTERFACE = 3
 """Of the records in engine/native/kernels.h; a library of another was built of other sources."""
 BUILD = "python setup.py build_ext --inplace --force"
 INSTALL = "pip install --force-reinstall --no-deps ."
 
 Kernel = Callable[[bytes], None]
 """Takes a record of engine/native/kernels.h."""
+
+
+class Kernels(Protocol):
+    """What computes a step: the library, or what writes its calls down."""
+
+    linear: Kernel
+    norm: Kernel
+    activation: Kernel
+    place: Kernel
+    attention: Kernel
 
 
 class NativeLibrary:
@@ -34,6 +44,7 @@ class NativeLibrary:
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_int64]
         for name in ("read_memory", "use_huge_pages", "collapse_pages"):
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self._library.tandem_replay.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         self.pack = self._kernel("pack")
         self.linear = self._kernel("linear")
         self.norm = self._kernel("norm")
@@ -82,6 +93,10 @@ class NativeLibrary:
     def collapse_pages(self, pointer: int, size_bytes: int) -> None:
         """Moves memory that was written already to large pages, where the system can."""
         self._library.tandem_collapse_pages(pointer, size_bytes)
+
+    def replay(self, calls: bytes) -> None:
+        """Calls kernels one after the other, as engine.replay wrote the calls down."""
+        self._library.tandem_replay(calls, len(calls))
 
     def use(self, instruction_set: str, threads: int) -> None:
         self._library.tandem_use_set(self._index_of[instruction_set])

@@ -19,6 +19,7 @@ from engine import attention
 if TYPE_CHECKING:
     from engine.attention import AttentionShape, KvLayer
     from engine.packing import Packed
+    from engine.replay import Replays
 
 
 class Activation(str, Enum):
@@ -50,6 +51,10 @@ class QkNorm:
 
 class Ops(Protocol):
     name: str
+
+    def replays(self) -> Replays | None:
+        """Where decode steps can be repeated as one call each; None where they cannot."""
+        ...
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
         """What `linear` takes for a weight [out, in]; the caller drops the original.
@@ -110,6 +115,9 @@ class TorchOps:
     """Plain torch: runs everywhere, and is what native kernels are compared with."""
 
     name = "torch"
+
+    def replays(self) -> Replays | None:
+        return None
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
         del shared

@@ -109,10 +109,15 @@ class Decoder:
         }
         self._head = Head(loader, self._embedding) if self._parallel.last else None
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
+        self._replays = loader.ops.replays() if loader.parallel.tensor_size == 1 else None
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
         delta, residual = None, self._start(packed)
+        if (repeated := self._repeat(packed, residual)) is not None:
+            for index in self._layers:
+                on_layer(index)
+            return self._finish(*repeated)
         *before, (last_index, last) = self._layers.items()
         for index, layer in before:
             delta, residual = layer(delta, residual, packed)
@@ -124,6 +129,18 @@ class Decoder:
             return None
         delta, residual = last(delta, residual, packed, self._kept(packed))
         on_layer(last_index)
+        return self._finish(delta, residual)
+
+    def _repeat(
+        self, packed: Packed, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """The layers of a decode step as one call, where that is possible."""
+        one_each = packed.draw_rows.shape[0] == len(packed.query_lens) == packed.tokens
+        if self._replays is None or not one_each:
+            return None
+        return self._replays.run(tuple(self._layers.values()), packed, hidden)
+
+    def _finish(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
         if self._head is not None:
             return self._head(delta, residual)
         self._parallel.hand_on(residual if delta is None else residual + delta)

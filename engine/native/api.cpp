@@ -40,5 +40,16 @@ void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }
 void tandem_activation(const void *record) { in_use->activation(unpack<ActivationArgs>(record)); }
 void tandem_place(const void *record) { in_use->place(unpack<PlaceArgs>(record)); }
 void tandem_attention(const void *record) { in_use->attention(unpack<AttentionArgs>(record)); }
+
+// Calls kernels one after the other: each call is a CallHeader and the kernel's record.
+void tandem_replay(const void *calls, int64_t bytes) {
+    constexpr void (*kernels[])(const void *) = {tandem_linear, tandem_norm, tandem_activation, tandem_place, tandem_attention};
+    auto call = static_cast<const char *>(calls), end = call + bytes;
+    while (call != end) {
+        const CallHeader &header = unpack<CallHeader>(call);
+        kernels[header.kernel](call + sizeof header);
+        call += sizeof header + header.record_bytes;
+    }
+}
 }
 #pragma GCC visibility pop

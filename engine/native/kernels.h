@@ -13,7 +13,7 @@ enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
 
 // The records below arrive from Python as packed bytes: every field is eight bytes wide. Whoever
 // changes one counts the interface up, here and in engine/native_library.py.
-constexpr int64_t kInterface = 2;
+constexpr int64_t kInterface = 3;
 
 struct LinearArgs {
     const void *x;       // [rows, in_features], rows x_stride elements apart
@@ -21,6 +21,11 @@ struct LinearArgs {
     const void *bias;    // null, or [out_features] of the same dtype
     void *y;             // [rows, out_features]; fp32 if wide, else as x
     int64_t rows, in_features, out_features, x_stride, dtype, plain, wide;
+};
+
+// Before each record in a run of calls: 0 linear, 1 norm, 2 activation, 3 place, 4 attention.
+struct CallHeader {
+    int64_t kernel, record_bytes;
 };
 
 struct PackArgs {
