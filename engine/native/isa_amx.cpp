@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <optional>
 #include <utility>
 #include <vector>
 
