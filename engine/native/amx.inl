@@ -21,8 +21,14 @@ struct TileBlock {
     float *c;
     int64_t ldc;
     bool accumulate;
-    const bf16 *next;    // what to bring into L2 meanwhile, null for nothing
+    const bf16 *next;    // what comes after the panel: it is brought into L2 meanwhile, if not null
     int64_t next_lines;  // of it, a step
+
+    // Where the weights lie that are met so many steps after this one.
+    const bf16 *ahead(int64_t step, int64_t steps_ahead, int64_t stride) const {
+        int64_t then = step + steps_ahead;
+        return then < steps ? panel + then * stride : next + (then - steps) * stride;
+    }
 };
 
 // The tile intrinsics do not tell the compiler which memory they read.
@@ -72,33 +78,36 @@ inline void load_rows_5(const bf16 *a, int64_t a_bytes) {
     if (reuse == kReusePanel) _tile_stream_loadd(5, a, a_bytes); else _tile_loadd(5, a, a_bytes);
 }
 
-// Lines of a panel that will be met once: into L2 long before, into L1 shortly before. They are
+// Lines of weights that will be met once: into L2 long before, into L1 shortly before. They are
 // spread over a step, since a burst of them would hold up what computes.
-inline void fetch_lines(const bf16 *panel, int64_t begin, int64_t end) {
-    constexpr int64_t far = 128 * kLine, near = 32 * kLine;
-    for (int64_t line = begin; line < end; line++) {
-        __builtin_prefetch(panel + line * kLine + far, 0, kIntoL2);
-        __builtin_prefetch(panel + line * kLine + near, 0, kIntoL1);
+struct Ahead {
+    const bf16 *far, *near;
+
+    void fetch(int64_t begin, int64_t end) const {
+        for (int64_t line = begin; line < end; line++) {
+            __builtin_prefetch(far + line * kLine, 0, kIntoL2);
+            __builtin_prefetch(near + line * kLine, 0, kIntoL1);
+        }
     }
-}
+};
 
 template <bool two_tiles>
-inline void stream_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, const bf16 *panel) {
-    fetch_lines(panel, 0, 6);
+inline void stream_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, const bf16 *panel, const Ahead &ahead) {
+    ahead.fetch(0, 6);
     _tile_loadd(6, panel, 64);
-    fetch_lines(panel, 6, 12);
+    ahead.fetch(6, 12);
     _tile_loadd(7, panel + kTile, 64);
-    fetch_lines(panel, 12, 18);
+    ahead.fetch(12, 18);
     _tile_loadd(4, a, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    fetch_lines(panel, 18, 22);
+    ahead.fetch(18, 22);
     _tile_dpbf16ps(1, 4, 7);
-    fetch_lines(panel, 22, 27);
+    ahead.fetch(22, 27);
     if (two_tiles) {
         _tile_loadd(5, a + block.tile_stride, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
     }
-    fetch_lines(panel, 27, 32);
+    ahead.fetch(27, 32);
     if (two_tiles) _tile_dpbf16ps(3, 5, 7);
 }
 
@@ -124,7 +133,7 @@ inline void multiply_block(const TileBlock &block) {
     int64_t a_bytes = block.row_stride * sizeof(bf16);
     for (int64_t step = 0; step < block.steps; step++) {
         if (reuse == kReuseRows)
-            stream_step<two_tiles>(block, a, a_bytes, panel);
+            stream_step<two_tiles>(block, a, a_bytes, panel, {block.ahead(step, kFarSteps / 2, 2 * kTile), block.ahead(step, kNearSteps / 2, 2 * kTile)});
         else
             resident_step<two_tiles, reuse>(block, a, a_bytes, panel, next);
         a += block.step_stride, panel += 2 * kTile, next += block.next_lines * kLine;
@@ -138,50 +147,54 @@ inline void multiply_rows(const TileBlock &block, int64_t tiles) {
 }
 
 // Three or four tiles of rows by one half of a panel: registers 0 .. 3 hold sums, 4 and 5 rows of
-// A, 7 the weights. `far` and `near` are what to bring into L2 and L1 meanwhile.
+// A, 7 the weights.
 template <int tiles>
-inline void tall_step(const TileBlock &block, const bf16 *a, const bf16 *weight, const bf16 *far, const bf16 *near) {
+inline void tall_step(const TileBlock &block, const bf16 *a, const bf16 *weight, const Ahead &ahead) {
     int64_t a_bytes = block.row_stride * sizeof(bf16);
-    auto fetch = [=](int64_t begin) {
-        for (int64_t line = begin; line < begin + kTileRows / 4; line++) {
-            __builtin_prefetch(far + line * kLine, 0, kIntoL2);
-            __builtin_prefetch(near + line * kLine, 0, kIntoL1);
-        }
-    };
     _tile_loadd(7, weight, 64);
     _tile_loadd(4, a, a_bytes);
-    fetch(0);
+    ahead.fetch(0, 4);
     _tile_loadd(5, a + block.tile_stride, a_bytes);
     _tile_dpbf16ps(0, 4, 7);
-    fetch(4);
+    ahead.fetch(4, 8);
     _tile_loadd(4, a + 2 * block.tile_stride, a_bytes);
     _tile_dpbf16ps(1, 5, 7);
-    fetch(8);
+    ahead.fetch(8, 12);
     if (tiles == 4) _tile_loadd(5, a + 3 * block.tile_stride, a_bytes);
     _tile_dpbf16ps(2, 4, 7);
-    fetch(12);
+    ahead.fetch(12, 16);
     if (tiles == 4) _tile_dpbf16ps(3, 5, 7);
 }
 
 template <int tiles>
-inline void multiply_tall(const TileBlock &block, int64_t half) {
-    // The halves of a panel pass one after the other: after the first comes the second, after
-    // that the first of the next panel.
-    const bf16 *passing = block.panel + half * kTile, *following = block.panel + (half == 0 ? kTile : block.steps * 2 * kTile);
-    auto ahead = [&](int64_t step) {
-        return step < block.steps ? passing + step * 2 * kTile : following + (step - block.steps) * 2 * kTile;
-    };
-    settle_memory();
-    clear_sums();
-    for (int64_t step = 0; step < block.steps; step++)
-        tall_step<tiles>(block, block.a + step * block.step_stride, passing + step * 2 * kTile, ahead(step + kFarSteps), ahead(step + kNearSteps));
-    float *c = block.c + half * 16;
-    int64_t bytes = block.ldc * sizeof(float);
+inline void load_tall(const float *c, int64_t ldc) {
+    int64_t bytes = ldc * sizeof(float), tile = kTileRows * ldc;
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + tile, bytes);
+    _tile_loadd(2, c + 2 * tile, bytes);
+    if (tiles == 4) _tile_loadd(3, c + 3 * tile, bytes);
+}
+
+template <int tiles>
+inline void store_tall(float *c, int64_t ldc) {
+    int64_t bytes = ldc * sizeof(float), tile = kTileRows * ldc;
     _tile_stored(0, c, bytes);
-    _tile_stored(1, c + kTileRows * block.ldc, bytes);
-    _tile_stored(2, c + 2 * kTileRows * block.ldc, bytes);
-    if (tiles == 4) _tile_stored(3, c + 3 * kTileRows * block.ldc, bytes);
+    _tile_stored(1, c + tile, bytes);
+    _tile_stored(2, c + 2 * tile, bytes);
+    if (tiles == 4) _tile_stored(3, c + 3 * tile, bytes);
     settle_memory();
+}
+
+// `block.panel` is a half: its tiles alternate with those of the other.
+template <int tiles>
+inline void multiply_tall(const TileBlock &block) {
+    constexpr int64_t stride = 2 * kTile;
+    settle_memory();
+    block.accumulate ? load_tall<tiles>(block.c, block.ldc) : clear_sums();
+    for (int64_t step = 0; step < block.steps; step++)
+        tall_step<tiles>(block, block.a + step * block.step_stride, block.panel + step * stride,
+                         {block.ahead(step, kFarSteps, stride), block.ahead(step, kNearSteps, stride)});
+    store_tall<tiles>(block.c, block.ldc);
 }
 
 // Holds the tile configuration of the calling thread while it lives.

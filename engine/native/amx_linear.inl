@@ -35,6 +35,7 @@ constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panel
 constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
 
 constexpr int64_t kStreamedTiles = 4;             // of rows at most, past which weights go by
+constexpr int64_t kSlabTiles = 32;                // of x stay in L1 while slabs of weights stream by
 
 constexpr int64_t kPassPanels = 4;  // written out together: a row's lines lie in one page
 
@@ -56,13 +57,30 @@ struct RowBlock {
                 sums + tile * kTileRows * kPanel, kPanel, step > 0, nullptr, 0};
     }
 
-    // Few rows: the panel streams by, its sums never leave the tiles.
-    void stream(int64_t panel_index) const {
-        TileBlock all = block(panel(panel_index), sums, 0, 0, x.steps);
-        if (tiles <= 2) multiply_rows<kReuseRows>(all, tiles);
-        for (int64_t half = 0; tiles > 2 && half < 2; half++)
-            tiles == 3 ? multiply_tall<3>(all, half) : multiply_tall<4>(all, half);
-        emit<bf16>(args, sums, 0, args.rows, panel_index * kPanel);
+    // Few rows: panels stream by, a slab of each at a time, so that the part of x that meets the
+    // slabs stays in L1.
+    void stream_group(int64_t begin, int64_t end) const {
+        int64_t slabs = tiles <= 2 ? 1 : ceil_div(x.steps * tiles, kSlabTiles), slab = ceil_div(x.steps, slabs);
+        for (int64_t step = 0; step < x.steps; step += slab) {
+            const bf16 *after = step + slab < x.steps ? panel(begin) + (step + slab) * 2 * kTile : panel(end);
+            for (int64_t index = begin; index < end; index++) {
+                const bf16 *next = index + 1 < end ? panel(index + 1) + step * 2 * kTile : after;
+                stream_slab(index, sums_of(index - begin), step, smaller_of(slab, x.steps - step), next);
+            }
+        }
+        emit_group(begin, end);
+    }
+
+    void stream_slab(int64_t index, float *panel_sums, int64_t step, int64_t steps, const bf16 *next) const {
+        TileBlock slab = block(panel(index), panel_sums, 0, step, steps);
+        slab.next = next;
+        if (tiles <= 2) return multiply_rows<kReuseRows>(slab, tiles);
+        for (int64_t half = 0; half < 2; half++) {
+            TileBlock part = slab;
+            part.panel += half * kTile, part.c += half * 16;
+            part.next = half == 0 ? slab.panel + kTile : next;
+            tiles == 3 ? multiply_tall<3>(part) : multiply_tall<4>(part);
+        }
     }
 
     // Many rows: a slab of the panel stays in L1 while they pass, and the next slab is fetched.
@@ -81,6 +99,10 @@ struct RowBlock {
 
     void pass_group(int64_t begin, int64_t end) const {
         for (int64_t index = begin; index < end; index++) pass(panel(index), sums_of(index - begin));
+        emit_group(begin, end);
+    }
+
+    void emit_group(int64_t begin, int64_t end) const {
         int64_t row = first * kTileRows, rows = smaller_of(tiles * kTileRows, args.rows - row);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t index = begin; index < end; index++)
@@ -92,11 +114,12 @@ struct RowBlock {
 void linear_streaming(const LinearArgs &args, const TiledInput &x) {
     int64_t panels = ceil_div(args.out_features, kPanel);
     int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
+    if (x.row_tiles > 2 && grain < kPassPanels) grain = kPassPanels;
     parallel_ranges(panels, grain, [&](int64_t begin, int64_t end) {
         Tiles configured(x.row_tiles > 2 ? 2 * kTileRows : args.rows);
-        alignas(64) float sums[kStreamedTiles * kTileRows * kPanel];
-        RowBlock rows{args, x, 0, x.row_tiles, sums};
-        for (int64_t panel = begin; panel < end; panel++) rows.stream(panel);
+        int64_t room = (end - begin) * round_up(x.row_tiles, 2) * kTileRows * kPanel;
+        RowBlock rows{args, x, 0, x.row_tiles, static_cast<float *>(scratch(kSums, room * sizeof(float)))};
+        rows.stream_group(begin, end);
     });
 }
 
