@@ -1,7 +1,9 @@
 """A skewed load on 16 decode instances in the simulator, with balancing off and on.
 
 A few very long outputs among short ones: which instance they end up on is chance, and where
-several meet, memory runs out, others give way and new requests wait.
+several meet, memory runs out, others give way and new requests wait. With `--lengths power-law`
+prompts and outputs follow one law from a few tokens to thousands, so that room for a long prompt
+is scattered over instances, however requests are routed.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ from placement.router import Policy, RouterSettings  # noqa: E402
 from placement.simulator import Simulation  # noqa: E402
 from placement.workload import Arrivals, Workload  # noqa: E402
 
+POWER, SHORTEST, LONGEST = 1.3, 16, 6000
+
 
 def skewed(arguments: argparse.Namespace, seed: int) -> Workload:
     generator = np.random.default_rng(seed)
     count = arguments.requests
+    if arguments.lengths == "power-law":
+        prompts, outputs = power_law(generator, count), power_law(generator, count)
+        return Workload(Arrivals(generator).times(count, arguments.rate), prompts, outputs)
     long_one = generator.random(count) < arguments.long_share
     outputs = np.where(
         long_one,
@@ -41,6 +48,14 @@ def skewed(arguments: argparse.Namespace, seed: int) -> Workload:
     )
     prompts = generator.integers(64, 1024, count)
     return Workload(Arrivals(generator).times(count, arguments.rate), prompts, outputs)
+
+
+def power_law(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Lengths from SHORTEST to LONGEST whose density falls with a power: a mean of about 500."""
+    exponent = 1.0 - POWER
+    low, high = SHORTEST**exponent, LONGEST**exponent
+    lengths: np.ndarray = (low + generator.random(count) * (high - low)) ** (1.0 / exponent)
+    return lengths.astype(np.int64)
 
 
 def run(arguments: argparse.Namespace, router: str, seed: int, *, balance: bool) -> dict[str, Any]:
@@ -78,6 +93,7 @@ def main() -> int:
     parser.add_argument("--device", default="a10g")
     parser.add_argument("--requests", type=int, default=7000)
     parser.add_argument("--rate", type=float, default=20.0)
+    parser.add_argument("--lengths", choices=("skewed", "power-law"), default="skewed")
     parser.add_argument("--long-share", type=float, default=0.05)
     parser.add_argument("--long-tokens", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)

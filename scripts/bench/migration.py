@@ -2,14 +2,14 @@
 
     python scripts/bench/migration.py [--shape 120m] [--contexts 512 2048 8192 16384]
         [--transports shared_memory nixl] [--modes live stop-and-copy] [--rounds 5]
-        [--no-recompute] [--json]
+        [--no-recompute] [--laps 8] [--json]
 
 Each host decodes 15 other sequences on a core of its own. A sequence of each context joins the
 source, decodes, moves, and decodes on at the target. The gap is what its reader sees: from the
 source's last token to the target's first. The pause is that gap less an ordinary step of the
 target's batch of 16 with the sequence in it.
-The slow-down compares the other sequences' steps while KV moves with those just before, when the
-sequence that moves was in the source's batch already.
+Before a transport's live migrations, `--laps` moves each way of PASSING_TOKENS tell how much they
+slow the other sequences down (see migration_slowdown.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from engine.messages import Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
 from placement.router import Route
+from scripts.bench.migration_slowdown import slow_down
 from scripts.bench.two_hosts import Gateway, HostPlan, HostProcess, start, stop, write_model
 
 if TYPE_CHECKING:
@@ -40,26 +42,31 @@ if TYPE_CHECKING:
 BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
 NEIGHBOUR_BLOCKS = 160
 """Room for each neighbour to go on decoding through all rounds."""
+LAP_BLOCKS = 20
+"""More for each lap of the slow-down."""
 SOURCE, TARGET = "decode-0", "decode-1"
 MODES = {"live": 8, "stop-and-copy": 0}
 """Rounds that a migration may copy while the source still decodes."""
 SETTLE_TOKENS = 24
+PASSING_TOKENS = 4096
+"""Context of what moves for the slow-down: long enough for a copy to take many steps."""
 PATIENT = Slo(600.0, 10.0)
 HEADER = """{shape} in bf16, a batch of 16 on either side, medians in ms
-transport      mode           context     MB   pause     gap   step   total       slow-down    \
-recompute"""
+transport      mode           context     MB   pause     gap   step   total    recompute"""
 
 
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as directory:
         write_model(options.shape, Path(directory) / "model")
-        figures: dict[str, Any] = {"shape": options.shape, "runs": []}
+        figures: dict[str, Any] = {"shape": options.shape, "runs": [], "slow_down": {}}
         if not options.json:
             print(HEADER.format(shape=options.shape))
         for transport in options.transports:
             for mode in options.modes:
-                figures["runs"] += asyncio.run(run(options, Path(directory), transport, mode))
+                rows, slowed = asyncio.run(run(options, Path(directory), transport, mode))
+                figures["runs"] += rows
+                figures["slow_down"] |= slowed
     if options.json:
         print(json.dumps(figures, indent=2))
 
@@ -72,17 +79,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-recompute", dest="recompute", action="store_false")
+    parser.add_argument("--laps", type=int, default=6, help="moves each way for the slow-down")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 async def run(
     options: argparse.Namespace, directory: Path, transport: str, mode: str
-) -> list[dict[str, Any]]:
-    """All contexts over one pair of hosts."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All contexts over one pair of hosts, and how live moves slow their neighbours down."""
     sockets = directory / f"{transport}-{mode}"
     sockets.mkdir()
-    blocks = blocks_for(max(options.contexts) + 1024, BLOCK_TOKENS) + NEIGHBOURS * NEIGHBOUR_BLOCKS
+    blocks = blocks_for(max(options.contexts) + 1024, BLOCK_TOKENS)
+    blocks += NEIGHBOURS * (NEIGHBOUR_BLOCKS + LAP_BLOCKS * options.laps)
     plans = [
         HostPlan(
             name,
@@ -99,6 +108,11 @@ async def run(
     gateway = Gateway(sockets)
     hosts = start(plans, gateway.link.address)
     gateway.meet(hosts)
+    slowed: dict[str, Any] = {}
+    if options.laps and mode == "live":
+        slowed[transport] = await slow_neighbours(gateway, hosts, options)
+        if not options.json:
+            show_slow_down(transport, slowed[transport])
     found = []
     for context in options.contexts:
         row = await measure(gateway, hosts, context, options.rounds)
@@ -109,6 +123,17 @@ async def run(
             show(found[-1])
     stop(hosts)
     gateway.link.close()
+    return found, slowed
+
+
+async def slow_neighbours(
+    gateway: Gateway, hosts: list[HostProcess], options: argparse.Namespace
+) -> dict[str, Any]:
+    neighbours = await surround(gateway, 0)
+    passing = min(PASSING_TOKENS, max(options.contexts))
+    found = await slow_down(gateway, hosts, partial(ask, tokens=passing), options.laps)
+    for name in neighbours:
+        gateway.abort(name)
     return found
 
 
@@ -119,11 +144,7 @@ async def measure(
     laps = [await lap(gateway, hosts, context, number) for number in range(rounds + 1)][1:]
     for name in neighbours:
         gateway.abort(name)
-    medians = {key: statistics.median(one[key] for one in laps) for key in laps[0]}
-    for side in ("source", "target"):
-        before = sum(one[f"{side}_before_s"] for one in laps)
-        medians[f"{side}_slowdown"] = sum(one[f"{side}_during_s"] for one in laps) / before - 1.0
-    return medians
+    return {key: statistics.median(one[key] for one in laps) for key in laps[0]}
 
 
 async def surround(gateway: Gateway, context: int) -> list[str]:
@@ -135,8 +156,7 @@ async def surround(gateway: Gateway, context: int) -> list[str]:
             name = f"near-{context}-{host}-{number}"
             streams.append(gateway.open(ask(name, NEIGHBOUR_TOKENS), Route(host)))
             names.append(name)
-    for stream in streams:
-        await gateway.until(lambda stream=stream: bool(stream.arrived_s))
+    await gateway.until(lambda: all(stream.arrived_s for stream in streams))
     return names
 
 
@@ -154,7 +174,6 @@ async def lap(
     hosts[0].know(request.prompt)
     stream = gateway.open(request, Route(SOURCE))
     await gateway.tokens(stream, SETTLE_TOKENS)
-    asked_s = time.monotonic()
     gateway.migrate(request.id, SOURCE, TARGET)
     await gateway.until(lambda: request.id in gateway.ended)
     moved = gateway.ended[request.id]
@@ -162,28 +181,17 @@ async def lap(
     await gateway.tokens(stream, SETTLE_TOKENS)
     gateway.abort(request.id)
     return {
-        **timing(gateway, stream, asked_s),
+        **timing(stream),
         "total_s": moved.total_s,
         "MB": moved.kv_bytes / 1e6,
     }
 
 
-def timing(gateway: Gateway, stream: Stream, asked_s: float) -> dict[str, float]:
+def timing(stream: Stream) -> dict[str, float]:
     first = stream.senders.index(TARGET)
     left_s, came_s = stream.arrived_s[first - 1], stream.arrived_s[first]
-    steps = {side: gateway.steps_s[name] for side, name in (("source", SOURCE), ("target", TARGET))}
     step_s = statistics.median(b - a for a, b in pairwise(stream.arrived_s[first:]))
-    times = {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
-    joined_s = stream.arrived_s[1]
-    for side, at in steps.items():
-        times[f"{side}_before_s"] = statistics.mean(lasting(at, joined_s, asked_s))
-        times[f"{side}_during_s"] = statistics.mean(lasting(at, asked_s, left_s) or [step_s])
-    return times
-
-
-def lasting(at: list[float], since_s: float, until_s: float) -> list[float]:
-    """Steps that ran, in part, in this time."""
-    return [end - begin for begin, end in pairwise(at) if end > since_s and begin < until_s]
+    return {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
 
 
 async def recompute(gateway: Gateway, context: int) -> float:
@@ -203,10 +211,18 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
         f"{row['pause_s'] * 1e3:7.1f} {row['gap_s'] * 1e3:7.1f} {row['step_s'] * 1e3:6.1f} "
-        f"{row['total_s'] * 1e3:7.0f} {row['source_slowdown']:7.1%} / "
-        f"{row['target_slowdown']:6.1%} {again}",
+        f"{row['total_s'] * 1e3:7.0f} {again}",
         flush=True,
     )
+
+
+def show_slow_down(transport: str, slowed: dict[str, Any]) -> None:
+    for side, found in slowed.items():
+        print(
+            f"{transport}: {side}'s other sequences {found['median']:+.1%} while KV moves "
+            f"({found['low']:+.1%} to {found['high']:+.1%}, {found['copies']} copies)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

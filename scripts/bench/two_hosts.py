@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.gateway.journal import Deliver, Fail, Journal, Reroute, Send
+from cluster.gateway.entry import Deliver, Fail, Reroute, Send
+from cluster.gateway.journal import Journal
 from cluster.zmq_link import ZmqLink, ipc_address
 from engine.messages import Migrate, Migrated, Role, Token, Tokens
 
@@ -60,6 +61,10 @@ class HostProcess:
     def cpu_s(self) -> float:
         self.pipe.send(("cpu", ()))
         return float(self.pipe.recv())
+
+    def preemptions(self) -> int:
+        self.pipe.send(("preemptions", ()))
+        return int(self.pipe.recv())
 
 
 def write_model(shape: str, directory: Path) -> None:
@@ -142,14 +147,14 @@ async def serve(plan: HostPlan, pipe: Connection) -> None:
         host = Host(instance, executor=runner, link=link, mover=mover, clock=SystemClock())
         running = tasks.create_task(host.run())
         host.tell(["gateway-0"])
-        await obey(pipe, blocks)
+        await obey(pipe, instance, blocks)
         running.cancel()
     link.close()
     transport.close()
     runner.close()
 
 
-async def obey(pipe: Connection, blocks: Any) -> None:
+async def obey(pipe: Connection, instance: Any, blocks: Any) -> None:
     """What the bench asks for, until it hangs up."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
@@ -166,7 +171,7 @@ async def obey(pipe: Connection, blocks: Any) -> None:
             return
         if order == "know":
             remember(blocks, prompt)
-        pipe.send(time.process_time())
+        pipe.send(instance.preemptions if order == "preemptions" else time.process_time())
 
 
 def remember(blocks: Any, prompt: tuple[int, ...]) -> None:
@@ -229,7 +234,11 @@ class Gateway:
                 self._note(sender, token, now)
         if isinstance(message, Migrated):
             self.ended[message.request_id] = message
+        self.heard(message)
         self._carry_out(self._journal.receive(sender, message, now))
+
+    def heard(self, message: object) -> None:
+        """For gateways that decide by what they hear."""
 
     async def listen(self, seconds: float) -> None:
         """Takes in what comes, for so long."""
