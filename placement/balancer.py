@@ -87,7 +87,7 @@ class Move:
     source: str
     target: str
     reason: str
-    """drain, role, outgrow, defragment, isolate or balance."""
+    """drain, role, outgrow, room, defragment, isolate or balance."""
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +122,10 @@ class Standing:
         left = self.load.total_blocks - self.virtual_blocks - blocks
         return left * self.load.block_tokens / max(self.batch + sequences, 1)
 
+    def waits(self) -> bool:
+        """Whether something waits for room."""
+        return any(_missing(one, self.load) for one in self.here.values())
+
     def demand(self) -> int:
         """Blocks that the first of those that wait for room is short of."""
         missing = (_missing(one, self.load) for one in self.here.values())
@@ -154,6 +158,8 @@ class Balancer:
             self._press(standings)
             for one in standings:
                 moves += self._spill(one, standings, view.now_s)
+            for one in standings:
+                moves += self._send_on(one, standings, view.now_s)
             for one in standings:
                 moves += self._defragment(one, standings, view.now_s)
                 moves += self._isolate(one, standings, view.now_s)
@@ -251,6 +257,30 @@ class Balancer:
         """Tokens by which a request could grow if the instance were all its own."""
         capacity = standing.load.total_blocks * standing.load.block_tokens
         return capacity - one.prompt_tokens - one.output_tokens
+
+    def _send_on(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
+        """Prompts for which there is no room here, to where nothing waits: nothing of theirs has
+        been computed, so nothing is copied."""
+        moves: list[Move] = []
+        if not source.open:
+            return moves
+        for one in list(source.here.values()):
+            if not _is_new(one) or self._room_for(one, source):
+                continue
+            targets = [
+                target
+                for target in standings
+                if target is not source
+                and target.open
+                and target.load.role.prefills
+                and not target.waits()
+                and self._room_for(one, target)
+                and self._within_limits(source, target, draining=False)
+            ]
+            target = max(targets, key=self._appeal, default=None)
+            if target is not None and self._recent.may_move(one, now):
+                moves.append(self._move(one, source, target, "room", now))
+        return moves
 
     def _defragment(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
         """Makes one hole of the room that is scattered, for something long that waits here."""
@@ -371,8 +401,9 @@ class Balancer:
         blocks = self._needs(one, target)
         self._recent.began(one, source.name, target.name, blocks, now)
         del source.here[one.request_id]
-        source.virtual_blocks -= one.blocks
-        source.batch = max(source.batch - 1, 0)
+        source.virtual_blocks -= one.blocks + _missing(one, source.load)
+        if not _waits_without_kv(one):
+            source.batch = max(source.batch - 1, 0)
         source.leaving += 1
         target.here[one.request_id] = one
         target.free_blocks -= blocks
@@ -389,6 +420,11 @@ def _runs(one: Running) -> bool:
 
 def _waits_without_kv(one: Running) -> bool:
     return one.state == SequenceState.WAITING.value and one.blocks == 0
+
+
+def _is_new(one: Running) -> bool:
+    """Nothing of it has been computed or drawn: wherever it goes it begins alike."""
+    return _waits_without_kv(one) and one.output_tokens == 0
 
 
 def _missing(one: Running, load: Load) -> int:

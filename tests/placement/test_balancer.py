@@ -159,6 +159,31 @@ def test_a_waiting_prompt_leaves_a_draining_instance_too():
     assert [move.request_id for move in Balancer().decide(seen)] == ["w"]
 
 
+def new(name: str, blocks: int) -> Running:
+    """A prompt that waits for room."""
+    return waiting(name, blocks, "waiting")
+
+
+def test_a_prompt_that_finds_no_room_goes_on_to_where_nothing_waits():
+    options = BalancerSettings(low_steps=0.0, high_steps=1e9)
+    seen = view(
+        load("mixed-0", *crowd("a", 9, 105), new("prompt", 60)),
+        load("mixed-1", *crowd("b", 5, 105), new("other", 600)),
+        load("mixed-2", *crowd("c", 8, 105)),
+        load("decode-3"),
+    )
+    moves = Balancer(options).decide(seen)
+    assert [(m.request_id, m.target, m.reason) for m in moves] == [("prompt", "mixed-2", "room")]
+
+
+def test_a_prompt_that_waits_for_its_turn_or_was_begun_already_stays():
+    options = BalancerSettings(low_steps=0.0, high_steps=1e9)
+    begun = replace(new("begun", 60), output_tokens=3)
+    for one in (new("short", 20), begun):
+        seen = view(load("mixed-0", *crowd("a", 9, 105), one), load("mixed-1"))
+        assert [m for m in Balancer(options).decide(seen) if m.reason == "room"] == []
+
+
 def test_a_running_sequence_leaves_an_instance_that_became_a_prefill_instance():
     seen = view(load("prefill-0", running("stray", 10)), load("decode-0"))
     assert [(m.request_id, m.reason) for m in Balancer().decide(seen)] == [("stray", "role")]
