@@ -173,7 +173,6 @@ class Migrations:
     def _end(self, migration: Migration, *, committed: bool) -> None:
         del self._under_way[migration.request_id]
         migration.target.inbox.migrating.pop(migration.request_id, None)
-        self._world.moved(migration.request_id, committed=committed)
         record = self._world.record
         record.migrations += committed
         record.failed_migrations += not committed
