@@ -80,7 +80,7 @@ class Case:
 
 CASES = {
     "conversation": Case(
-        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 41.0, 0.47
+        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 38.0, 0.47
     ),
     "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.87),
     "mooncake": Case(
