@@ -236,8 +236,8 @@ class Autoscaler:
         return down
 
     def _just_fell(self, history: RoleHistory, now: float) -> bool:
-        """What the fall does to the signals must be seen before the next one."""
-        return history.direction < 0 and now - history.changed_s < self.policy.downscale_delay_s
+        """What a stop does to the signals is seen for a whole window before the next one."""
+        return history.direction < 0 and now - history.changed_s < self._window.look_back_s
 
     def _stepped(
         self, standing: int, wanted: int, policy: RolePolicy, history: RoleHistory, now: float

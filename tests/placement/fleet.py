@@ -188,7 +188,7 @@ def random_history(seed: int, steps: int = 80) -> tuple[Fleet, float]:
     return fleet, elapsed_s
 
 
-def settle(fleet: Fleet, steps: int = 120) -> None:
+def settle(fleet: Fleet, steps: int = 240) -> None:
     """Faults end and the load stays: whatever still is asked for must be there, or the budget is
     in use to the last instance that fits, by roles that have long been asking for all of it."""
     fleet.fail_share = fleet.loss_share = 0.0

@@ -197,8 +197,8 @@ def test_a_signal_is_heard_again_a_look_back_after_what_it_asked_for_serves():
     assert decide(scaler, *grown, now=12.0, **slow) == (Start(DECODE), Start(DECODE))
 
 
-def test_what_a_stop_does_is_seen_for_a_whole_delay_before_the_next():
-    scaler = Autoscaler(policy(downscale_delay_s=20.0), ONE)
+def test_what_a_stop_does_is_seen_for_a_whole_look_back_before_the_next():
+    scaler = Autoscaler(policy(downscale_delay_s=20.0, look_back_period_s=20.0), ONE)
     prefill = pool(PREFILL, 2)
     for now in (0.0, 10.0):
         assert decide(scaler, *prefill, *pool(DECODE, 6, 0.1), now=now) == ()
