@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Roles that follow the workload: from prompt-heavy to output-heavy under a policy with switches.
 
-    python scripts/bench/roles.py [--seconds 40] [--prompt-rate 20] [--output-rate 12] [--json]
+    python scripts/bench/roles.py [--seconds 20] [--prompt-rate 8] [--output-rate 9] [--json]
 
 Serves the built-in model as two prefill instances beside one that decodes, under a policy that
 may have three instances in all and turns one role into the other. The first half of the load is
@@ -96,11 +96,11 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each half")
-    parser.add_argument("--prompt-rate", type=float, default=20.0)
-    parser.add_argument("--output-rate", type=float, default=12.0)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each half")
+    parser.add_argument("--prompt-rate", type=float, default=8.0)
+    parser.add_argument("--output-rate", type=float, default=9.0)
     parser.add_argument("--ttft", type=float, default=0.5)
-    parser.add_argument("--tpot", type=float, default=0.03)
+    parser.add_argument("--tpot", type=float, default=0.005)
     parser.add_argument("--queued", type=float, default=400.0, help="prompt tokens per prefill")
     parser.add_argument("--sequences", type=float, default=4.0, help="per decode instance")
     parser.add_argument("--seed", type=int, default=0)
