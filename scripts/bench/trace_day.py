@@ -4,9 +4,10 @@
     python scripts/bench/trace_day.py [conversation code mooncake] [--day-s 3600] [--json]
 
 A trace is scaled in rate by adding time-shifted copies of itself, and thinned to a day's curve,
-whose peak fills the fleet of 32 accelerators. The curve has the ratios that Stojkovic et al.
-(DynamoLLM, HPCA 2025) give for a week of Azure's conversation service: a peak of 1.7 times the mean
-and 3.3 times the valley.
+whose peak fills the fleet of 32 accelerators. The curves have the ratios that Stojkovic et al.
+(DynamoLLM, HPCA 2025) give for a week of the Azure services that the traces are of: in the
+conversation service a peak of 1.7 times the mean and 3.3 times the valley, in the coding service,
+which its users leave at night, of 2.8 and 34.6 times. Mooncake's conversations follow the first.
 
 The best static plan is the smallest whose attainment over the day reaches the bar, separate pools
 in their best split or aggregated. The policies are the shipped ones, the same for all traces but
@@ -59,11 +60,37 @@ if TYPE_CHECKING:
 ACCELERATORS = 32
 ATTAINMENT = 0.9
 ORACLE_SAMPLES = 96
-PEAK_OVER_MEAN, PEAK_OVER_VALLEY = 1.7, 3.3
 PEAK_HOUR = 15.0
 PEAK_SPAN = (PEAK_HOUR - 2.0) / 24, (PEAK_HOUR + 2.0) / 24
 """Of the day, in which the splits of a plan are compared."""
 POLICIES = ROOT / "cluster" / "configs" / "policies"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A day's load, as shares of its peak: a cosine, raised until its mean is right."""
+
+    peak_over_mean: float
+    peak_over_valley: float
+
+    def at(self, day_share: NDArray[np.float64]) -> NDArray[np.float64]:
+        valley = 1 / self.peak_over_valley
+        wave = (1 + np.cos(2 * np.pi * (day_share - PEAK_HOUR / 24))) / 2
+        curve: NDArray[np.float64] = valley + (1 - valley) * wave ** self._sharpness()
+        return curve
+
+    def _sharpness(self) -> float:
+        wave = (1 + np.cos(np.linspace(0, 2 * np.pi, 10_000, endpoint=False))) / 2
+        valley = 1 / self.peak_over_valley
+        wanted = (1 / self.peak_over_mean - valley) / (1 - valley)
+        low, high = 0.1, 10.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            low, high = (middle, high) if (wave**middle).mean() > wanted else (low, middle)
+        return low
+
+
+CONVERSATIONS, CODING = Curve(1.7, 3.3), Curve(2.8, 34.6)
 
 
 @dataclass(frozen=True)
@@ -76,36 +103,25 @@ class Case:
     peak_rps: float
     prefill_share: float
     """Of a static plan's instances: where its search begins."""
+    curve: Curve
 
 
 CASES = {
     "conversation": Case(
-        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 38.0, 0.47
+        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 38.0, 0.47, CONVERSATIONS
     ),
-    "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.87),
+    "code": Case(
+        "AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.83, CODING
+    ),
     "mooncake": Case(
-        "mooncake_conversation_trace.jsonl", "a100-80gb", Target(15.0, 0.05), 16.0, 0.69
+        "mooncake_conversation_trace.jsonl",
+        "a100-80gb",
+        Target(15.0, 0.05),
+        16.0,
+        0.69,
+        CONVERSATIONS,
     ),
 }
-
-
-def share_of_peak(day_share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The day's curve: a cosine, raised until its mean is right."""
-    valley = 1 / PEAK_OVER_VALLEY
-    wave = (1 + np.cos(2 * np.pi * (day_share - PEAK_HOUR / 24))) / 2
-    curve: NDArray[np.float64] = valley + (1 - valley) * wave ** _sharpness()
-    return curve
-
-
-def _sharpness() -> float:
-    wave = (1 + np.cos(np.linspace(0, 2 * np.pi, 10_000, endpoint=False))) / 2
-    valley = 1 / PEAK_OVER_VALLEY
-    wanted = (1 / PEAK_OVER_MEAN - valley) / (1 - valley)
-    low, high = 0.1, 10.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if (wave**middle).mean() > wanted else (low, middle)
-    return low
 
 
 def day_workload(trace: Workload, case: Case, day_s: float, seed: int) -> Workload:
@@ -120,7 +136,7 @@ def day_workload(trace: Workload, case: Case, day_s: float, seed: int) -> Worklo
             inside = np.flatnonzero((arrivals >= 0) & (arrivals < day_s))
             parts.append(replace(trace.select(inside), arrival_s=arrivals[inside]))
     merged = _merged(parts)
-    share = share_of_peak(merged.arrival_s / day_s)
+    share = case.curve.at(merged.arrival_s / day_s)
     kept = generator.random(len(merged)) < share * case.peak_rps / (copies * trace.rate_rps)
     return merged.select(np.flatnonzero(kept))
 
