@@ -21,9 +21,9 @@ from decode.scheduler import DecodeSettings
 from engine.errors import BadConfig
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
-from placement.admission import AdmissionSettings
-from placement.balancer import BalancerSettings
-from placement.router import RouterSettings
+from placement.balancing.balancer import BalancerSettings
+from placement.routing.admission import AdmissionSettings
+from placement.routing.router import RouterSettings
 from prefill.scheduler import PrefillSettings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from cluster.config_errors import first_error
 from cluster.yaml_file import MAX_FILE_BYTES, parse_yaml
 from engine.errors import BadConfig
-from placement.policy import Policy
+from placement.scaling.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from cluster.policy_file import parse_policy, starting_policy
 from engine.errors import BadConfig
 from engine.messages import Role
-from placement.dynamics import Dynamics
-from placement.simulator import Simulation
+from placement.simulation.dynamics import Dynamics
+from placement.simulation.simulator import Simulation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from placement.costbook import CostBook
-    from placement.deployment import Deployment
-    from placement.dynamics import FleetRecord
-    from placement.outcome import Outcome
-    from placement.plan import Plan
+    from placement.planning.costbook import CostBook
+    from placement.planning.plan import Plan
+    from placement.simulation.deployment import Deployment
+    from placement.simulation.dynamics import FleetRecord
+    from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
 SHOWN_CHANGES = 40

@@ -19,11 +19,11 @@ from engine.errors import BadConfig, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from placement.latency import LatencyModel
-    from placement.plan import Plan
-    from placement.profile import Profile as Measurements
-    from placement.profile import Run
-    from placement.question import Objective
+    from placement.latency.model import LatencyModel
+    from placement.latency.profile import Profile as Measurements
+    from placement.latency.profile import Run
+    from placement.planning.plan import Plan
+    from placement.planning.question import Objective
 
 Workload = Annotated[
     Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
@@ -74,9 +74,9 @@ def plan(
 ) -> None:
     """The pools that serve most within the targets, and what they beat."""
     from cluster.cli.planning import cost_book, fleet_with
-    from placement.optimizer import answer as find_answer
-    from placement.plan import Target
-    from placement.question import Question
+    from placement.planning.optimizer import answer as find_answer
+    from placement.planning.plan import Target
+    from placement.planning.question import Question
     from placement.workload_files import read_workload
 
     _check_output("output", output)
@@ -128,8 +128,8 @@ def simulate(
     """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
     from cluster.cli.following import follow, following, show_fleet
     from cluster.cli.planning import check_memory, cost_book, planned_fleet, read_plan_file
-    from placement.candidate import deployment_for
-    from placement.simulator import simulate as run
+    from placement.planning.candidate import deployment_for
+    from placement.simulation.simulator import simulate as run
     from placement.workload_files import read_workload
 
     _check_output("report", report)
@@ -212,7 +212,7 @@ def _check_output(option: str, path: Path | None) -> None:
 
 
 def _objective(name: str) -> Objective:
-    from placement.question import Objective
+    from placement.planning.question import Objective
 
     names = [objective.value for objective in Objective]
     if name not in names:
@@ -272,7 +272,7 @@ def _both_ways(run: Run) -> Iterator[tuple[float, float]]:
 
 
 def _show_serving(measured: Measurements, instances: int, latency: LatencyModel) -> None:
-    from placement.serving_costs import fit_serving
+    from placement.latency.serving_costs import fit_serving
 
     served = [one for one in measured.served if one.instances == instances]
     if not served:
@@ -288,7 +288,7 @@ def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
 
     from cluster.cli.plan_table import samples_table
-    from placement.profile import fit_link, fit_run, profile_from
+    from placement.latency.profile import fit_link, fit_run, profile_from
 
     if as_json:
         print(json.dumps(document, allow_nan=False))

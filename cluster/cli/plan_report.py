@@ -19,20 +19,20 @@ from cluster.cli.plan_table import (
     rival_rows,
 )
 from engine.events import TTFT_PARTS
-from placement.candidate import deployment_of
-from placement.exploration import RATE_SHARES, over_rates, watched
+from placement.planning.candidate import deployment_of
+from placement.planning.exploration import RATE_SHARES, over_rates, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from placement.choice import Choice
-    from placement.deployment import Deployment
-    from placement.exploration import RatePoint, Utilisation
-    from placement.optimizer import Answer
-    from placement.outcome import Outcome
-    from placement.plan import Plan, Target
+    from placement.planning.choice import Choice
+    from placement.planning.exploration import RatePoint, Utilisation
+    from placement.planning.optimizer import Answer
+    from placement.planning.plan import Plan, Target
+    from placement.simulation.deployment import Deployment
+    from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
 Curve = tuple[str, list["RatePoint"]]

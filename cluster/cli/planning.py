@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.yaml_file import read_yaml
 from engine.errors import BadConfig, NoFeasiblePlan
-from placement.catalog import find_model, hardware_from
-from placement.costbook import CostBook
-from placement.model_shape import read_shape
-from placement.plan import plan_from
-from placement.profile import fit_link, read_profile
+from placement.latency.catalog import find_model, hardware_from
+from placement.latency.model_shape import read_shape
+from placement.latency.profile import fit_link, read_profile
+from placement.planning.costbook import CostBook
+from placement.planning.plan import plan_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from placement.catalog import Hardware, NodeGroup
-    from placement.model_shape import ModelShape
-    from placement.plan import Plan
-    from placement.profile import Profile
+    from placement.latency.catalog import Hardware, NodeGroup
+    from placement.latency.model_shape import ModelShape
+    from placement.latency.profile import Profile
+    from placement.planning.plan import Plan
     from placement.workload import Workload
 
 DEMO = "demo"

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import InstanceLost
 from engine.messages import Migrate
-from placement.pace_balancer import balancer_for
+from placement.balancing.pace_balancer import balancer_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.config import MigrationConfig
     from engine.messages import Message
-    from placement.balancer import Move
+    from placement.balancing.balancer import Move
     from placement.view import View
 
     Send = Callable[[str, Message], None]

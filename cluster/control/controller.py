@@ -31,7 +31,7 @@ from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.errors import BadInput, BadRequest, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Role
-from placement.signals import Phase, Unit
+from placement.scaling.signals import Phase, Unit
 from placement.view import InstanceView, View
 
 if TYPE_CHECKING:

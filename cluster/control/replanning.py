@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import PlannerFailed
 from engine.messages import Role
-from placement.drift import DriftSettings, Profiler
+from placement.scaling.drift import DriftSettings, Profiler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cluster.config import Config
     from cluster.control.balancing import Note
-    from placement.drift import Profiled, Shape
-    from placement.policy import Policy, Replan
+    from placement.scaling.drift import Profiled, Shape
+    from placement.scaling.policy import Policy, Replan
 
 
 @dataclass(frozen=True, slots=True)

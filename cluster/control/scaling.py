@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.control.replanning import Replanning
 from cluster.policy_file import parse_policy
 from engine.errors import BadConfig, TandemError
-from placement.allotment import Start, Stop, Switch
-from placement.autoscaler import Autoscaler
-from placement.policy import ReplanMode
-from placement.signals import Observation, Phase
+from placement.scaling.allotment import Start, Stop, Switch
+from placement.scaling.autoscaler import Autoscaler
+from placement.scaling.policy import ReplanMode
+from placement.scaling.signals import Observation, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from cluster.control.replanning import Planned, Planner
     from engine.clock import Clock
     from engine.messages import Role
-    from placement.allotment import Action
-    from placement.drift import Shape
-    from placement.policy import Policy
-    from placement.signals import Unit
+    from placement.scaling.allotment import Action
+    from placement.scaling.drift import Shape
+    from placement.scaling.policy import Policy
+    from placement.scaling.signals import Unit
 
 log = logging.getLogger(__name__)
 

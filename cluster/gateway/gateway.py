@@ -22,8 +22,8 @@ from cluster.watching.observer import Observers, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
 from engine.messages import Dropped, Load, Lost, Migrated, Query, Reply, Resume, Tokens
 from engine.request import FinishReason
-from placement.admission import Admission, Forecast
-from placement.router import Router
+from placement.routing.admission import Admission, Forecast
+from placement.routing.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from engine.messages import Message, Token
     from engine.request import Request
     from engine.tokenizer import Tokenizer
-    from placement.router import Route
+    from placement.routing.router import Route
 
 LOG = logging.getLogger(__name__)
 

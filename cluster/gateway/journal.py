@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from engine.request import Request
-    from placement.router import Route
+    from placement.routing.router import Route
 
 
 COMMITTED = "committed"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import JournalSettings
 from engine.slo import Slo
-from placement.admission import AdmissionSettings
-from placement.router import RouterSettings
+from placement.routing.admission import AdmissionSettings
+from placement.routing.router import RouterSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from cluster.watching.observer import Ended, Opened
 if TYPE_CHECKING:
     from cluster.gateway.answer import Choice
     from engine.errors import TandemError
-    from placement.router import Route
+    from placement.routing.router import Route
 
 
 def opened(choice: Choice, route: Route, trace: str | None, now: float) -> Opened:

@@ -23,8 +23,8 @@ from engine.errors import BadConfig, Unsupported
 from engine.request import Sampling
 from engine.runner import Runner, resolve_dtype
 from engine.sampler import Sampler
-from placement.catalog import device_names
-from placement.catalog import find_device as find_in_catalog
+from placement.latency.catalog import device_names
+from placement.latency.catalog import find_device as find_in_catalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
-from placement.latency import pairs_of
+from placement.latency.model import pairs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

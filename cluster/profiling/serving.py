@@ -17,7 +17,7 @@ from cluster.bench.run import Bench, Plan
 from cluster.bench.server import Settings
 from cluster.profiling.passes import undisturbed
 from engine.errors import InstanceLost
-from placement.serving_costs import Served
+from placement.latency.serving_costs import Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

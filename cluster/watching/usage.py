@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from cluster.control.scaling import MOST_SHARES, Usage
-from placement.drift import Shape
+from placement.scaling.drift import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from engine.messages import Role  # noqa: E402
-from placement.candidate import Candidate, deployment_of  # noqa: E402
-from placement.catalog import find_model, one_kind  # noqa: E402
-from placement.costbook import CostBook, Cut  # noqa: E402
-from placement.deployment import Overheads  # noqa: E402
-from placement.dynamics import Dynamics  # noqa: E402
-from placement.plan import PoolPlan, Target  # noqa: E402
-from placement.router import Policy, RouterSettings  # noqa: E402
-from placement.simulator import Simulation  # noqa: E402
+from placement.latency.catalog import find_model, one_kind  # noqa: E402
+from placement.planning.candidate import Candidate, deployment_of  # noqa: E402
+from placement.planning.costbook import CostBook, Cut  # noqa: E402
+from placement.planning.plan import PoolPlan, Target  # noqa: E402
+from placement.routing.router import Policy, RouterSettings  # noqa: E402
+from placement.simulation.deployment import Overheads  # noqa: E402
+from placement.simulation.dynamics import Dynamics  # noqa: E402
+from placement.simulation.simulator import Simulation  # noqa: E402
 from placement.workload import Arrivals, Workload  # noqa: E402
 
 POWER, SHORTEST, LONGEST = 1.3, 16, 6000

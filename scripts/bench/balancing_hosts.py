@@ -29,13 +29,13 @@ from engine.clock import SystemClock
 from engine.messages import Load, Migrate, Migrated, Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
-from placement.balancer import Balancer, BalancerSettings
-from placement.router import Policy, Router, RouterSettings
+from placement.balancing.balancer import Balancer, BalancerSettings
+from placement.routing.router import Policy, Router, RouterSettings
 from placement.view import InstanceView, View
 from scripts.bench.two_hosts import Gateway, HostPlan, start, stop, write_model
 
 if TYPE_CHECKING:
-    from placement.router import Route
+    from placement.routing.router import Route
 
 LONG_SHARE, LONG_TOKENS, SHORT_TOKENS, PROMPT_TOKENS = 0.12, (400, 900), (8, 64), (32, 160)
 LOOK_S = 0.5

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from engine.errors import BadConfig, BadInput  # noqa: E402
-from placement.distserve_rules import (  # noqa: E402
+from placement.published.distserve_rules import (  # noqa: E402
     Layout,
     Outcome,
     Parallel,

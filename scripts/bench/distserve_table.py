@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 from engine.messages import Role  # noqa: E402
 from engine.slo import Slo  # noqa: E402
-from placement.catalog import find_link, find_model  # noqa: E402
-from placement.deployment import Deployment, InstanceModel  # noqa: E402
-from placement.distserve_rules import Coefficients, Parallel, stage_rules  # noqa: E402
-from placement.goodput import find_goodput  # noqa: E402
-from placement.latency import LatencyModel  # noqa: E402
+from placement.latency.catalog import find_link, find_model  # noqa: E402
+from placement.latency.model import LatencyModel  # noqa: E402
+from placement.planning.goodput import find_goodput  # noqa: E402
+from placement.published.distserve_rules import Coefficients, Parallel, stage_rules  # noqa: E402
+from placement.simulation.deployment import Deployment, InstanceModel  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ async def run_gateway(folder: Path) -> None:
     from cluster.gateway.settings import GatewaySettings
     from engine.clock import SystemClock
     from engine.tokenizer import Tokenizer
-    from placement.admission import AdmissionSettings
+    from placement.routing.admission import AdmissionSettings
 
     link = ZmqLink(GATEWAY, f"ipc://{folder}/gateway", None)
     link.connect(INSTANCE, f"ipc://{folder}/instance")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from engine.messages import Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
-from placement.router import Route
+from placement.routing.router import Route
 from scripts.bench.two_hosts import Gateway, HostPlan, start, stop, write_model
 
 GOAL, BLOCKS = 0.02, 256

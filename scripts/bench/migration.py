@@ -32,7 +32,7 @@ from engine.blocks import blocks_for
 from engine.messages import Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
-from placement.router import Route
+from placement.routing.router import Route
 from scripts.bench.migration_slowdown import slow_down
 from scripts.bench.two_hosts import Gateway, HostPlan, HostProcess, start, stop, write_model
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from placement.router import Route
+from placement.routing.router import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable

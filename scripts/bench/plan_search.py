@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from placement.catalog import find_model, one_kind  # noqa: E402
-from placement.costbook import CostBook  # noqa: E402
-from placement.optimizer import plan  # noqa: E402
-from placement.plan import Target  # noqa: E402
-from placement.question import Question  # noqa: E402
+from placement.latency.catalog import find_model, one_kind  # noqa: E402
+from placement.planning.costbook import CostBook  # noqa: E402
+from placement.planning.optimizer import plan  # noqa: E402
+from placement.planning.plan import Target  # noqa: E402
+from placement.planning.question import Question  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
 REFERENCE = ROOT.parent / "shared" / "data" / "reference"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engine.messages import InstanceState, Load, Role
 from engine.request import Request, Sampling
-from placement.router import Policy, Router, RouterSettings
+from placement.routing.router import Policy, Router, RouterSettings
 from placement.view import InstanceView, View
 
 

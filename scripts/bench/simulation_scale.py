@@ -15,12 +15,12 @@ sys.path.insert(0, str(ROOT))
 
 from engine.messages import Role  # noqa: E402
 from engine.slo import Slo  # noqa: E402
-from placement.candidate import Candidate, deployment_of  # noqa: E402
-from placement.catalog import find_model, one_kind  # noqa: E402
-from placement.cells import simulate_cells  # noqa: E402
-from placement.costbook import CostBook, Cut  # noqa: E402
-from placement.deployment import Overheads  # noqa: E402
-from placement.plan import PoolPlan, Target  # noqa: E402
+from placement.latency.catalog import find_model, one_kind  # noqa: E402
+from placement.planning.candidate import Candidate, deployment_of  # noqa: E402
+from placement.planning.costbook import CostBook, Cut  # noqa: E402
+from placement.planning.plan import PoolPlan, Target  # noqa: E402
+from placement.simulation.cells import simulate_cells  # noqa: E402
+from placement.simulation.deployment import Overheads  # noqa: E402
 from placement.workload import Arrivals, LengthModel, synthetic  # noqa: E402
 
 

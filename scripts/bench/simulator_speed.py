@@ -23,9 +23,9 @@ from distserve_rules import read_workload as read_requests  # noqa: E402
 from distserve_table import Row, deployment  # noqa: E402
 
 from engine.slo import Slo  # noqa: E402
-from placement.distserve_rules import Layout, Parallel  # noqa: E402
-from placement.distserve_rules import simulate as simulate_rules  # noqa: E402
-from placement.simulator import simulate  # noqa: E402
+from placement.published.distserve_rules import Layout, Parallel  # noqa: E402
+from placement.published.distserve_rules import simulate as simulate_rules  # noqa: E402
+from placement.simulation.simulator import simulate  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
 if TYPE_CHECKING:

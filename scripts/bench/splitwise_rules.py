@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from engine.errors import BadConfig, BadInput  # noqa: E402
-from placement.splitwise_rules import Fleet, Outcome, Trace, simulate  # noqa: E402
+from placement.published.splitwise_rules import Fleet, Outcome, Trace, simulate  # noqa: E402
 
 REFERENCE = ROOT.parent / "shared" / "data" / "reference"
 COLUMNS = ("arrival_timestamp", "prompt_size", "token_size")

@@ -39,13 +39,13 @@ sys.path.insert(0, str(ROOT))
 
 from cluster.policy_file import parse_policy  # noqa: E402
 from engine.messages import Role  # noqa: E402
-from placement.candidate import Candidate, deployment_of  # noqa: E402
-from placement.catalog import find_model, one_kind  # noqa: E402
-from placement.costbook import CostBook, Cut  # noqa: E402
-from placement.deployment import Overheads  # noqa: E402
-from placement.dynamics import Dynamics  # noqa: E402
-from placement.plan import PoolPlan, Target  # noqa: E402
-from placement.simulator import Simulation, simulate  # noqa: E402
+from placement.latency.catalog import find_model, one_kind  # noqa: E402
+from placement.planning.candidate import Candidate, deployment_of  # noqa: E402
+from placement.planning.costbook import CostBook, Cut  # noqa: E402
+from placement.planning.plan import PoolPlan, Target  # noqa: E402
+from placement.simulation.deployment import Overheads  # noqa: E402
+from placement.simulation.dynamics import Dynamics  # noqa: E402
+from placement.simulation.simulator import Simulation, simulate  # noqa: E402
 from placement.workload import DAY_S, Workload  # noqa: E402
 from placement.workload_files import read_workload  # noqa: E402
 
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from placement.deployment import Deployment
-    from placement.policy import Policy
+    from placement.scaling.policy import Policy
+    from placement.simulation.deployment import Deployment
 
 ACCELERATORS = 32
 ATTAINMENT = 0.9

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from engine.request import Request
-    from placement.router import Route
+    from placement.routing.router import Route
 
 CONTEXT_TOKENS = 20480
 START_S, WAIT_S = 300.0, 300.0

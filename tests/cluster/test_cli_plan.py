@@ -19,10 +19,10 @@ from cluster.settings import instance_settings
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
 from engine.messages import Role
-from placement.candidate import deployment_for
-from placement.costbook import Cut
-from placement.latency import mixed_step
-from placement.profile import Measured, profile_from
+from placement.latency.model import mixed_step
+from placement.latency.profile import Measured, profile_from
+from placement.planning.candidate import deployment_for
+from placement.planning.costbook import Cut
 
 PASSES = [
     {"tokens": 16, "squares": 256, "seconds": 0.004},

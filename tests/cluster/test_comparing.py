@@ -13,7 +13,7 @@ from cluster.instance.comparing import Comparing
 from cluster.instance.mover import RankMover, rank_name
 from engine.messages import Role
 from kvtransfer.transport import Pool
-from placement.router import Route
+from placement.routing.router import Route
 from tests.cluster.engines import Engine, engine
 from tests.cluster.movers import DirectPeers
 from tests.cluster.test_instance_engine import TOKENS, VOCAB, EngineScene, alone, ask

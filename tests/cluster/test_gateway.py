@@ -16,7 +16,7 @@ from engine.errors import (
 )
 from engine.messages import Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
-from placement.admission import AdmissionSettings
+from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
 from tests.cluster.serving import ask, read, running, says, settle, tokens_of, until
 

@@ -19,7 +19,7 @@ from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import NotFound
 from engine.messages import Role
 from engine.request import Request, Sampling
-from placement.admission import AdmissionSettings
+from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
 from tests.cluster.serving import running, says, settle, tokens_of, until
 

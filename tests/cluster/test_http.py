@@ -12,7 +12,7 @@ from cluster.doors.limits import HttpLimits
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
 from cluster.gateway.settings import GatewaySettings
 from engine.request import Request, Sampling
-from placement.admission import AdmissionSettings
+from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
 from tests.cluster.serving import FakeCluster, running, says, settle, tokens_of, until
 

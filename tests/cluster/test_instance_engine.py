@@ -16,7 +16,7 @@ from engine.blocks import BlockPool
 from engine.messages import Confirmed, Migrated, Role, Sealed
 from engine.request import Grammar, Request, Sampling, start_sequence
 from engine.slo import Slo
-from placement.router import Route
+from placement.routing.router import Route
 from tests.cluster.engines import BLOCK_TOKENS, BLOCKS, Engine, engine
 from tests.engine import tiny
 from tests.simulation.scene import Scene

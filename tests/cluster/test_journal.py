@@ -31,7 +31,7 @@ from engine.messages import (
     Verdict,
 )
 from engine.request import FinishReason, Request, Sampling
-from placement.router import Route
+from placement.routing.router import Route
 from tests.cluster.fakes import EchoInstance, hash_tokens
 
 REQUEST = Request("r", (1, 2, 3), Sampling(max_tokens=4))

@@ -7,7 +7,7 @@ import yaml
 from cluster.policy_file import parse_policy, policy_schema
 from engine.errors import BadConfig
 from engine.messages import Role
-from placement.policy import PredictorName, SignalName
+from placement.scaling.policy import PredictorName, SignalName
 
 GOOD = """\
 name: test

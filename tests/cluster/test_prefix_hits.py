@@ -12,8 +12,8 @@ from engine.layout import KvLayout
 from engine.messages import Role, Start, Token, Tokens
 from engine.request import Request, Sampling
 from kvtransfer.transfer import TransferSettings
-from placement.drift import Shape
 from placement.role import RoleSettings
+from placement.scaling.drift import Shape
 from prefill.scheduler import PrefillSettings
 from tests.cluster.serving import TOKENIZER
 

@@ -13,7 +13,7 @@ from cluster.rpc import tandem_pb2 as pb
 from engine.clock import VirtualClock
 from engine.errors import BadConfig, PlannerFailed
 from engine.messages import Role
-from placement.drift import Profiled, Shape
+from placement.scaling.drift import Profiled, Shape
 from placement.workload_files import read_workload
 from tests.cluster.test_scaling import POLICY, Fleet
 

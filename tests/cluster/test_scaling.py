@@ -12,8 +12,8 @@ from engine.errors import BadConfig
 from engine.events import Timeline
 from engine.messages import Role
 from engine.slo import Slo
-from placement.drift import Shape
-from placement.signals import Phase, Unit
+from placement.scaling.drift import Shape
+from placement.scaling.signals import Phase, Unit
 from tests.cluster.watching import ended, opened
 from tests.placement.fleet import busy
 

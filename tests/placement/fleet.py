@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from engine.messages import InstanceState, Load, Role
-from placement.allotment import Start, Stop, Switch
-from placement.autoscaler import Autoscaler, Decision
-from placement.policy import Policy
-from placement.signals import Observation, Phase, Unit
+from placement.scaling.allotment import Start, Stop, Switch
+from placement.scaling.autoscaler import Autoscaler, Decision
+from placement.scaling.policy import Policy
+from placement.scaling.signals import Observation, Phase, Unit
 
 CAPACITY = {Role.PREFILL: 1000.0, Role.DECODE: 500.0, Role.MIXED: 600.0}
 STEP_S = 2.0

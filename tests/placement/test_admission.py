@@ -2,7 +2,7 @@ import pytest
 
 from engine.errors import Overloaded
 from engine.request import Request
-from placement.admission import Admission, AdmissionSettings, Forecast
+from placement.routing.admission import Admission, AdmissionSettings, Forecast
 
 
 def request(name: str, tenant: str = "", priority: int = 0, tokens: int = 10, at_s: float = 0.0):

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 
 from engine.messages import Role
-from placement.allotment import Start, Stop, Switch, Wish, allot, steps
-from placement.autoscaler import Autoscaler
-from placement.forecast import forecast
-from placement.policy import Forecast, Policy
-from placement.signals import Observation, Phase, Unit
+from placement.scaling.allotment import Start, Stop, Switch, Wish, allot, steps
+from placement.scaling.autoscaler import Autoscaler
+from placement.scaling.forecast import forecast
+from placement.scaling.policy import Forecast, Policy
+from placement.scaling.signals import Observation, Phase, Unit
 from tests.placement.fleet import busy, random_history, settle
 
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED

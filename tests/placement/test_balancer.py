@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import InstanceState, Load, Role, Running
-from placement.balancer import Balancer, BalancerSettings, virtual_blocks
+from placement.balancing.balancer import Balancer, BalancerSettings, virtual_blocks
 from placement.view import InstanceView, View
 
 BLOCK = 16

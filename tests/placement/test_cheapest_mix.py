@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import NoFeasiblePlan
-from placement.cheapest_mix import (
+from placement.planning.cheapest_mix import (
     Bucket,
     InstanceType,
     cheapest_mix,

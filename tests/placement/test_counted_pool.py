@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.blocks import BlockPool
 from engine.errors import OutOfBlocks
-from placement.counted_pool import CountedPool
+from placement.simulation.counted_pool import CountedPool
 
 VERBS = st.tuples(st.sampled_from(["allocate", "reserve", "claim", "unreserve", "release"]),
                   st.integers(0, 12))  # fmt: skip

@@ -10,17 +10,17 @@ import pytest
 
 from engine.messages import Role
 from engine.slo import Slo
-from placement.catalog import Link
-from placement.deployment import Deployment, InstanceModel
-from placement.dynamics import Dynamics, Failure
-from placement.latency import LatencyModel
-from placement.router import Policy, RouterSettings
-from placement.simulated_instance import SimulatedInstance
-from placement.simulator import simulate
+from placement.latency.catalog import Link
+from placement.latency.model import LatencyModel
+from placement.routing.router import Policy, RouterSettings
+from placement.simulation.deployment import Deployment, InstanceModel
+from placement.simulation.dynamics import Dynamics, Failure
+from placement.simulation.instance import SimulatedInstance
+from placement.simulation.simulator import simulate
 from placement.workload import Workload
 
 if TYPE_CHECKING:
-    from placement.outcome import Outcome
+    from placement.simulation.outcome import Outcome
 
 LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from engine.errors import BadConfig
-from placement.distserve_pipeline import Pipeline
-from placement.distserve_rules import (
+from placement.latency.model import steps_to_reach
+from placement.published.distserve_pipeline import Pipeline
+from placement.published.distserve_rules import (
     DECODE_BATCH_TOKENS,
     DECODE_WAITING_TOKENS,
     Layout,
@@ -19,7 +20,6 @@ from placement.distserve_rules import (
     simulate,
     stage_rules,
 )
-from placement.latency import steps_to_reach
 
 ONE = Parallel(1, 1)
 SPLIT = Layout("opt-13b", ONE, ONE)

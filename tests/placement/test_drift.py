@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from placement.drift import (
+from placement.scaling.drift import (
     DriftSettings,
     Profiled,
     Profiler,

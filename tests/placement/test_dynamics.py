@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from engine.messages import InstanceState, Role
 from engine.slo import Slo
-from placement.balancer import BalancerSettings, Move
-from placement.catalog import Link
-from placement.deployment import Deployment, InstanceModel
-from placement.dynamics import Dynamics, Failure
-from placement.latency import LatencyModel
-from placement.policy import Policy
-from placement.router import RouterSettings
-from placement.simulator import Simulation
+from placement.balancing.balancer import BalancerSettings, Move
+from placement.latency.catalog import Link
+from placement.latency.model import LatencyModel
+from placement.routing.router import RouterSettings
+from placement.scaling.policy import Policy
+from placement.simulation.deployment import Deployment, InstanceModel
+from placement.simulation.dynamics import Dynamics, Failure
+from placement.simulation.simulator import Simulation
 from placement.workload import Workload
 
 LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from engine.messages import Role
-from placement.candidate import Candidate, deployment_of
-from placement.catalog import find_model, one_kind
-from placement.costbook import CostBook, Cut
-from placement.deployment import Deployment, Overheads
-from placement.exploration import over_rates, watched
-from placement.plan import PoolPlan, Target
-from placement.simulator import simulate
+from placement.latency.catalog import find_model, one_kind
+from placement.planning.candidate import Candidate, deployment_of
+from placement.planning.costbook import CostBook, Cut
+from placement.planning.exploration import over_rates, watched
+from placement.planning.plan import PoolPlan, Target
+from placement.simulation.deployment import Deployment, Overheads
+from placement.simulation.simulator import simulate
 from placement.workload import Arrivals, Workload, fixed_lengths
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.errors import BadCheckpoint, BadConfig, Unsupported
-from placement.catalog import (
+from placement.latency.catalog import (
     device_names,
     find_device,
     find_link,
@@ -19,10 +19,11 @@ from placement.catalog import (
     one_kind,
     read_hardware,
 )
-from placement.latency import Roofline, Step, decode_step, mixed_step, power_w, prefill_step
-from placement.model_shape import shape_from_config
-from placement.profile import fit_link, profile_from, read_profile
-from placement.robust_fit import fit_costs, nonnegative_least_squares
+from placement.latency.model import Step, decode_step, mixed_step, prefill_step
+from placement.latency.model_shape import shape_from_config
+from placement.latency.profile import fit_link, profile_from, read_profile
+from placement.latency.robust_fit import fit_costs, nonnegative_least_squares
+from placement.latency.roofline import Roofline, power_w
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,11 @@ import pytest
 
 from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
-from placement.catalog import Hardware, find_device, find_link, find_model, one_kind
-from placement.costbook import CostBook, Cut
-from placement.optimizer import plan
-from placement.plan import Plan, PoolPlan, Target, plan_from, read_plan
-from placement.question import Objective, Question
+from placement.latency.catalog import Hardware, find_device, find_link, find_model, one_kind
+from placement.planning.costbook import CostBook, Cut
+from placement.planning.optimizer import plan
+from placement.planning.plan import Plan, PoolPlan, Target, plan_from, read_plan
+from placement.planning.question import Objective, Question
 from placement.workload import Workload
 
 if TYPE_CHECKING:

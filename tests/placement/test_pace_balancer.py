@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from engine.messages import InstanceState, Load, Role, Running
-from placement.balancer import Balancer, BalancerPolicy, BalancerSettings
-from placement.catalog import find_device, find_link, find_model
-from placement.latency import Roofline
-from placement.pace_balancer import PaceBalancer, balancer_for, decode_line
+from placement.balancing.balancer import Balancer, BalancerPolicy, BalancerSettings
+from placement.balancing.pace_balancer import PaceBalancer, balancer_for, decode_line
+from placement.latency.catalog import find_device, find_link, find_model
+from placement.latency.roofline import Roofline
 from placement.view import InstanceView, View
 
 SETTINGS = BalancerSettings(

@@ -6,8 +6,8 @@ from engine.messages import InstanceState, Load, Role, Running
 from engine.request import Request, Sampling
 from engine.slo import Slo
 from placement.line import Line
-from placement.prefixes import PrefixIndex
-from placement.router import Policy, Router, RouterSettings
+from placement.routing.prefixes import PrefixIndex
+from placement.routing.router import Policy, Router, RouterSettings
 from placement.view import InstanceView, View
 
 

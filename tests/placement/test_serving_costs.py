@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from engine.errors import BadConfig
-from placement.latency import LatencyModel
-from placement.profile import profile_from
-from placement.serving_costs import Served, WithServing, fit_serving
+from placement.latency.model import LatencyModel
+from placement.latency.profile import profile_from
+from placement.latency.serving_costs import Served, WithServing, fit_serving
 
 ARRIVAL_S, STEP_S, TOKEN_S = 0.004, 0.0006, 0.0001
 

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from engine.blocks import BlockPool
 from engine.messages import Role
 from engine.slo import Slo
-from placement.catalog import Link, find_device, find_link, find_model
-from placement.deployment import Deployment, InstanceModel, Overheads
-from placement.latency import LatencyModel, Roofline, decode_step, prefill_step
-from placement.outcome import Outcome, weighted_spread
+from placement.latency.catalog import Link, find_device, find_link, find_model
+from placement.latency.model import LatencyModel, decode_step, prefill_step
+from placement.latency.roofline import Roofline
 from placement.role import RoleSettings
-from placement.router import RouterSettings
-from placement.simulated_instance import SimulatedInstance
-from placement.simulator import Simulation, simulate
-from placement.steady import ONLY_DECODES, SteadyBatcher
+from placement.routing.router import RouterSettings
+from placement.simulation.deployment import Deployment, InstanceModel, Overheads
+from placement.simulation.instance import SimulatedInstance
+from placement.simulation.outcome import Outcome, weighted_spread
+from placement.simulation.simulator import Simulation, simulate
+from placement.simulation.steady import ONLY_DECODES, SteadyBatcher
 from placement.workload import Workload
 
 SLOW_LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)

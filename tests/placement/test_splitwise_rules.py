@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import BadConfig
-from placement.splitwise_rules import Fleet, Trace, iteration_times, simulate
+from placement.published.splitwise_rules import Fleet, Trace, iteration_times, simulate
 
 H100 = ("h100-80gb",)
 

@@ -10,7 +10,7 @@ from engine.messages import InstanceState, Load, Message
 
 if TYPE_CHECKING:
     from engine.request import Request
-    from placement.router import Route
+    from placement.routing.router import Route
     from tests.simulation.world import World
 
 TICK_S = 0.2

@@ -15,7 +15,7 @@ from engine.request import Request, Sampling
 from engine.slo import Slo
 from kvtransfer.transfer import TransferSettings
 from placement.role import RoleSettings
-from placement.router import Route
+from placement.routing.router import Route
 from prefill.scheduler import PrefillSettings
 from tests.simulation import faults as fault
 from tests.simulation.model import prefix_cells

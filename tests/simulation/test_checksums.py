@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.messages import Dropped
-from placement.router import Route
+from placement.routing.router import Route
 from tests.simulation.scene import Scene
 
 if TYPE_CHECKING:

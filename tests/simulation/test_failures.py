@@ -21,7 +21,7 @@ from engine.messages import (
     Verdict,
 )
 from kvtransfer.transfer import TransferSettings
-from placement.router import Route
+from placement.routing.router import Route
 from tests.simulation.scene import DETECTED_S, STEP_S, Scene
 
 LEASE_S = TransferSettings().lease_s

@@ -2,7 +2,7 @@
 
 import pytest
 
-from placement.router import Route
+from placement.routing.router import Route
 from tests.simulation.scene import Scene
 
 NEIGHBOURS = tuple(f"n{number}" for number in range(7))

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from engine.blocks import blocks_for
-from placement.router import Route
+from placement.routing.router import Route
 from tests.simulation.scene import Scene
 
 BLOCK_TOKENS = 4

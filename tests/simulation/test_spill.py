@@ -7,8 +7,8 @@ import pytest
 
 from decode.scheduler import DecodeSettings
 from engine.errors import OutOfBlocks
-from placement.balancer import Balancer, BalancerSettings
-from placement.router import Route
+from placement.balancing.balancer import Balancer, BalancerSettings
+from placement.routing.router import Route
 from placement.view import InstanceView, View
 from tests.simulation.scene import Scene
 

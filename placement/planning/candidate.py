@@ -1,0 +1,165 @@
+"""Candidates: sets of pools that could serve, and what simulating one says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.messages import Role
+from engine.slo import Slo
+from placement.planning.goodput import RESOLUTION, STRIDE, find_goodput
+from placement.role import RoleSettings
+from placement.simulation.deployment import Deployment
+
+if TYPE_CHECKING:
+    from placement.planning.costbook import CostBook
+    from placement.planning.goodput import Goodput
+    from placement.planning.plan import Plan, PoolPlan, Target
+    from placement.simulation.deployment import Overheads
+    from placement.workload import Workload
+
+AGGREGATED, DISAGGREGATED, HYBRID, MIX = "aggregated", "disaggregated", "hybrid", "mix"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Pools that work together; a fleet holds as many copies as fit."""
+
+    pools: tuple[PoolPlan, ...]
+    token_budget: int
+    one_node: bool = False
+    """Whether hand-offs stay within a node."""
+
+    @property
+    def kind(self) -> str:
+        roles = {pool.role for pool in self.pools}
+        if len(self.pools) > len(roles):
+            return MIX
+        if roles == {Role.MIXED}:
+            return AGGREGATED
+        return HYBRID if Role.MIXED in roles else DISAGGREGATED
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """Candidates that are compared by what they serve: of one kind, on the same devices."""
+        return (self.kind, *sorted(self.by_device))
+
+    @property
+    def accelerators(self) -> int:
+        return sum(pool.accelerators for pool in self.pools)
+
+    @property
+    def by_device(self) -> dict[str, int]:
+        used: dict[str, int] = {}
+        for pool in self.pools:
+            used[pool.cut.device] = used.get(pool.cut.device, 0) + pool.accelerators
+        return used
+
+    def times(self, copies: int) -> Candidate:
+        pools = tuple(replace(pool, instances=pool.instances * copies) for pool in self.pools)
+        return replace(self, pools=pools)
+
+    def cost_per_hour(self, book: CostBook) -> float:
+        return sum(pool.instances * book.cost_per_hour(pool.cut) for pool in self.pools)
+
+    def __str__(self) -> str:
+        return " + ".join(str(pool) for pool in self.pools)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    candidate: Candidate
+    goodput: Goodput
+    copies: int
+    """How many fit the fleet."""
+    power_w: float
+    most_rps: float
+    """In the long run, by mean loads."""
+
+    @property
+    def per_accelerator(self) -> float:
+        return self.goodput.rate_rps / self.candidate.accelerators
+
+    @property
+    def fleet_rps(self) -> float:
+        return self.goodput.rate_rps * self.copies
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate to be scored; travels to another process."""
+
+    book: CostBook
+    candidate: Candidate
+    workload: Workload
+    target: Target
+    overheads: Overheads
+    guess_rps: float
+    worth_rps: float
+    most_rps: float
+    copies: int
+    resolution: float = RESOLUTION
+    stride: float = STRIDE
+
+
+def score(trial: Trial) -> Scored:
+    deployment = deployment_of(trial.book, trial.candidate, trial.target, trial.overheads)
+    found = find_goodput(
+        deployment,
+        trial.workload,
+        trial.target.attainment,
+        trial.guess_rps,
+        worth_rps=trial.worth_rps,
+        most_rps=trial.most_rps,
+        resolution=trial.resolution,
+        stride=trial.stride,
+    )
+    power_w = power_of(trial.book, trial.candidate, found)
+    return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps)
+
+
+def deployment_of(
+    book: CostBook, candidate: Candidate, target: Target, overheads: Overheads
+) -> Deployment:
+    """Instances in order of role; apart on nodes of their own unless hand-offs stay within one."""
+    instances, together = [], candidate.one_node or book.hardware.nodes == 1
+    for pool in candidate.pools:
+        for number in range(pool.instances):
+            node = "node-0" if together else f"{pool.role.value}-{number}"
+            settings = role_settings(candidate.token_budget)
+            instances.append(book.instance(pool.cut, pool.role, settings, node))
+    return Deployment(
+        tuple(instances),
+        book.shape.kv_bytes_per_token,
+        book.hardware.network,
+        Slo(target.ttft_s, target.tpot_s),
+        overheads=overheads,
+    )
+
+
+def deployment_for(plan: Plan, book: CostBook) -> Deployment:
+    """What a plan deploys, to be simulated."""
+    budget = plan.token_budget or RoleSettings().prefill.token_budget
+    candidate = Candidate(plan.pools, budget)
+    return deployment_of(book, candidate, plan.target, book.overheads)
+
+
+def role_settings(token_budget: int) -> RoleSettings:
+    settings = RoleSettings()
+    return replace(settings, prefill=replace(settings.prefill, token_budget=token_budget))
+
+
+def power_of(book: CostBook, candidate: Candidate, found: Goodput) -> float:
+    """Mean power at the goodput, from how busy each instance was."""
+    outcome, total = found.outcome, 0.0
+    numbers: dict[str, int] = {}
+    for pool in candidate.pools:
+        role = pool.role
+        for _ in range(pool.instances):
+            number = numbers.get(role.value, 0)
+            numbers[role.value] = number + 1
+            busy_s = 0.0 if outcome is None else outcome.busy_s[f"{role.value}-{number}"]
+            lasted_s = 1.0 if outcome is None else max(outcome.duration_s, 1e-9)
+            busy = busy_s / lasted_s
+            total += book.power_w(pool.cut, busy, prefills=role.prefills, decodes=role.decodes)
+    return total

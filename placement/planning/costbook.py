@@ -1,0 +1,145 @@
+"""What an instance of each device and parallelism costs: time, memory, money and power."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from placement.latency.roofline import Roofline, power_w
+from placement.role import RoleSettings
+from placement.simulation.deployment import GPU_RESERVE, InstanceModel, Overheads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.messages import Role
+    from placement.latency.catalog import Hardware, NodeGroup
+    from placement.latency.model import LatencyModel
+    from placement.latency.model_shape import ModelShape
+    from placement.latency.profile import Profile
+
+DECODE_POWER_SHARE = 0.15
+"""Arithmetic of a decode step, as a share of peak, beside its memory traffic."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cut:
+    """A model cut over accelerators of one kind."""
+
+    device: str
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def accelerators(self) -> int:
+        return self.tensor * self.pipeline
+
+    def __str__(self) -> str:
+        cut = f"TP{self.tensor}" + (f"xPP{self.pipeline}" if self.pipeline > 1 else "")
+        return f"{cut} on {self.device}"
+
+
+@dataclass(frozen=True)
+class CostBook:
+    shape: ModelShape
+    hardware: Hardware
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    """By device, where there are measurements."""
+    pipelined: bool = False
+
+    def __post_init__(self) -> None:
+        for device, profile in self.profiles.items():
+            profile.check_fits(self.shape.name, device)
+
+    def group(self, cut: Cut) -> NodeGroup:
+        return self.hardware.group(cut.device)
+
+    def latency(self, cut: Cut) -> LatencyModel:
+        known = self._latencies.get(cut)
+        if known is None:
+            known = self._latencies[cut] = self._find_latency(cut)
+        return known
+
+    def kv_tokens(self, cut: Cut) -> int:
+        """What memory is left for KV, in tokens; negative where the weights do not fit."""
+        profile = self.profiles.get(cut.device)
+        run = None if profile is None else profile.run(cut.tensor, cut.pipeline)
+        if run is not None and run.kv_capacity_tokens is not None:
+            return run.kv_capacity_tokens
+        free = self.free_bytes(cut)
+        copies = max(1, cut.tensor // self.shape.kv_heads)
+        per_token = self.shape.kv_bytes_per_token * copies
+        return int(free // per_token)
+
+    def free_bytes(self, cut: Cut) -> float:
+        memory = self.group(cut).device.memory_bytes * (1 - GPU_RESERVE) * cut.accelerators
+        return memory - self.shape.weight_bytes
+
+    def instance(
+        self, cut: Cut, role: Role, settings: RoleSettings | None = None, node: str = "node-0"
+    ) -> InstanceModel:
+        return InstanceModel(
+            role=role,
+            latency=self.latency(cut),
+            kv_tokens=self.kv_tokens(cut),
+            link=self.group(cut).link,
+            node=node,
+            device=cut.device,
+            tensor_parallel=cut.tensor,
+            pipeline_parallel=cut.pipeline,
+            pipelined=self.pipelined,
+            settings=settings or RoleSettings(),
+            crowded=self._crowded(cut),
+            neighbours=self._neighbours(cut),
+        )
+
+    @property
+    def overheads(self) -> Overheads:
+        """What profiles say of them; several devices' clients wait for the slowest."""
+        return Overheads(max((one.arrival_s for one in self.profiles.values()), default=0.0))
+
+    def cost_per_hour(self, cut: Cut) -> float:
+        return self.group(cut).device.price_per_hour * cut.accelerators
+
+    def power_w(self, cut: Cut, busy: float, *, prefills: bool, decodes: bool) -> float:
+        """Drawn while busy for this share of the time; a mixed instance is at both by halves."""
+        device = self.group(cut).device
+        prompt_w = power_w(device, 1.0, 0.3)
+        decode_w = power_w(device, DECODE_POWER_SHARE, 1.0)
+        active_w = (prompt_w + decode_w) / 2 if prefills and decodes else prompt_w
+        if not prefills:
+            active_w = decode_w
+        return (device.idle_w + (active_w - device.idle_w) * min(busy, 1.0)) * cut.accelerators
+
+    def without_pipelining(self) -> CostBook:
+        return replace(self, pipelined=False)
+
+    @cached_property
+    def _latencies(self) -> dict[Cut, LatencyModel]:
+        return {}
+
+    def _crowded(self, cut: Cut) -> LatencyModel | None:
+        profile = self.profiles.get(cut.device)
+        return None if profile is None else profile.crowded(cut.tensor, cut.pipeline)
+
+    def _neighbours(self, cut: Cut) -> int:
+        profile = self.profiles.get(cut.device)
+        run = None if profile is None else profile.run(cut.tensor, cut.pipeline)
+        return 1 if run is None else max(run.neighbours, 1)
+
+    def _find_latency(self, cut: Cut) -> LatencyModel:
+        group = self.group(cut)
+        spread = cut.accelerators > group.devices_per_node
+        roofline = Roofline(
+            self.shape,
+            group.device,
+            group.link,
+            cut.tensor,
+            cut.pipeline,
+            self.hardware.network if spread else group.link,
+        )
+        profile = self.profiles.get(cut.device)
+        if profile is None:
+            return roofline
+        return profile.latency(roofline, cut.tensor, cut.pipeline)[0]

@@ -1,0 +1,181 @@
+"""The plan that serves most, or a given rate for least: search, simulate, choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from placement.planning.choice import Choice, choices_of, ranked, refusal
+from placement.planning.mixes import Mixing
+from placement.planning.phases import check_targets, feasible_cuts, phase_of
+from placement.planning.plan import Alternative, Plan
+from placement.planning.reasons import Reasons
+from placement.planning.scoring import Setting, score_prospects, scoring
+from placement.planning.search import Search
+from placement.workload import Arrivals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from placement.planning.costbook import CostBook, Cut
+    from placement.planning.plan import Target
+    from placement.planning.question import Question
+    from placement.workload import Workload
+
+SLOW_COPY_SHARE = 0.05
+"""Of a target; copies that take longer over the network are tried within a node too."""
+CLOSEST = 5
+"""Alternatives that are named besides the best of each kind."""
+
+
+def plan(
+    book: CostBook,
+    workload: Workload,
+    question: Question,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """The best plan; NoFeasiblePlan names the constraint that binds."""
+    return answer(book, workload, question, progress).plan
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan with what it was chosen from, for those who want to look closer."""
+
+    plan: Plan
+    chosen: Choice
+    rivals: tuple[Choice, ...]
+    setting: Setting
+
+
+def answer(
+    book: CostBook,
+    workload: Workload,
+    question: Question,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answer:
+    sample = representative(workload, max(question.requests, question.most_requests), question.seed)
+    phases = [phase_of(book, cut, sample, question.target) for cut in feasible_cuts(book, sample)]
+    check_targets(phases, question.target)
+    slow = _slow_copies(book, sample, question.target)
+    search = Search(book.hardware, phases, question.target, question.token_budgets, slow)
+    setting = Setting(
+        book, sample, question.target, question.overheads, question.processes, question.requests
+    )
+    with scoring(question.processes) as score_all:
+        scored = score_prospects(setting, search, score_all, progress or _unseen)
+        choices = choices_of(scored, question)
+        alone = ranked(book, choices, question)
+        mixing = Mixing(setting, question, score_all)
+        mixes = mixing.best(search.prospects(), choices, alone[0] if alone else None)
+    choices += choices_of(mixes, question)
+    able = ranked(book, choices, question)
+    if not able:
+        raise refusal(choices, question, phases)
+    chosen, rivals = able[0], _beaten(choices, able)
+    return Answer(_write(book, question, chosen, rivals), chosen, tuple(rivals), setting)
+
+
+def _beaten(choices: Sequence[Choice], able: Sequence[Choice]) -> list[Choice]:
+    """The best of each kind and what came close; then kinds that cannot do what is asked."""
+    rest = [one for one in choices if one not in able]
+    rest.sort(key=lambda one: (-one.rate_rps, one.scored.power_w, str(one.candidate)))
+    kinds: dict[str, Choice] = {}
+    beaten = _apart(able[0], [*able[1:], *rest])
+    for one in beaten:
+        kinds.setdefault(one.candidate.kind, one)
+    close = [one for one in beaten if one in able][:CLOSEST]
+    return list(dict.fromkeys([*kinds.values(), *close]))
+
+
+def _apart(chosen: Choice, others: Iterable[Choice]) -> list[Choice]:
+    """Those that deploy anything else than the chosen one and than those before them."""
+    found = {chosen.deployed: chosen}
+    for one in others:
+        found.setdefault(one.deployed, one)
+    return list(found.values())[1:]
+
+
+def _unseen(done: int, total: int) -> None:
+    del done, total
+
+
+def _slow_copies(book: CostBook, sample: Workload, target: Target) -> Callable[[Cut, Cut], bool]:
+    """Whether a prompt's KV takes a noticeable part of a target over the network."""
+    tokens = float(np.quantile(sample.prompt_tokens, target.attainment))
+
+    def is_slow(prefill: Cut, decode: Cut) -> bool:
+        lanes = min(prefill.accelerators, decode.accelerators)
+        copy_s = book.hardware.network.transfer_s(tokens * book.shape.kv_bytes_per_token / lanes)
+        return copy_s > SLOW_COPY_SHARE * target.ttft_s
+
+    return is_slow
+
+
+def representative(workload: Workload, count: int, seed: int) -> Workload:
+    """Requests drawn from the workload, arriving with its burstiness."""
+    generator = np.random.default_rng(seed)
+    gaps = np.diff(workload.arrival_s)
+    bursty = float(gaps.std() / gaps.mean()) if len(gaps) > 1 and gaps.mean() > 0 else 1.0
+    rate_rps = workload.rate_rps or 1.0
+    return workload.resampled(count, rate_rps, Arrivals(generator, min(bursty, 4.0)))
+
+
+def _write(book: CostBook, question: Question, chosen: Choice, rivals: list[Choice]) -> Plan:
+    candidate = chosen.candidate
+    return Plan(
+        model=book.shape.name,
+        target=question.target,
+        pools=candidate.pools,
+        hardware=_describe(book),
+        predicted=_predicted(book, chosen),
+        alternatives=tuple(_alternative(book, rival) for rival in rivals),
+        reason=Reasons(book, question).explain(chosen, rivals),
+        token_budget=candidate.token_budget,
+    )
+
+
+def _predicted(book: CostBook, chosen: Choice) -> dict[str, Any]:
+    """At the goodput: the simulated copy's figures, rates for all copies."""
+    outcome = chosen.scored.goodput.outcome
+    assert outcome is not None
+    figures = outcome.figures()
+    for name in ("rate_rps", "throughput_tokens_s", "goodput_rps"):
+        figures[name] *= chosen.copies
+    figures["goodput_rps"] = chosen.rate_rps
+    figures["goodput_rps_per_gpu"] = chosen.scored.per_accelerator
+    figures["cost_per_hour"] = chosen.candidate.cost_per_hour(book)
+    figures["power_w"] = chosen.power_w
+    if outcome.beyond:
+        figures["extrapolated"] = list(outcome.beyond)
+    return figures
+
+
+def _alternative(book: CostBook, rival: Choice) -> Alternative:
+    """In as many copies as it would take; one where not even that fits under a power cap."""
+    copies = Choice(rival.scored, max(rival.copies, 1))
+    return Alternative(
+        copies.candidate.pools,
+        copies.candidate.kind,
+        copies.rate_rps,
+        rival.scored.per_accelerator,
+        copies.candidate.cost_per_hour(book),
+        copies.power_w,
+        rival.scored.goodput.limit,
+        copies.candidate.token_budget,
+    )
+
+
+def _describe(book: CostBook) -> dict[str, Any]:
+    nodes = [
+        {
+            "device": g.device.name,
+            "count": g.nodes,
+            "devices": g.devices_per_node,
+            "link": g.link.name,
+        }
+        for g in book.hardware.groups
+    ]
+    return {"nodes": nodes, "network": book.hardware.network.name}

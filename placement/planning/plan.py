@@ -1,0 +1,219 @@
+"""A plan: which pools to run, what they are predicted to do, and why these."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from engine.errors import BadConfig, unknown_name
+from engine.messages import Role
+from placement.planning.costbook import Cut
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAN_KEYS = (
+    "model",
+    "device",
+    "slo",
+    "hardware",
+    "pools",
+    "engine",
+    "predicted",
+    "alternatives",
+    "reason",
+)
+POOL_KEYS = (
+    "role",
+    "instances",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "device",
+    "nodes",
+    "resources",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    role: Role
+    instances: int
+    cut: Cut
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def accelerators(self) -> int:
+        return self.instances * self.cut.accelerators
+
+    def __str__(self) -> str:
+        return f"{self.instances} {self.role.value} ({self.cut})"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What share of requests should meet which TTFT and TPOT."""
+
+    ttft_s: float
+    tpot_s: float
+    attainment: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            if getattr(self, name) <= 0:
+                raise BadConfig(f"slo.{name}", getattr(self, name), "must be positive")
+        if not 0 < self.attainment <= 1:
+            raise BadConfig("slo.attainment", self.attainment, "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What the plan beat, in as many copies as the question takes."""
+
+    pools: tuple[PoolPlan, ...]
+    kind: str
+    goodput_rps: float
+    goodput_rps_per_gpu: float
+    cost_per_hour: float
+    power_w: float
+    limit: str
+    """What keeps it from serving more."""
+    token_budget: int
+    """Prompt tokens of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    model: str
+    target: Target
+    pools: tuple[PoolPlan, ...]
+    hardware: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    alternatives: tuple[Alternative, ...] = ()
+    reason: str = ""
+    token_budget: int | None = None
+    """Prompt tokens of a batch, where one was chosen."""
+
+    @property
+    def accelerators(self) -> int:
+        return sum(pool.accelerators for pool in self.pools)
+
+    def to_yaml(self) -> str:
+        content: dict[str, Any] = {
+            "model": self.model,
+            "slo": asdict(self.target),
+            "hardware": self.hardware,
+            "pools": [_pool_entry(pool) for pool in self.pools],
+        }
+        if self.token_budget is not None:
+            content["engine"] = {"prefill": {"token_budget": self.token_budget}}
+        content["predicted"] = _rounded(self.predicted)
+        content["alternatives"] = [_alternative_entry(other) for other in self.alternatives]
+        content["reason"] = self.reason
+        text: str = yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
+        return text
+
+
+def read_plan(path: Path) -> Plan:
+    if not path.is_file():
+        raise BadConfig("plan", str(path), "no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadConfig("plan", str(path), f"not YAML: {error}") from error
+    return plan_from(content)
+
+
+def plan_from(content: object) -> Plan:
+    """The deployment of a plan and its targets; predictions and reasons are for people."""
+    if not isinstance(content, dict):
+        raise BadConfig("plan", content, "must be a mapping")
+    for key in content:
+        if key not in PLAN_KEYS:
+            raise unknown_name("plan", str(key), PLAN_KEYS)
+    pools = content.get("pools")
+    if not isinstance(pools, list) or not pools:
+        raise BadConfig("pools", pools, "a list with at least one pool")
+    slo = content.get("slo") or {}
+    target = Target(
+        _number("slo.ttft_s", slo.get("ttft_s", 2.0)),
+        _number("slo.tpot_s", slo.get("tpot_s", 0.1)),
+        _number("slo.attainment", slo.get("attainment", 0.9)),
+    )
+    prefill = (content.get("engine") or {}).get("prefill") or {}
+    budget = prefill.get("token_budget")
+    return Plan(
+        model=str(content.get("model", "demo")),
+        target=target,
+        pools=tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools)),
+        hardware=content.get("hardware") or {},
+        predicted=content.get("predicted") or {},
+        reason=str(content.get("reason", "")),
+        token_budget=None if budget is None else _whole("engine.prefill.token_budget", budget),
+    )
+
+
+def _read_pool(where: str, raw: object) -> PoolPlan:
+    if not isinstance(raw, dict):
+        raise BadConfig(where, raw, "must be a mapping")
+    for key in raw:
+        if key not in POOL_KEYS:
+            raise unknown_name(where, str(key), POOL_KEYS)
+    roles = [role.value for role in Role]
+    if raw.get("role") not in roles:
+        raise BadConfig(f"{where}.role", raw.get("role"), f"one of {', '.join(roles)}")
+    cut = Cut(
+        str(raw.get("device", "cpu-core")),
+        _whole(f"{where}.tensor_parallel", raw.get("tensor_parallel", 1)),
+        _whole(f"{where}.pipeline_parallel", raw.get("pipeline_parallel", 1)),
+    )
+    instances = _whole(f"{where}.instances", raw.get("instances", 1))
+    return PoolPlan(Role(raw["role"]), instances, cut, tuple(raw.get("nodes") or ()))
+
+
+def _whole(where: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BadConfig(where, value, "must be a whole number of at least 1")
+    return value
+
+
+def _number(where: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise BadConfig(where, value, "must be a number")
+    return float(value)
+
+
+def _pool_entry(pool: PoolPlan) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "role": pool.role.value,
+        "instances": pool.instances,
+        "tensor_parallel": pool.cut.tensor,
+        "pipeline_parallel": pool.cut.pipeline,
+        "device": pool.cut.device,
+    }
+    if pool.nodes:
+        entry["nodes"] = list(pool.nodes)
+    return entry
+
+
+def _alternative_entry(other: Alternative) -> dict[str, Any]:
+    return {
+        "kind": other.kind,
+        "pools": ", ".join(str(pool) for pool in other.pools),
+        "goodput_rps": round(other.goodput_rps, 4),
+        "goodput_rps_per_gpu": round(other.goodput_rps_per_gpu, 4),
+        "cost_per_hour": round(other.cost_per_hour, 4),
+        "power_w": round(other.power_w, 1),
+        "token_budget": other.token_budget,
+        "limit": other.limit,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than a prediction has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return value

@@ -1,0 +1,128 @@
+"""Why a plan was chosen, in words that a person can check against the figures beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from placement.planning.candidate import AGGREGATED, DISAGGREGATED, HYBRID, MIX
+from placement.planning.question import Objective
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from placement.planning.choice import Choice
+    from placement.planning.costbook import CostBook
+    from placement.planning.question import Question
+
+CLOSE = 0.02
+"""What simulations of this length cannot tell apart."""
+NAMES = {
+    AGGREGATED: "aggregated candidate",
+    DISAGGREGATED: "split candidate",
+    HYBRID: "hybrid candidate",
+    MIX: "mix",
+}
+EXPLANATIONS = {
+    "TTFT": "TTFT: prompts wait too long for their turn",
+    "TPOT": "TPOT: its batches take too long per token",
+}
+
+
+class Reasons:
+    """Compares in the terms of what was asked for."""
+
+    def __init__(self, book: CostBook, question: Question) -> None:
+        self._book, self._question = book, question
+
+    def explain(self, winner: Choice, rivals: Sequence[Choice]) -> str:
+        """`rivals` in order of preference; those that cannot answer the question come last."""
+        best: dict[str, Choice] = {}
+        for rival in rivals:
+            best.setdefault(rival.candidate.kind, rival)
+        kind = winner.candidate.kind
+        best.pop(kind, None)
+        parts = []
+        if kind == AGGREGATED:
+            parts.append(self._against_splitting(winner, best.pop(DISAGGREGATED, None)))
+        parts.append(f"{winner.candidate} {self._achieves(winner)}.")
+        parts += [self._comparison(winner, best[name]) for name in NAMES if name in best]
+        limit = winner.scored.goodput.limit
+        parts.append(f"Beyond its goodput the first thing to give way is {limit}.")
+        return " ".join(parts)
+
+    def _against_splitting(self, winner: Choice, split: Choice | None) -> str:
+        if split is None:
+            return "Do not disaggregate: no split pools meet the targets on this fleet."
+        if not split.serves(self._question):
+            return f"Do not disaggregate: {self._shortfall(split)}."
+        difference = self._difference(winner, split)
+        if difference is None:
+            return (
+                f"Do not disaggregate: aggregated is as good as the best split pools, "
+                f"{split.candidate} (within {CLOSE:.0%}), and simpler."
+            )
+        return (
+            f"Do not disaggregate: aggregated {difference} here because the best split pools, "
+            f"{split.candidate}, are limited by {_because(split)}."
+        )
+
+    def _comparison(self, winner: Choice, rival: Choice) -> str:
+        what = f"the best {NAMES[rival.candidate.kind]}, {rival.candidate}"
+        if not rival.serves(self._question):
+            shortfall = self._shortfall(rival)
+            return f"{shortfall[0].upper()}{shortfall[1:]}."
+        difference = self._difference(winner, rival)
+        if difference is None:
+            return f"It is as good as {what} (within {CLOSE:.0%})."
+        return (
+            f"It {difference} than {what}, which {self._achieves(rival)} and is limited by "
+            f"{_because(rival)}."
+        )
+
+    def _shortfall(self, rival: Choice) -> str:
+        what = f"the best {NAMES[rival.candidate.kind]}, {rival.scored.candidate},"
+        if rival.copies < 1:
+            return f"{what} draws {rival.scored.power_w:.0f} W, over the power cap"
+        return (
+            f"{what} serves {rival.rate_rps:.4g} requests/s in all {rival.copies} of its copies "
+            f"that fit, not the {self._question.rate_rps:g} asked for"
+        )
+
+    def _difference(self, winner: Choice, rival: Choice) -> str | None:
+        """How much better, in the objective's own terms; None for what cannot be told apart."""
+        objective = self._question.objective
+        prices = (one.price(self._book, objective) for one in (winner, rival))
+        ours, theirs = prices
+        change = ours / theirs - 1
+        if abs(change) < CLOSE:
+            return None
+        size = f"{abs(change):.0%}"
+        match objective:
+            case Objective.GOODPUT:
+                return f"serves {size} more"
+            case Objective.PER_ACCELERATOR:
+                return f"serves {size} more per accelerator"
+            case Objective.ACCELERATORS:
+                return f"needs {size} fewer accelerators"
+            case Objective.COST:
+                return f"costs {size} less"
+            case Objective.POWER:
+                return f"draws {size} less power"
+
+    def _achieves(self, choice: Choice) -> str:
+        share = choice.scored.per_accelerator
+        serves = f"serves {choice.rate_rps:.4g} requests/s ({share:.4g} per accelerator)"
+        match self._question.objective:
+            case Objective.COST:
+                return f"{serves} for ${choice.candidate.cost_per_hour(self._book):.2f} an hour"
+            case Objective.POWER:
+                return f"{serves} at {choice.power_w:.0f} W"
+            case Objective.ACCELERATORS:
+                return f"{serves} and takes {choice.candidate.accelerators} of the accelerators"
+            case _:
+                return serves
+
+
+def _because(choice: Choice) -> str:
+    limit = choice.scored.goodput.limit
+    return EXPLANATIONS.get(limit, limit)

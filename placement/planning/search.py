@@ -1,0 +1,179 @@
+"""Which candidates are worth simulating: DistServe's two searches, ratios, mixed and hybrid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from engine.messages import Role
+from placement.planning.candidate import Candidate
+from placement.planning.plan import PoolPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from placement.latency.catalog import Hardware
+    from placement.planning.costbook import Cut
+    from placement.planning.phases import Phase
+    from placement.planning.plan import Target
+
+LARGEST_UNIT = 8
+"""Accelerators of a candidate; larger fleets hold copies of it."""
+MOST_INSTANCES = 8
+"""Of one role in a candidate."""
+KEPT_CUTS = 3
+"""Of each phase, by what they serve per accelerator."""
+KEPT_RATIOS = 2
+MIXING_GAIN = 1.3
+"""A batch of both phases reads the weights once: its time is less than the sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A candidate and the rate that mean loads allow it."""
+
+    candidate: Candidate
+    bound_rps: float
+
+    @property
+    def per_accelerator(self) -> float:
+        return self.bound_rps / self.candidate.accelerators
+
+
+class Search:
+    def __init__(
+        self,
+        hardware: Hardware,
+        phases: list[Phase],
+        target: Target,
+        token_budgets: tuple[int, ...],
+        is_slow: Callable[[Cut, Cut], bool],
+    ) -> None:
+        """`is_slow` tells whether KV between two cuts suffers from crossing the network."""
+        self._hardware = hardware
+        self._budgets = token_budgets
+        self._phases = phases
+        self._is_slow = is_slow
+        in_time = [p for p in phases if p.best_ttft_s <= target.ttft_s]
+        self._prefills = _best(in_time, lambda p: p.prefill_rps)
+        self._decodes = _best([p for p in phases if p.decode_rps > 0], lambda p: p.decode_rps)
+        self._both = [p for p in in_time if p.decode_rps > 0]
+
+    def prospects(self) -> list[Prospect]:
+        """Everything worth simulating, the most promising first."""
+        found = [*self._aggregated(), *self._high_affinity(), *self._low_affinity()]
+        found += self._hybrids([p for p in found if len(p.candidate.pools) == 2])
+        unique = {p.candidate: p for p in found if self.copies(p.candidate) > 0}
+        return sorted(unique.values(), key=lambda p: (-p.per_accelerator, str(p.candidate)))
+
+    def copies(self, candidate: Candidate) -> int:
+        """How many fit the fleet."""
+        if candidate.one_node and candidate.accelerators > self._node_size(candidate):
+            return 0
+        used = candidate.by_device
+        return min(self._hardware.group(name).devices // n for name, n in used.items())
+
+    def _node_size(self, candidate: Candidate) -> int:
+        """Of the stages of each instance, one lies on each node."""
+        stages = max(pool.cut.pipeline for pool in candidate.pools)
+        device = candidate.pools[0].cut.device
+        return self._hardware.group(device).devices_per_node * stages
+
+    def _devices(self, device: str) -> int:
+        return self._hardware.group(device).devices
+
+    def _aggregated(self) -> Iterable[Prospect]:
+        """Mixed instances, one and as many as the largest candidate may hold."""
+        for phase, budget in product(self._both, self._budgets):
+            most = min(LARGEST_UNIT, self._devices(phase.cut.device)) // phase.cut.accelerators
+            for count in sorted({1, min(4, most)} - {0}):
+                pools = (PoolPlan(Role.MIXED, count, phase.cut),)
+                yield self._prospect(Candidate(pools, budget))
+
+    def _high_affinity(self) -> Iterable[Prospect]:
+        """Each phase's best cuts, independently, in the ratios that balance them."""
+        for prefill, decode in product(self._prefills, self._decodes):
+            yield from self._balanced(prefill, decode, one_node=False)
+
+    def _low_affinity(self) -> Iterable[Prospect]:
+        """Both phases of a stage within one node, so that KV crosses its fast links only."""
+        for prefill, decode in product(self._prefills, self._decodes):
+            same = prefill.cut.device == decode.cut.device
+            aligned = same and prefill.cut.pipeline == decode.cut.pipeline
+            if aligned and self._is_slow(prefill.cut, decode.cut):
+                yield from self._balanced(prefill, decode, one_node=True)
+
+    def _balanced(self, prefill: Phase, decode: Phase, *, one_node: bool) -> Iterable[Prospect]:
+        most = range(1, MOST_INSTANCES + 1)
+        ratios = [
+            (n, m)
+            for n, m in product(most, repeat=2)
+            if n * prefill.cut.accelerators + m * decode.cut.accelerators <= LARGEST_UNIT
+        ]
+        rates: dict[Prospect, float] = {}
+        for n, m in ratios:
+            prospect = self._pair(prefill, n, decode, m, one_node=one_node)
+            if self.copies(prospect.candidate) > 0:
+                rates[prospect] = min(n * prefill.prefill_rps, m * decode.decode_rps)
+        by_fleet = sorted(rates, key=lambda p: -rates[p] * self.copies(p.candidate))
+        by_share = sorted(rates, key=lambda p: -rates[p] / p.candidate.accelerators)
+        yield from dict.fromkeys([*by_share[:KEPT_RATIOS], *by_fleet[:1]])
+
+    def _pair(self, prefill: Phase, n: int, decode: Phase, m: int, *, one_node: bool) -> Prospect:
+        pools = (PoolPlan(Role.PREFILL, n, prefill.cut), PoolPlan(Role.DECODE, m, decode.cut))
+        return self._prospect(Candidate(pools, max(self._budgets), one_node))
+
+    def _hybrids(self, pairs: list[Prospect]) -> Iterable[Prospect]:
+        """The best split pools with one instance turned mixed, or one mixed instance more."""
+        for pair in sorted(pairs, key=lambda p: -p.per_accelerator)[:KEPT_CUTS]:
+            prefill, decode = pair.candidate.pools
+            for cut in dict.fromkeys((decode.cut, prefill.cut)):
+                yield from self._with_mixed(pair.candidate, cut)
+
+    def _with_mixed(self, candidate: Candidate, cut: Cut) -> Iterable[Prospect]:
+        by_cut = {phase.cut: phase for phase in self._both}
+        if cut not in by_cut:
+            return
+        prefill, decode = candidate.pools
+        for fewer_prefill, fewer_decode in ((0, 0), (1, 0), (0, 1)):
+            n, m = prefill.instances - fewer_prefill, decode.instances - fewer_decode
+            pools = [
+                PoolPlan(pool.role, count, pool.cut)
+                for pool, count in ((prefill, n), (decode, m))
+                if count > 0
+            ]
+            if not pools:
+                continue
+            mixed = Candidate(
+                (*pools, PoolPlan(Role.MIXED, 1, cut)), min(self._budgets), candidate.one_node
+            )
+            if mixed.accelerators <= LARGEST_UNIT:
+                yield self._prospect(mixed)
+
+    def _prospect(self, candidate: Candidate) -> Prospect:
+        """Instances that decode may spend time on prompts too, when those are what is short."""
+        by_cut = {phase.cut: phase for phase in self._phases}
+        bound = 0.0
+        for step in range(21):
+            prefill_rps = decode_rps = 0.0
+            for pool in candidate.pools:
+                phase = by_cut[pool.cut]
+                share = step / 20 if pool.role.decodes else 1.0
+                gain = MIXING_GAIN if pool.role.decodes else 1.0
+                prefill_rps += pool.instances * share * phase.prefill_rps * gain
+                decode_rps += pool.instances * (1 - share) * phase.decode_rps * gain
+            bound = max(bound, min(prefill_rps, decode_rps))
+        return Prospect(candidate, bound)
+
+
+def _best(phases: list[Phase], rate: Callable[[Phase], float]) -> list[Phase]:
+    """Per device, the cuts that serve most per accelerator, and the smallest."""
+    kept: dict[Cut, Phase] = {}
+    for device in dict.fromkeys(phase.cut.device for phase in phases):
+        of_device = [phase for phase in phases if phase.cut.device == device]
+        ranked = sorted(of_device, key=lambda p: (-rate(p) / p.cut.accelerators, p.cut))
+        smallest = min(of_device, key=lambda p: (p.cut.accelerators, p.cut))
+        for phase in (*ranked[:KEPT_CUTS], smallest):
+            kept[phase.cut] = phase
+    return list(kept.values())

@@ -1,0 +1,1 @@
+"""The rules of DistServe's and Splitwise's own simulators, to compare with."""

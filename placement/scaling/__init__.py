@@ -1,0 +1,1 @@
+"""How many instances of each role, by policy, forecast and budget."""
