@@ -100,7 +100,7 @@ class NativeOps(TorchOps):
         self._slabs = Slabs(library)
         library.use(instruction_set, threads)
 
-    def replays(self) -> Replays | None:
+    def repeats(self) -> Replays | None:
         return Replays(self._library, self.writing_down)
 
     @contextmanager

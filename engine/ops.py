@@ -17,9 +17,11 @@ from torch.nn import functional
 from engine import attention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engine.attention import AttentionShape, KvLayer
+    from engine.model.layer import Layer
     from engine.packing import Packed
-    from engine.replay import Replays
 
 
 class Activation(str, Enum):
@@ -49,10 +51,20 @@ class QkNorm:
     eps: float
 
 
+class Repeats(Protocol):
+    """The layers of decode steps, each step as one call."""
+
+    def run(
+        self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """What the layers make of `hidden`, good until the next step; None if not repeatable."""
+        ...
+
+
 class Ops(Protocol):
     name: str
 
-    def replays(self) -> Replays | None:
+    def repeats(self) -> Repeats | None:
         """Where decode steps can be repeated as one call each; None where they cannot."""
         ...
 
@@ -115,8 +127,10 @@ class TorchOps:
     """Plain torch: runs everywhere, and is what native kernels are compared with."""
 
     name = "torch"
+    skips_rows_without_slot = False
+    """Whether rows that only fill a batch up, with a negative slot, change nothing."""
 
-    def replays(self) -> Replays | None:
+    def repeats(self) -> Repeats | None:
         return None
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
@@ -178,13 +192,8 @@ class TorchOps:
         if rotary is not None:
             turn = rotary.table[packed.positions][:, None, :]
             query, key = rotate(query, turn), rotate(key, turn)
-        self.store_kv(key, value, kv, packed.slots)
+        attention.store_kv(key, value, kv, packed.slots)
         return query
-
-    def store_kv(
-        self, key: torch.Tensor, value: torch.Tensor, kv: KvLayer, slots: torch.Tensor
-    ) -> None:
-        attention.store_kv(key, value, kv, slots)
 
     def paged_attention(
         self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape

@@ -173,7 +173,8 @@ def _join_kernel(
         total += weight * part
         sums += weight
     places = (row.to(tl.int64) * heads + head) * dim + dims
-    tl.store(out + places, (total / sums).to(out.dtype.element_ty), mask=dims < dim)
+    mean = total / tl.where(sums > 0.0, sums, 1.0)  # a row that fills a batch up has no context
+    tl.store(out + places, mean.to(out.dtype.element_ty), mask=dims < dim)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -32,7 +32,10 @@ def warm_up(executor: Executor, batches: list[Batch], report: Callable[[int, int
 def warm_up_batches(
     blocks: int, block_tokens: int, prompt_tokens: int, sequences: int
 ) -> list[Batch]:
-    """A prompt, decode steps from one sequence to many, and a step with both in it."""
+    """A prompt, decode steps from one sequence to many, and a step with both in it.
+
+    Each step has twice the sequences of the last: as the sizes that executors make ready for.
+    """
     if prompt_tokens == 0:
         return []
     prompt_tokens = min(prompt_tokens, (blocks - 1) * block_tokens)
@@ -42,7 +45,7 @@ def warm_up_batches(
     one_by_one = tuple(
         _chunk(f"decode-{n}", 1, (first_free + n,), DRAWN if n % 2 else GREEDY) for n in range(most)
     )
-    sizes = sorted({1, min(8, most), most})
+    sizes = sorted({1 << n for n in range(most.bit_length())} | {most})
     decodes = [Batch(one_by_one[:size]) for size in sizes]
     return [Batch((prompt,)), *decodes, Batch((*one_by_one[: sizes[-1]], prompt))]
 

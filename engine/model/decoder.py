@@ -109,7 +109,7 @@ class Decoder:
         }
         self._head = Head(loader, self._embedding) if self._parallel.last else None
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
-        self._replays = loader.ops.replays() if loader.parallel.tensor_size == 1 else None
+        self._repeats = loader.ops.repeats() if loader.parallel.tensor_size == 1 else None
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
@@ -136,9 +136,9 @@ class Decoder:
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
         """The layers of a decode step as one call, where that is possible."""
         one_each = packed.draw_rows.shape[0] == len(packed.query_lens) == packed.tokens
-        if self._replays is None or not one_each:
+        if self._repeats is None or not one_each:
             return None
-        return self._replays.run(tuple(self._layers.values()), packed, hidden)
+        return self._repeats.run(tuple(self._layers.values()), packed, hidden)
 
     def _finish(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
         if self._head is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.attention import AttentionShape
-from engine.model.mlp import load_mlp
+from engine.model.mlp import Experts, load_mlp
 from engine.model.weights import Linear, Loader, Norm, Part
 from engine.ops import QkNorm
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.attention import KvLayer
-    from engine.model.mlp import Experts, Mlp
+    from engine.model.mlp import Mlp
     from engine.ops import Rotary
     from engine.packing import Packed
     from engine.parallel import Parallel
@@ -54,6 +54,11 @@ class Layer:
     after_mlp_norm: Norm | None
     norm_first: bool
     parallel: Parallel
+
+    @property
+    def asks_host(self) -> bool:
+        """Whether the host must see what was computed before it can go on."""
+        return isinstance(self.mlp, Experts)
 
     def __call__(
         self,

@@ -35,7 +35,7 @@ from engine import attention, varlen_attention
 from engine.attention import AttentionShape, KvLayer
 from engine.batch import Batch, Chunk, Draw
 from engine.checkpoint import open_checkpoint
-from engine.cuda_ops import own_kernels
+from engine.cuda_ops import own_ops
 from engine.packing import Packed, pack
 from engine.request import Sampling
 from engine.runner import Runner
@@ -305,8 +305,8 @@ class Bench:
 
 def backends(device: torch.device) -> dict[str, Any]:
     """Whatever can attend here: our own kernels, and torch's where this release has them."""
-    own = own_kernels()
-    found = {own.name: own.attend}
+    own = own_ops()
+    found = {own.name: own.paged_attention}
     if device.type == "cuda" and varlen_attention.missing_from_torch() is None:
         found["varlen_attn"] = varlen_attention.paged_attention
     return found

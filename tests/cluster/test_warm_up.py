@@ -17,7 +17,7 @@ def blocks_of(batch) -> list[int]:
 def test_a_warm_up_meets_a_prompt_decode_steps_and_both_together():
     first, *steps, both = warm_up_batches(64, 4, 30, 20)
     assert [len(chunk.tokens) for chunk in first.chunks] == [30]
-    assert [len(step.chunks) for step in steps] == [1, 8, 20]
+    assert [len(step.chunks) for step in steps] == [1, 2, 4, 8, 16, 20]
     assert len(both.chunks) == 21
 
 

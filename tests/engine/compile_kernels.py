@@ -8,29 +8,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import triton_attention, triton_decode, triton_prefill
+from engine import triton_decode, triton_layer, triton_prefill
 
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32", "slots": "*i64"}
+POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32"}
+PLACES = {"slots": "*i64", "positions": "*i64"}
+WEIGHTS = {"weight": "*fp32", "turns": "*fp32", "query_norm": "*fp32", "key_norm": "*fp32"}
 SPLITS = {"parts": "*fp32", "weights": "*fp32"}
-SCALARS = {"scale": "fp32", "soft_cap": "fp32"}
+SCALARS = {"scale": "fp32", "soft_cap": "fp32", "eps": "fp32"}
+BF16 = ("query", "key", "value", "key_pool", "value_pool", "out", "x", "residual", "gate_up", "qkv")
 HEADS = {"dim": 128, "padded_dim": 128, "block_tokens": 16}
 LAYER = {**HEADS, "group": 4, "keys_at_once": 64, "windowed": True, "capped": True}
 CUT = {"split_tokens": triton_decode.SPLIT_TOKENS, "most_splits": triton_decode.MOST_SPLITS}
 JOIN = {"windowed": True, "keys_at_once": 64, "dim": 128, "padded_dim": 128, **CUT}
-CONSTANTS: list[tuple[Any, dict[str, int]]] = [
-    (triton_attention._store, {**HEADS, "kv_heads": 8, "padded_heads": 8}),
+PLACED = {"heads": 32, "padded_heads": 32, "kv_heads": 8, "padded_kv_heads": 8, "turned_dim": 128}
+CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
+    (triton_layer._norm, {"width": 4096, "padded_width": 4096, "adding": True}),
+    (triton_layer._gate, {"kind": "gelu", "columns": triton_layer.COLUMNS_AT_ONCE}),
+    (triton_layer._place, {**HEADS, **PLACED, "normed": True}),
     (triton_prefill._chunk_kernel, {**LAYER, "padded_group": 4, "tile_tokens": 16}),
     (triton_decode._split_kernel, {**LAYER, **CUT, "rows": 16}),
     (triton_decode._join_kernel, JOIN),
 ]
 
 
-def compiled(kernel: Any, constants: dict[str, int]) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any]) -> Any:
     """The kernel for bfloat16, its integers 32 bits wide."""
-    bf16 = dict.fromkeys(("query", "key", "value", "key_pool", "value_pool", "out"), "*bf16")
-    types = {**bf16, **POINTERS, **SPLITS, **SCALARS, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    fixed = dict.fromkeys(constants, "constexpr")
+    types = {**dict.fromkeys(BF16, "*bf16"), **POINTERS, **PLACES, **WEIGHTS, **SPLITS, **SCALARS}
+    signature = {name: {**types, **fixed}.get(name, "i32") for name in kernel.arg_names}
     return triton.compile(ASTSource(kernel, signature, constexprs=constants), target=HOPPER)
 
 

@@ -40,14 +40,14 @@ class Native(NativeOps):
     def __init__(self, name: str, *, repeating: bool) -> None:
         assert LIBRARY is not None
         super().__init__(LIBRARY, 1, name)
-        self.repeating, self.made = repeating, super().replays()
+        self.repeating, self.made = repeating, super().repeats()
 
     @property
     def written_steps(self) -> int:
         assert self.made is not None
         return len(self.made)
 
-    def replays(self) -> Replays | None:
+    def repeats(self) -> Replays | None:
         return self.made if self.repeating else None
 
 

@@ -11,7 +11,7 @@ import torch
 from engine import attention, varlen_attention
 from engine.attention import AttentionShape
 from engine.cuda_ops import CudaOps
-from engine.ops import TorchOps
+from engine.ops import Activation, QkNorm, Rotary, TorchOps
 from engine.runner import choose_ops
 from engine.varlen_attention import case_of
 from tests.engine.attending import HEADS, SHAPES, assert_close, scene
@@ -70,16 +70,34 @@ def test_a_token_attends_alike_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("heads", SIZES, ids=str)
-def test_keys_and_values_land_in_their_slots_alone(
-    heads: tuple[int, int, int, int], dtype: torch.dtype
+def test_queries_turn_and_keys_and_values_land_in_their_slots(
+    heads: tuple[int, int, int, int], dtype: torch.dtype, *, normed: bool
 ) -> None:
-    batch = scene(*heads, dtype=dtype, device="cuda")
+    batch, dim = scene(*heads, dtype=dtype, device="cuda"), heads[2]
     expected = replace(batch, pool=batch.pool.clone())
-    wanted = TorchOps().place_qkv(batch.qkv.clone(), expected.kv, batch.packed, None, None)
-    got = CudaOps().place_qkv(batch.qkv.clone(), batch.kv, batch.packed, None, None)
-    assert torch.equal(batch.pool, expected.pool)
-    assert torch.equal(got, wanted)
+    angles = torch.outer(torch.arange(400.0), 100.0 ** -torch.linspace(0.0, 1.0, dim // 2))
+    turn = Rotary(torch.cat((angles.cos(), angles.sin()), 1).cuda())
+    weights = torch.randn(2, dim, device="cuda")
+    norm = QkNorm(weights[0], weights[1], 1e-5) if normed else None
+    wanted = TorchOps().place_qkv(batch.qkv.clone(), expected.kv, batch.packed, turn, norm)
+    got = CudaOps().place_qkv(batch.qkv.clone(), batch.kv, batch.packed, turn, norm)
+    assert_close(got, wanted)
+    assert_close(batch.pool, expected.pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_normed_and_gated_as_in_torch(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 7, 4096, device="cuda", dtype=dtype)
+    weight, kept = torch.randn(4096, device="cuda"), residual.clone()
+    ops, plain = CudaOps(), TorchOps()
+    assert_close(ops.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5))
+    wanted = plain.add_rms_norm(x, kept, weight, 1e-5)
+    assert_close(ops.add_rms_norm(x, residual, weight, 1e-5), wanted)
+    assert_close(residual, kept)
+    for kind in Activation:
+        assert_close(ops.gated(x, kind), plain.gated(x, kind))
 
 
 def test_what_lies_past_a_sequence_in_its_last_block_is_never_seen(ops: CudaOps) -> None:
