@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch.cuda import _POOL_HANDLE
 
-    from engine.model.layer import Layer
+    from engine.ops import Layers, Made
     from engine.packing import Packed
 
-    Made = tuple[torch.Tensor | None, torch.Tensor]
     Record = Callable[[Callable[[], Made]], tuple[Made, Callable[[], object]]]
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def run(self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor) -> Made | None:
+    def run(self, layers: Layers, packed: Packed, hidden: torch.Tensor) -> Made | None:
         """What the layers make of `hidden`, good until the next step; None if not repeatable."""
-        if packed.tokens > MOST_ROWS or any(layer.asks_host for layer in layers):
+        if packed.tokens > MOST_ROWS:
             return None
         size = _rows_of(packed.tokens), _width_of(packed.block_tables.shape[1])
         step = self._steps.get(size)
@@ -89,19 +89,12 @@ class CudaGraphs:
         return None if delta is None else delta[rows], residual[rows]
 
     def _make(
-        self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor, size: tuple[int, int]
+        self, layers: Layers, packed: Packed, hidden: torch.Tensor, size: tuple[int, int]
     ) -> _Step:
         rows, width = size
-        own = _of_size(packed, rows, width, layers[0].attention.kv.block_tokens)
+        own = _of_size(packed, rows, width)
         start = hidden.new_zeros(rows, hidden.shape[1])
-
-        def work() -> Made:
-            delta, residual = None, start
-            for layer in layers:
-                delta, residual = layer(delta, residual, own)
-            return delta, residual
-
-        made, again = self._record(work)
+        made, again = self._record(partial(layers, own, start))
         log.info("made a graph of decode steps rows=%d table_blocks=%d", rows, width)
         return _Step(own, start, made, again)
 
@@ -117,7 +110,7 @@ def _width_of(blocks: int) -> int:
     return width
 
 
-def _of_size(packed: Packed, rows: int, width: int, block_tokens: int) -> Packed:
+def _of_size(packed: Packed, rows: int, width: int) -> Packed:
     """A batch of as many rows, all of them empty, whose contexts may grow to fill their tables."""
     return replace(
         packed,
@@ -129,7 +122,7 @@ def _of_size(packed: Packed, rows: int, width: int, block_tokens: int) -> Packed
         block_tables=packed.block_tables.new_zeros(rows, width),
         draw_rows=packed.draw_rows.new_zeros(0),
         query_lens=(1,) * rows,
-        contexts=(width * block_tokens,) * rows,
+        contexts=(width * packed.block_tokens,) * rows,
     )
 
 

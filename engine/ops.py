@@ -17,11 +17,14 @@ from torch.nn import functional
 from engine import attention
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from engine.attention import AttentionShape, KvLayer
-    from engine.model.layer import Layer
     from engine.packing import Packed
+
+    Made = tuple[torch.Tensor | None, torch.Tensor]
+    Layers = Callable[[Packed, torch.Tensor], Made]
+    """All layers of a stage: from what enters them to the last sum and what is not yet in it."""
 
 
 class Activation(str, Enum):
@@ -54,9 +57,7 @@ class QkNorm:
 class Repeats(Protocol):
     """The layers of decode steps, each step as one call."""
 
-    def run(
-        self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    def run(self, layers: Layers, packed: Packed, hidden: torch.Tensor) -> Made | None:
         """What the layers make of `hidden`, good until the next step; None if not repeatable."""
         ...
 

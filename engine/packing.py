@@ -39,6 +39,7 @@ class Packed:
     """Tokens of each chunk, on the host."""
     contexts: tuple[int, ...]
     """`context_lens`, on the host."""
+    block_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -72,6 +73,7 @@ def pack(chunks: Sequence[Chunk], block_tokens: int, device: torch.device) -> Pa
         draw_rows=tensor(bounds[1:][draws] - 1, torch.int64),
         query_lens=tuple(counts.tolist()),
         contexts=tuple((starts + counts).tolist()),
+        block_tokens=block_tokens,
     )
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from engine.model.layer import Layer
     from engine.native_library import Kernel, Kernels, NativeLibrary
+    from engine.ops import Layers, Made
     from engine.packing import Packed
 
 MOST_ROWS = 128
@@ -145,9 +145,7 @@ class Replays:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def run(
-        self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    def run(self, layers: Layers, packed: Packed, hidden: torch.Tensor) -> Made | None:
         """What the layers make of `hidden`, good until the next step; None if not repeatable."""
         if not self._possible or packed.tokens > MOST_ROWS:
             return None
@@ -159,14 +157,10 @@ class Replays:
         self._library.replay(step.calls)
         return step.delta, step.residual
 
-    def _write_down(
-        self, layers: Sequence[Layer], packed: Packed, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _write_down(self, layers: Layers, packed: Packed, hidden: torch.Tensor) -> Made:
         kernels, watch = WrittenCalls(self._library), _Watch()
-        delta, residual = None, hidden
         with self._writing_down(kernels, self._workspace.take), watch:
-            for layer in layers:
-                delta, residual = layer(delta, residual, packed)
+            delta, residual = layers(packed, hidden)
         self._possible = not watch.computed
         if self._possible:
             key = packed.tokens, packed.block_tables.shape[1]

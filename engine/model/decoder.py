@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.kvcache import KvCache
     from engine.model.rope import Rope
     from engine.model.weights import Linear, Loader, Norm
+    from engine.ops import Made
     from engine.packing import Packed
 
 
@@ -109,7 +110,9 @@ class Decoder:
         }
         self._head = Head(loader, self._embedding) if self._parallel.last else None
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
-        self._repeats = loader.ops.repeats() if loader.parallel.tensor_size == 1 else None
+        alone = loader.parallel.tensor_size == 1
+        repeatable = alone and not any(layer.asks_host for layer in self._layers.values())
+        self._repeats = loader.ops.repeats() if repeatable else None
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
@@ -131,14 +134,18 @@ class Decoder:
         on_layer(last_index)
         return self._finish(delta, residual)
 
-    def _repeat(
-        self, packed: Packed, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    def _repeat(self, packed: Packed, hidden: torch.Tensor) -> Made | None:
         """The layers of a decode step as one call, where that is possible."""
         one_each = packed.draw_rows.shape[0] == len(packed.query_lens) == packed.tokens
         if self._repeats is None or not one_each:
             return None
-        return self._repeats.run(tuple(self._layers.values()), packed, hidden)
+        return self._repeats.run(self._all_layers, packed, hidden)
+
+    def _all_layers(self, packed: Packed, hidden: torch.Tensor) -> Made:
+        delta, residual = None, hidden
+        for layer in self._layers.values():
+            delta, residual = layer(delta, residual, packed)
+        return delta, residual
 
     def _finish(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
         if self._head is not None:
