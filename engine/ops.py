@@ -128,8 +128,6 @@ class TorchOps:
     """Plain torch: runs everywhere, and is what native kernels are compared with."""
 
     name = "torch"
-    skips_rows_without_slot = False
-    """Whether rows that only fill a batch up, with a negative slot, change nothing."""
 
     def repeats(self) -> Repeats | None:
         return None

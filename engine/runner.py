@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.batch import StepResult
 from engine.clock import SystemClock
-from engine.cuda_ops import CudaOps
 from engine.errors import BadConfig
 from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
@@ -62,11 +62,21 @@ def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Op
     """The fastest operations for a device; `deterministic` ones do not mix a batch's rows."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return RowwiseOps() if deterministic else CudaOps()
+        return RowwiseOps() if deterministic else cuda_ops()
     _keep_freed_memory()
     ops = cpu_ops(threads)
     repeatable = isinstance(ops, NativeOps)
     return RowwiseOps() if deterministic and not repeatable else ops
+
+
+def cuda_ops() -> Ops:
+    """Our kernels; plain torch, with a warning, where Triton is not installed."""
+    if find_spec("triton") is None:
+        log.warning("computing in plain torch on a GPU reason=Triton is not installed")
+        return TorchOps()
+    from engine.cuda_ops import CudaOps
+
+    return CudaOps()
 
 
 def _keep_freed_memory() -> None:

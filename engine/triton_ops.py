@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 class TritonOps(TorchOps):
     name = "triton"
-    skips_rows_without_slot = True
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_layer.rms_norm(x, weight, eps)

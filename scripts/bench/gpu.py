@@ -31,11 +31,11 @@ if "cpu" in sys.argv:
 
 import torch
 
-from engine import attention, varlen_attention
+from engine import attention, triton_attention, varlen_attention
 from engine.attention import AttentionShape, KvLayer
 from engine.batch import Batch, Chunk, Draw
+from engine.blocks import blocks_for
 from engine.checkpoint import open_checkpoint
-from engine.cuda_ops import own_ops
 from engine.packing import Packed, pack
 from engine.request import Sampling
 from engine.runner import Runner
@@ -68,8 +68,11 @@ class Sizes:
     )
     prefill: tuple[tuple[int, int], ...] = ((512, 0), (2048, 0), (8192, 0), (2048, 6144))
     """New tokens and those cached before them."""
-    step_batches: tuple[int, ...] = (1, 8, 32, 128)
-    step_context: int = 1024
+    steps: tuple[tuple[int, int], ...] = (
+        *((batch, 1024) for batch in (1, 8, 32, 128, 256)),
+        *((batch, 4096) for batch in (1, 32, 128)),
+    )
+    """Decode steps of a whole model: sequences, and the context of each."""
     step_prompts: tuple[int, ...] = (512, 2048, 8192)
     pool_bytes: int = 1 << 30
     """Layers of KV taken in turns, so that no cache holds them."""
@@ -82,8 +85,7 @@ SMALL = Sizes(
     heads=(4, 2, 32),
     decode=((1, 40), (3, 70)),
     prefill=((20, 0), (9, 30)),
-    step_batches=(1, 4),
-    step_context=32,
+    steps=((1, 32), (4, 32)),
     step_prompts=(16, 40),
     pool_bytes=1 << 20,
     calls=2,
@@ -233,7 +235,7 @@ class Bench:
     def _scene(self, spans: list[tuple[int, int]]) -> Scene:
         heads, kv_heads, dim = self.sizes.heads
         random = torch.Generator(self.device).manual_seed(0)
-        counts = [-(-(new + cached) // BLOCK_TOKENS) for new, cached in spans]
+        counts = [blocks_for(new + cached, BLOCK_TOKENS) for new, cached in spans]
         layer_bytes = 2 * sum(counts) * kv_heads * BLOCK_TOKENS * dim * self.dtype.itemsize
         layers = max(1, min(64, self.sizes.pool_bytes // layer_bytes))
         sizes = (sum(counts), layers, 2, kv_heads, BLOCK_TOKENS, dim)
@@ -275,8 +277,8 @@ class Bench:
         cases = list(step_cases(shape, sizes, dtype))
         if all(name in self.records.of for name, *_ in cases):
             return
-        tokens = max(max(sizes.step_batches) * sizes.step_context, *sizes.step_prompts)
-        blocks = -(-tokens // BLOCK_TOKENS)
+        most = max(batch * blocks_for(context, BLOCK_TOKENS) for batch, context in sizes.steps)
+        blocks = max(most, blocks_for(max(sizes.step_prompts), BLOCK_TOKENS))
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
             write_checkpoint(shape, dtype, directory)
@@ -305,8 +307,7 @@ class Bench:
 
 def backends(device: torch.device) -> dict[str, Any]:
     """Whatever can attend here: our own kernels, and torch's where this release has them."""
-    own = own_ops()
-    found = {own.name: own.paged_attention}
+    found: dict[str, Any] = {"triton": triton_attention.paged_attention}
     if device.type == "cuda" and varlen_attention.missing_from_torch() is None:
         found["varlen_attn"] = varlen_attention.paged_attention
     return found
@@ -314,8 +315,8 @@ def backends(device: torch.device) -> dict[str, Any]:
 
 def step_cases(shape: Shape, sizes: Sizes, dtype: str) -> Iterator[tuple[str, Batch, float, float]]:
     """A name, a batch, the bytes it must read and the operations it takes."""
-    context, each = sizes.step_context, -(-sizes.step_context // BLOCK_TOKENS)
-    for count in sizes.step_batches:
+    for count, context in sizes.steps:
+        each = blocks_for(context, BLOCK_TOKENS)
         chunks = [
             Chunk(str(i), (1,), context - 1, tuple(range(i * each, (i + 1) * each)), GREEDY)
             for i in range(count)
@@ -324,7 +325,7 @@ def step_cases(shape: Shape, sizes: Sizes, dtype: str) -> Iterator[tuple[str, Ba
         moved, flops = shape.step_bytes(dtype, count, context), shape.flops(count, context, count)
         yield name, Batch(tuple(chunks)), moved, flops
     for prompt in sizes.step_prompts:
-        table = tuple(range(-(-prompt // BLOCK_TOKENS)))
+        table = tuple(range(blocks_for(prompt, BLOCK_TOKENS)))
         batch = Batch((Chunk("p", (1,) * prompt, 0, table, GREEDY),))
         name = f"step {shape.name} prefill tokens={prompt}"
         yield name, batch, shape.step_bytes(dtype, 1, prompt), shape.flops(prompt, prompt / 2, 1)

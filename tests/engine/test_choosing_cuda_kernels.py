@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from engine import attention, varlen_attention
+import tests.engine.triton_here  # noqa: F401  # before the kernels
+from engine import attention, runner, varlen_attention
 from engine import cuda_ops as module
 from engine.attention import AttentionShape
-from engine.cuda_graphs import CudaGraphs
-from engine.cuda_ops import CudaOps, own_ops
-from engine.ops import Activation, TorchOps
+from engine.cuda_ops import CudaOps
 from engine.varlen_attention import case_of
 from tests.engine.attending import Scene, scene
 
@@ -37,7 +36,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def test_each_kind_of_layer_is_settled_and_told_once(
     batch: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ops = CudaOps(TorchOps())
+    ops = CudaOps(attention.paged_attention)
     query = batch.query.contiguous()
     for shape in (AttentionShape(0.2), AttentionShape(0.2, window=8)):
         wanted = attention.paged_attention(query, batch.kv, batch.packed, shape)
@@ -46,51 +45,21 @@ def test_each_kind_of_layer_is_settled_and_told_once(
     chosen = [record.getMessage() for record in caplog.records]
     assert len(chosen) == 2
     reason = varlen_attention.missing_from_torch() or "varlen_attn runs on CUDA, not cpu"
-    assert all(f"backend=torch reason={reason}" in line for line in chosen)
+    assert all(f"backend=triton reason={reason}" in line for line in chosen)
 
 
 def test_torchs_kernels_attend_where_nothing_speaks_against_them(
     batch: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(varlen_attention, "paged_attention", attention.paged_attention)
-    ops = CudaOps(Refusing(), lambda case, device: None)
+    ops = CudaOps(refuse, lambda case, device: None)
     query = batch.query.contiguous()
     ops.paged_attention(query, batch.kv, batch.packed, AttentionShape(0.2))
     assert "backend=varlen_attn" in caplog.text
 
 
-class Refusing(TorchOps):
-    def paged_attention(self, *_: object) -> torch.Tensor:
-        raise AssertionError
-
-
-def test_all_but_attention_is_left_to_our_own_operations(batch: Scene) -> None:
-    ops, x, weight = CudaOps(Marking()), torch.zeros(2, 4), torch.ones(4)
-    assert ops.rms_norm(x, weight, 1.0).eq(1.0).all()
-    assert ops.add_rms_norm(x, x.clone(), weight, 1.0).eq(2.0).all()
-    assert ops.gated(x, Activation.SILU).eq(3.0).all()
-    assert ops.place_qkv(batch.qkv, batch.kv, batch.packed, None, None).eq(4.0).all()
-
-
-class Marking(TorchOps):
-    def rms_norm(self, x: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.full_like(x, 1.0)
-
-    def add_rms_norm(self, x: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.full_like(x, 2.0)
-
-    def gated(self, gate_up: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.full_like(gate_up, 3.0)
-
-    def place_qkv(self, qkv: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.full_like(qkv, 4.0)
-
-
-def test_only_operations_that_skip_empty_rows_are_made_graphs_of() -> None:
-    assert CudaOps(TorchOps()).repeats() is None
-    skipping = TorchOps()
-    skipping.skips_rows_without_slot = True
-    assert isinstance(CudaOps(skipping).repeats(), CudaGraphs)
+def refuse(*_: object) -> torch.Tensor:
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
@@ -140,9 +109,9 @@ def test_kernels_that_refuse_our_blocks_are_passed_over(
     )
 
 
-def test_without_triton_plain_torch_attends_and_a_warning_says_so(
+def test_without_triton_plain_torch_computes_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert own_ops().name == "torch"
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    assert runner.cuda_ops().name == "torch"
     assert "reason=Triton is not installed" in caplog.text

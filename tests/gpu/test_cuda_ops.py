@@ -36,7 +36,7 @@ def true_fp32() -> None:
 
 @pytest.fixture(params=[False, True], ids=["own kernels", "chosen kernels"])
 def ops(request: pytest.FixtureRequest) -> CudaOps:
-    return CudaOps() if request.param else CudaOps(None, never)
+    return CudaOps() if request.param else CudaOps(why_not_varlen=never)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +61,7 @@ def test_a_long_context_attends_in_splits(ops: CudaOps, window: int | None) -> N
 
 
 def test_a_token_attends_alike_in_any_batch() -> None:
-    ops, shape = CudaOps(None, never), AttentionShape(0.2)
+    ops, shape = CudaOps(why_not_varlen=never), AttentionShape(0.2)
     batch = scene(8, 2, 128, 16, spans=((1, 300), (1, 5200), (9, 3)), device="cuda")
     together = ops.paged_attention(batch.query, batch.kv, batch.packed, shape)
     alone = batch.pack(batch.chunks[:1])
