@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from engine.attention import AttentionShape, KvLayer
     from engine.packing import Packed
+    from engine.scaled import ScaledWeight
 
     Made = tuple[torch.Tensor | None, torch.Tensor]
     Layers = Callable[[Packed, torch.Tensor], Made]
@@ -78,6 +79,14 @@ class Ops(Protocol):
 
     def linear(
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+    def keeps(self, weight: ScaledWeight) -> bool:
+        """Whether `scaled_linear` is worth calling; else the matrix is widened when loaded."""
+        ...
+
+    def scaled_linear(
+        self, weight: ScaledWeight, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
     def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -140,6 +149,15 @@ class TorchOps:
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return functional.linear(x, weight, bias)
+
+    def keeps(self, weight: ScaledWeight) -> bool:
+        del weight
+        return False
+
+    def scaled_linear(
+        self, weight: ScaledWeight, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return functional.linear(x, weight.plain(x.dtype), bias)
 
     def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.linear(weight, x).float()

@@ -35,6 +35,13 @@ class _Shard:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        return str(self._file.get_slice(name).get_dtype())
+
+    def whole(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
     def copy(self, name: str, cut: tuple[slice, ...], into: torch.Tensor) -> None:
         """Copies a slice piece by piece; `into` may be of another dtype or device."""
         first, *others = cut
@@ -84,6 +91,14 @@ class TensorFiles:
     def read(self, name: str, cut: tuple[slice, ...], into: torch.Tensor) -> None:
         """Copies a slice of a tensor straight into memory of the caller's."""
         self._shard(name).copy(name, cut, into)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a small tensor."""
+        return self._shard(name).whole(name)
+
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it: BF16, F8_E4M3 ..."""
+        return self._shard(name).dtype(name)
 
     def first_present(self, names: Iterable[str]) -> str | None:
         return next((name for name in names if name in self), None)

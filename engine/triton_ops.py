@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine import triton_attention, triton_layer
+from engine import triton_attention, triton_layer, triton_scaled
 from engine.ops import TorchOps
 
 if TYPE_CHECKING:
@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from engine.attention import AttentionShape, KvLayer
     from engine.ops import Activation, QkNorm, Rotary
     from engine.packing import Packed
+    from engine.scaled import ScaledWeight
 
 
 class TritonOps(TorchOps):
     name = "triton"
+
+    def keeps(self, weight: ScaledWeight) -> bool:
+        return triton_scaled.can_multiply(weight)
+
+    def scaled_linear(
+        self, weight: ScaledWeight, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return triton_scaled.linear(weight, x, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_layer.rms_norm(x, weight, eps)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.model.rope import Rope
+    from engine.model.scaling import Scaling
     from engine.ops import Activation
 
 
@@ -74,6 +75,8 @@ class ModelConfig:
     embedding_scale: float | None = None
     learned_positions: int | None = None
     """Rows of a learned position table."""
+    scaling: Scaling | None = None
+    """How matrices of 8-bit floats are stored, where there are such."""
     position_offset: int = 0
     """Row of the position table that stands for position 0."""
 

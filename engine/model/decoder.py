@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from engine.kvcache import KvCache
     from engine.model.rope import Rope
-    from engine.model.weights import Linear, Loader, Norm
+    from engine.model.weights import Loader, Norm, Projection
     from engine.ops import Made
     from engine.packing import Packed
 
@@ -29,7 +29,7 @@ class Embedding:
         width = config.embedding or config.hidden
         self.table = loader.table(names.embed, config.vocab, width, self.rows)
         self._parallel, self._scale = loader.parallel, config.embedding_scale
-        self._project: Linear | None = None
+        self._project: Projection | None = None
         if config.embedding is not None:
             self._project = loader.whole(names.project_in, config.hidden, config.embedding)
         self._positions: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class Head:
         )
         self._norm: Norm | None = loader.norm(names.final_norm) if config.final_norm else None
         width = config.embedding or config.hidden
-        self._project: Linear | None = None
+        self._project: Projection | None = None
         if config.embedding is not None:
             self._project = loader.whole(names.project_out, config.embedding, config.hidden)
         shared = config.tied and embedding is not None

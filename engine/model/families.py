@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.model.config import LayerConfig, ModelConfig, MoeConfig, NormKind
 from engine.model.ropes import read_rope
+from engine.model.scaling import read_scaling
 from engine.ops import Activation
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def read_config(fields: Fields, longest: int | None = None) -> ModelConfig:
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise fields.bad("model_type", f"unknown architecture; known are {known}")
-    if fields.part("quantization_config").text("quant_method", "") != "":
-        raise fields.bad("quantization_config", "quantized weights are not supported")
-    config = FAMILIES[kind](fields, longest)
+    config = replace(FAMILIES[kind](fields, longest), scaling=read_scaling(fields))
     if config.heads % config.kv_heads:
         raise fields.bad("num_key_value_heads", f"must divide the {config.heads} attention heads")
     if longest is not None and longest > config.max_length:

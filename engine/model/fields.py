@@ -69,6 +69,13 @@ class Fields:
             raise self.bad(name, f"must hold {length} numbers")
         return tuple(float(item) for item in value)
 
+    def pair(self, name: str) -> tuple[int, int]:
+        """Two positive integers."""
+        values = self.integers(name)
+        if len(values) != 2 or min(values) < 1:
+            raise self.bad(name, "must be a list of two positive integers")
+        return values[0], values[1]
+
     def strings(self, name: str) -> tuple[str, ...]:
         value = self._get(name, None)
         if type(value) is not list or {type(item) for item in value} - {str}:

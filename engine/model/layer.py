@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.attention import AttentionShape
 from engine.model.mlp import Experts, load_mlp
-from engine.model.weights import Linear, Loader, Norm, Part
+from engine.model.weights import Loader, Norm, Part, Projection
 from engine.ops import QkNorm
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Attention:
-    qkv: Linear
-    output: Linear
+    qkv: Projection
+    output: Projection
     shape: AttentionShape
     rotary: Rotary | None
     qk_norm: QkNorm | None
@@ -137,7 +137,7 @@ def _load_attention(loader: Loader, layer: int, kv: KvLayer, rotary: Rotary | No
     )
 
 
-def _load_qkv(loader: Loader, layer: int, kv: KvLayer) -> Linear:
+def _load_qkv(loader: Loader, layer: int, kv: KvLayer) -> Projection:
     """Queries of this rank's heads, then keys and values of the KV heads they share."""
     config, names, parallel = loader.config, loader.names, loader.parallel
     dim = config.head_dim

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.model.weights import Linear, Loader, Part, Plane
+from engine.model.weights import Loader, Part, Plane, Projection
 
 if TYPE_CHECKING:
     from engine.model.config import MoeConfig
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Mlp:
-    up: Linear
+    up: Projection
     """Gate and up fused, where the model has a gate."""
-    down: Linear
+    down: Projection
     activation: Activation
     gated: bool
 
@@ -33,7 +33,7 @@ class Mlp:
 class Experts:
     """Each token goes through the few experts its router weighs highest."""
 
-    router: Linear
+    router: Projection
     experts: list[Mlp]
     config: MoeConfig
 

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.errors import BadCheckpoint
 from engine.model.config import NormKind
+from engine.model.scaling import STORED, STORED_NAME, factors_of
+from engine.scaled import ScaledWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +30,21 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.linear(self.weight, x, self.bias)
+
+
+@dataclass(slots=True)
+class ScaledLinear:
+    """A matrix that stays in 8 bits, for `Ops.scaled_linear`."""
+
+    ops: Ops
+    weight: ScaledWeight
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.scaled_linear(self.weight, x, self.bias)
+
+
+Projection = Linear | ScaledLinear
 
 
 @dataclass(slots=True)
@@ -102,9 +120,11 @@ class Loader:
         biased: bool,
         transposed: bool = False,
         plane: Plane | None = None,
-    ) -> Linear:
+    ) -> Projection:
         """Parts of several matrices over the same input, fused into one."""
-        weight = self._empty(sum(len(part.take) for part in parts), inputs)
+        scaled = self._is_scaled(parts[0].name)
+        weight = self._matrix(sum(len(part.take) for part in parts), inputs, scaled=scaled)
+        factors: list[torch.Tensor] = []
         bias = self._empty(weight.shape[0]) if biased else None
         row = 0
         for part, start, stored in _placed(parts):
@@ -116,8 +136,11 @@ class Loader:
             )
             if bias is not None:
                 self._read_vector(part.name + ".bias", stored, take, bias[rows])
+            if scaled:
+                rows_cut = range(take.start, take.stop), range(inputs)
+                factors.append(self._factors(part.name, (stored, inputs), rows_cut))
             row += len(part.take)
-        return Linear(self.ops, self.ops.prepare_weight(weight), bias)
+        return self._projection(weight, factors, bias)
 
     def by_input(
         self,
@@ -128,19 +151,22 @@ class Loader:
         biased: bool,
         transposed: bool = False,
         plane: Plane | None = None,
-    ) -> Linear:
+    ) -> Projection:
         """A matrix over this rank's share of the inputs; only the first rank adds the bias."""
-        share = self.share(inputs)
-        weight = self._empty(outputs, len(share))
+        share, scaled = self.share(inputs), self._is_scaled(name)
+        weight = self._matrix(outputs, len(share), scaled=scaled)
         cut = (slice(None), slice(share.start, share.stop))
         self._read_matrix(name, (outputs, inputs), cut, weight, transposed=transposed, plane=plane)
         bias = None
         if biased and self.parallel.tensor_rank == 0:
             bias = self._empty(outputs)
             self._read_vector(name + ".bias", outputs, slice(None), bias)
-        return Linear(self.ops, self.ops.prepare_weight(weight), bias)
+        factors = []
+        if scaled:
+            factors.append(self._factors(name, (outputs, inputs), (range(outputs), share)))
+        return self._projection(weight, factors, bias)
 
-    def whole(self, name: str, outputs: int, inputs: int) -> Linear:
+    def whole(self, name: str, outputs: int, inputs: int) -> Projection:
         """A small matrix that every rank holds."""
         return self.by_output([Part(name, outputs, range(outputs))], inputs, biased=False)
 
@@ -170,8 +196,31 @@ class Loader:
         self._read_vector(name, size, slice(None), vector)
         return vector
 
+    def _projection(
+        self, weight: torch.Tensor, factors: list[torch.Tensor], bias: torch.Tensor | None
+    ) -> Projection:
+        if factors:
+            scaled = ScaledWeight(weight, torch.cat(factors))
+            if self.ops.keeps(scaled):
+                return ScaledLinear(self.ops, scaled, bias)
+            weight = scaled.plain(self.dtype)
+        return Linear(self.ops, self.ops.prepare_weight(weight), bias)
+
+    def _is_scaled(self, name: str) -> bool:
+        scaling = self.config.scaling
+        return scaling is not None and f"{name}.weight{scaling.suffix}" in self._tensors
+
+    def _factors(self, name: str, shape: tuple[int, int], cut: tuple[range, range]) -> torch.Tensor:
+        assert self.config.scaling is not None, name
+        factors = factors_of(self._tensors, name + ".weight", self.config.scaling, shape, cut)
+        return factors.to(self.device)
+
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _matrix(self, outputs: int, inputs: int, *, scaled: bool) -> torch.Tensor:
+        dtype = STORED if scaled else self.dtype
+        return torch.empty((outputs, inputs), dtype=dtype, device=self.device)
 
     def _read_vector(self, name: str, size: int, take: slice, into: torch.Tensor) -> None:
         self._read(name, (size,), (take,), into)
@@ -199,6 +248,10 @@ class Loader:
         self, name: str, shape: tuple[int, ...], cut: tuple[slice, ...], into: torch.Tensor
     ) -> None:
         self._tensors.expect(name, shape)
+        stored = self._tensors.dtype(name)
+        if (stored == STORED_NAME) != (into.dtype == STORED):
+            rule = f"must be {STORED_NAME} with factors beside it, or neither"
+            raise BadCheckpoint(name, stored, rule)
         if not into.is_meta:
             self._tensors.read(name, cut, into)
         self.read_bytes += into.nbytes

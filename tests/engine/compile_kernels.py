@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import triton_decode, triton_layer, triton_prefill
+from engine import triton_decode, triton_layer, triton_prefill, triton_scaled
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32"}
@@ -22,6 +22,14 @@ LAYER = {**HEADS, "group": 4, "keys_at_once": 64, "windowed": True, "capped": Tr
 CUT = {"split_tokens": triton_decode.SPLIT_TOKENS, "most_splits": triton_decode.MOST_SPLITS}
 JOIN = {"windowed": True, "keys_at_once": 64, "dim": 128, "padded_dim": 128, **CUT}
 PLACED = {"heads": 32, "padded_heads": 32, "kv_heads": 8, "padded_kv_heads": 8, "turned_dim": 128}
+SCALED = {
+    "run": 128,
+    "tile_rows": triton_scaled.MOST_ROWS,
+    "tile_outputs": triton_scaled.OUTPUTS,
+    "tile_inputs": triton_scaled.INPUTS,
+    "biased": True,
+}
+EIGHT_BITS = {"weight": "*fp8e4nv", "factors": "*fp32", "bias": "*bf16"}
 CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
     (triton_layer._norm, {"width": 4096, "padded_width": 4096, "adding": True}),
     (triton_layer._gate, {"kind": "gelu", "columns": triton_layer.COLUMNS_AT_ONCE}),
@@ -29,6 +37,7 @@ CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
     (triton_prefill._chunk_kernel, {**LAYER, "padded_group": 4, "tile_tokens": 16}),
     (triton_decode._split_kernel, {**LAYER, **CUT, "rows": 16}),
     (triton_decode._join_kernel, JOIN),
+    (triton_scaled._multiply, SCALED),
 ]
 
 
@@ -36,6 +45,8 @@ def compiled(kernel: Any, constants: dict[str, Any]) -> Any:
     """The kernel for bfloat16, its integers 32 bits wide."""
     fixed = dict.fromkeys(constants, "constexpr")
     types = {**dict.fromkeys(BF16, "*bf16"), **POINTERS, **PLACES, **WEIGHTS, **SPLITS, **SCALARS}
+    if kernel is triton_scaled._multiply:
+        types |= EIGHT_BITS
     signature = {name: {**types, **fixed}.get(name, "i32") for name in kernel.arg_names}
     return triton.compile(ASTSource(kernel, signature, constexprs=constants), target=HOPPER)
 

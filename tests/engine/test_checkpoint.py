@@ -105,7 +105,15 @@ def test_a_missing_tensor_is_named(directory: Path) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_act": "mish"}, "hidden_act"),
         ({"dtype": "int4"}, "dtype"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quant_method"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "int"}},
+            "quantization_config: format",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "quantization_config: weight_block_size",
+        ),
         ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters: rope_type"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor"),
         ({"rope_parameters": []}, "rope_parameters"),

@@ -9,7 +9,9 @@ import torch
 
 import tests.engine.triton_here  # noqa: F401  # before the kernels
 from engine import attention
+from engine.model.scaling import STORED
 from engine.ops import Activation, QkNorm, Rotary, TorchOps
+from engine.scaled import ScaledWeight
 from engine.triton_ops import TritonOps
 from tests.engine.attending import HEADS, Scene, assert_close, scene
 
@@ -96,3 +98,22 @@ def test_a_row_without_context_attends_to_nothing() -> None:
     got = KERNELS.paged_attention(batch.query, batch.kv, empty, attention.AttentionShape(0.2))
     assert got[0].any()
     assert not got[1].any()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "runs"), [(70, 96, 3), (33, 256, 1), (16, 384, 3)], ids=str
+)
+def test_a_matrix_of_8_bits_multiplies_as_what_it_stands_for(
+    outputs: int, inputs: int, runs: int, rows: int
+) -> None:
+    weight = ScaledWeight(numbers(outputs, inputs).to(STORED), numbers(outputs, runs))
+    x, bias = numbers(rows, inputs + 3)[:, :inputs], numbers(outputs)
+    assert KERNELS.keeps(weight)
+    for added in (None, bias):
+        wanted = PLAIN.scaled_linear(weight, x, added)
+        assert_close(KERNELS.scaled_linear(weight, x, added), wanted)
+
+
+def test_a_matrix_whose_runs_fit_no_tile_is_widened() -> None:
+    assert not KERNELS.keeps(ScaledWeight(numbers(4, 36).to(STORED), numbers(4, 3)))
