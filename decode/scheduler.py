@@ -112,9 +112,11 @@ class DecodeScheduler:
         for sequence in self._by_urgency(self._running):
             if sequence.id in self._running and sequence.id not in held:
                 self._grow(sequence, held, step)
-        self._swap_in(step)
-        self._let_in()
-        self._unblock(step)
+        if self._swapped:
+            self._swap_in(step)
+        if self._waiting:
+            self._let_in()
+            self._unblock(step)
         recompute = self.settings.recompute_budget
         for sequence in self._running.values():
             if sequence.id in held:

@@ -107,6 +107,8 @@ class PrefillScheduler:
 
     def next_chunks(self, now: float, budget: int) -> list[Chunk]:
         """Chunks of at most `budget` tokens together; admitted prompts have all their blocks."""
+        if not self._sequences:
+            return []
         late_budget = int(budget * self.settings.late_share)
         ahead, late = self._order(now)
         chunks: list[Chunk] = []

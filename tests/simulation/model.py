@@ -6,6 +6,7 @@ missing, stale, or in the wrong place changes every token that follows.
 
 from __future__ import annotations
 
+from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ Memory = dict[tuple[int, int, int], Cell]
 """(block, layer, slot) -> what stands there."""
 
 
+@cache
 def layout(block_tokens: int) -> KvLayout:
     return KvLayout("hash", LAYERS, 2, 8, block_tokens, "float32")
 

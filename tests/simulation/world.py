@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from cluster.instance.instance import Instance, InstanceSettings
 from decode.scheduler import DecodeSettings
 from engine import wire
-from engine.blocks import BlockPool
 from engine.errors import (
     BadLogits,
     ChecksumMismatch,
@@ -36,6 +35,7 @@ from prefill.scheduler import PrefillSettings
 from tests.simulation import faults as fault
 from tests.simulation.gateway import SimulatedGateway
 from tests.simulation.model import EOS, FakeModel, expected_output, layout
+from tests.simulation.watched_pool import WatchedPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,7 +214,7 @@ class World:
         self.after(0.0, f"load {name}", lambda: self._tell_load(node))
 
     def _node(self, name: str, settings: InstanceSettings, blocks: int) -> Node:
-        pool, eos = BlockPool(blocks, self.block_tokens), frozenset((EOS,))
+        pool, eos = WatchedPool(blocks, self.block_tokens), frozenset((EOS,))
         shape = layout(self.block_tokens)
         instance = Instance(name, self._roles[name], pool, shape, settings=settings, eos=eos)
         model = FakeModel(self.block_tokens)
@@ -231,8 +231,9 @@ class World:
 
     def _tell_load(self, node: Node) -> None:
         if self.alive(node):
+            load = node.instance.load()
             for gateway in self.gateways:
-                self.send(node.instance.name, gateway, node.instance.load())
+                self.send(node.instance.name, gateway, load)
             self.after(LOAD_S, f"load {node.instance.name}", lambda: self._tell_load(node))
 
     def _pump(self, node: Node) -> None:
