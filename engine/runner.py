@@ -15,6 +15,7 @@ from engine.clock import SystemClock
 from engine.errors import BadConfig
 from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
+from engine.layer_reports import DeviceReports, LayerReports
 from engine.model.decoder import Decoder
 from engine.model.weights import Loader
 from engine.ops import TorchOps
@@ -87,6 +88,10 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def _ignore(_layer: int) -> None:
+    pass
+
+
 def _tell(progress: Callable[[int, int], None], all_bytes: int, read_bytes: int) -> None:
     progress(read_bytes, all_bytes)
 
@@ -129,7 +134,8 @@ class Runner:
         )
         self._decoder = self._load(ops, TORCH_DTYPES[name], progress)
         checkpoint.release()
-        self._groups = self.layout.layer_groups(parallel.stage, layer_groups)
+        groups = self.layout.layer_groups(parallel.stage, layer_groups)
+        self._reports = (DeviceReports if self.device.type == "cuda" else LayerReports)(groups)
         self._sampler, self._clock = sampler, clock or SystemClock()
         log.info("runner ready device=%s dtype=%s ops=%s blocks=%d", device, name, ops.name, blocks)
 
@@ -153,8 +159,9 @@ class Runner:
             self.kv.swap(swap)
         if not batch.chunks:
             self.parallel.await_ranks()
-        logits = self.logits(batch, on_layer_group) if batch.chunks else None
-        drawn = () if logits is None else self._draw(batch, logits)
+        with self._reports.telling(on_layer_group or _ignore) as report:
+            logits = self.logits(batch, report) if batch.chunks else None
+            drawn = () if logits is None else self._draw(batch, logits)
         return StepResult(drawn, self._clock.now() - start_s)
 
     def close(self) -> None:
@@ -163,12 +170,11 @@ class Runner:
 
     @torch.inference_mode()
     def logits(
-        self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
+        self, batch: Batch, on_layer: Callable[[int], None] = _ignore
     ) -> torch.Tensor | None:
         """fp32 logits of the chunks that draw; None on ranks that hold none, or if none draws."""
         packed = pack(batch.chunks, self.layout.block_tokens, self.device)
-        report = self._reporter(on_layer_group)
-        return self._decoder.forward(packed, report)
+        return self._decoder.forward(packed, on_layer)
 
     def _draw(self, batch: Batch, logits: torch.Tensor) -> tuple[Drawn, ...]:
         drawing = [(c.draw, c.request_id) for c in batch.chunks if c.draw is not None]
@@ -176,21 +182,3 @@ class Runner:
             return ()
         draws, request_ids = zip(*drawing, strict=True)
         return tuple(self._sampler.sample(logits, draws, request_ids))
-
-    def _reporter(self, on_layer_group: Callable[[int], None] | None) -> Callable[[int], None]:
-        """Turns the end of a layer into the end of its group, once the KV is in the pool."""
-        if on_layer_group is None:
-            return _ignore
-        last_layers = {layers[-1]: group for group, layers in enumerate(self._groups)}
-
-        def report(layer: int) -> None:
-            if layer in last_layers:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                on_layer_group(last_layers[layer])
-
-        return report
-
-
-def _ignore(_layer: int) -> None:
-    pass

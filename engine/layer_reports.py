@@ -1,0 +1,73 @@
+"""Tells of each layer group once its KV is in the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Report = Callable[[int], None]
+
+
+class Event(Protocol):
+    """A place in the device's work."""
+
+    def synchronize(self) -> None: ...
+
+
+def recorded() -> Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+class LayerReports:
+    """A CPU has finished a layer when its call returns; so here it is told at once."""
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        self._groups = {layers[-1]: group for group, layers in enumerate(groups)}
+
+    @contextmanager
+    def telling(self, tell: Report) -> Iterator[Report]:
+        """What to call at the end of each layer; all is told when the context ends."""
+
+        def report(layer: int) -> None:
+            if layer in self._groups:
+                tell(self._groups[layer])
+
+        yield report
+
+
+class DeviceReports(LayerReports):
+    """A GPU is told of layers long before it comes to them; another thread waits for it, so that
+    the host goes on telling."""
+
+    def __init__(
+        self, groups: Sequence[Sequence[int]], event: Callable[[], Event] = recorded
+    ) -> None:
+        super().__init__(groups)
+        self._event = event
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="layer groups")
+
+    @contextmanager
+    def telling(self, tell: Report) -> Iterator[Report]:
+        told: list[Future[None]] = []
+
+        def later(group: int) -> None:
+            told.append(self._waiting.submit(_tell_after, self._event(), tell, group))
+
+        with super().telling(later) as report:
+            yield report
+        for each in told:
+            each.result()
+
+
+def _tell_after(event: Event, tell: Report, group: int) -> None:
+    event.synchronize()
+    tell(group)
