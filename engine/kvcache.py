@@ -62,7 +62,7 @@ class KvCache:
         for block, slot, count in _runs(swap.blocks, swap.host_slots):
             on_device, on_host = pool[block : block + count], self._host[slot : slot + count]
             source, target = (on_device, on_host) if swap.to_host else (on_host, on_device)
-            target.copy_(source)
+            target.copy_(source, non_blocking=True)  # in order with the passes on a GPU
 
     def close(self) -> None:
         """Gives the pool's file back; the memory goes with the last view of it."""
