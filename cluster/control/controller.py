@@ -37,6 +37,7 @@ from placement.view import InstanceView, View
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterable
 
+    from cluster.control.policy_source import PolicyText
     from cluster.instance.leading import Network
     from engine.messages import Message
 
@@ -226,10 +227,10 @@ class Controller:
         self._desire((*self._book.roster.desired, *started))
         return Scaled(tuple(spec.name for spec in started), ())
 
-    async def apply_policy(self, text: str) -> list[str]:
+    async def apply_policy(self, policy: PolicyText) -> list[str]:
         """From now on the autoscaler follows this policy; what changes, a line each."""
         await self._recovered.wait()
-        return self._scaling.apply(text)
+        return self._scaling.apply(policy)
 
     async def policy(self) -> PolicyStatus | None:
         """What is in force; None while nothing is."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cluster.control.balancing import Note
+    from cluster.control.policy_source import PolicyText
     from cluster.control.replanning import Planned, Planner
     from engine.clock import Clock
     from engine.messages import Role
@@ -43,7 +44,7 @@ class Usage:
     tpot_shares: tuple[float, ...] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0
-    policy: str | None = None
+    policy: PolicyText | None = None
     ended: tuple[Shape, ...] = ()
     """Requests that were answered."""
 
@@ -77,6 +78,7 @@ class Fleet(Protocol):
 class _InForce:
     policy: Policy
     version: str
+    applied_s: float
     scaler: Autoscaler
     replanning: Replanning | None
     told: tuple[Action, ...] = ()
@@ -134,26 +136,30 @@ class Scaling:
         replan = "" if policy.replan is None else policy.replan.mode.value
         return PolicyStatus(policy.name, self._in_force.version, policy.dry_run, replan)
 
-    def apply(self, text: str) -> list[str]:
+    def apply(self, given: PolicyText) -> list[str]:
         """Puts a policy in force; a bad one is refused and the running one stays."""
-        policy = parse_policy(text)
-        version = hashlib.sha256(text.encode()).hexdigest()[:12]
+        policy = parse_policy(given.text)
+        version = hashlib.sha256(given.text.encode()).hexdigest()[:12]
         before = self._in_force
         lines = changes(None if before is None else before.policy, policy)
         if policy.replan is not None and self._planner is None:
             raise BadConfig("replan", policy.replan.mode.value, "there is no planner here")
         replanning = None if policy.replan is None else Replanning(policy.replan, self._note)
         scaler = Autoscaler(policy, self._accelerators)
-        self._in_force = _InForce(policy, version, scaler, replanning)
+        self._in_force = _InForce(policy, version, given.applied_s, scaler, replanning)
         self._applied.set()
         self._note("policy", policy.name, "applied", version=version, dry_run=policy.dry_run)
         return [f"version: {version}", *lines]
 
     def told(self, gateway: str, usage: Usage) -> None:
-        """A gateway's report; after its own restart a controller learns the policy from it."""
+        """A gateway's report; after its own restart a controller learns the policy from it.
+
+        Of two gateways' the one that was applied last holds.
+        """
         self._tally.add(gateway, usage)
-        if self._in_force is None and usage.policy is not None:
-            self.apply(usage.policy)
+        given, in_force = usage.policy, self._in_force
+        if given is not None and (in_force is None or given.applied_s > in_force.applied_s):
+            self.apply(given)
 
     def gateway_lost(self, name: str) -> None:
         """What waited there waits no more: its clients are gone with it."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.actors import ControllerSync
+from cluster.control.policy_source import PolicySource
 from cluster.doors.both import HttpServer, host_in_url
 from cluster.doors.grpc_door import GrpcDoor
 from cluster.doors.http import HttpDoor, HttpSettings
 from cluster.doors.keys import Keyring
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.operate import ClusterOperator
+from cluster.gateway.operate import ClusterOperator, ask
 from cluster.membership import Membership
-from cluster.policy_file import starting_policy
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from cluster.settings import gateway_settings
 from cluster.watching.everything import Watching
@@ -30,6 +30,7 @@ from engine.messages import InstanceState, Lost
 
 if TYPE_CHECKING:
     from cluster.config import Config
+    from cluster.control.policy_source import PolicyText
     from cluster.instance.leading import Network
     from cluster.watching.observer import Observer
     from engine.grammar import GrammarCompiler
@@ -87,9 +88,13 @@ class Front:
         self._clock = SystemClock()
         self._watching = Watching(config, self._clock)
         self._link = ZmqLink(self.name, network.bind(self.name), network.key, config.limits.links)
-        policy = starting_policy(config.autoscaling.policy)
-        self.usage = UsageReporter(self.name, controller, policy)
-        reporters: list[Observer] = [Reporter(controller), self.usage]
+        self._controller = controller
+        # The file lies beside the first gateway; others may run on nodes that do not have it.
+        path = config.autoscaling.policy if number == 0 else None
+        reporter = Reporter(controller)
+        self.policy = PolicySource(path, self._apply_policy, reporter.tell, self._clock)
+        self.usage = UsageReporter(self.name, controller)
+        reporters: list[Observer] = [reporter, self.usage]
         self.gateway = Gateway(
             self._link,
             model.tokenizer,
@@ -136,7 +141,8 @@ class Front:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.gateway.run())
             tasks.create_task(self.membership.run())
-            tasks.create_task(self.usage.run(self._waiting_requests))
+            tasks.create_task(self.usage.run(self._waiting_requests, lambda: self.policy.latest))
+            tasks.create_task(self.policy.follow())
             tasks.create_task(self._gather_tallies())
 
     async def _gather_tallies(self) -> None:
@@ -145,6 +151,10 @@ class Front:
             answers = await self.gateway.peers.ask("tally", metrics.known_lives())
             metrics.others.heard(answers.values())
             await asyncio.sleep(TALLY_S)
+
+    async def _apply_policy(self, policy: PolicyText) -> list[str]:
+        changes: list[str] = await ask(self._controller.apply_policy.remote(policy))
+        return changes
 
     def _waiting_requests(self) -> int:
         return len(self.gateway.waiting())

@@ -27,8 +27,8 @@ class ClusterOperator:
         self._front, self._controller = front, controller
 
     async def status(self) -> dict[str, Any]:
-        reports = await _ask(self._controller.report.remote())
-        policy = await _ask(self._controller.policy.remote())
+        reports = await ask(self._controller.report.remote())
+        policy = await ask(self._controller.policy.remote())
         return {
             "model": self._front.gateway.model,
             "endpoints": {"http": self._front.http_url, "grpc": self._front.grpc_address},
@@ -42,28 +42,26 @@ class ClusterOperator:
         return await self._front.whole.document(), self._front.config_document()
 
     async def scale(self, role: Role, instances: int) -> tuple[list[str], list[str]]:
-        scaled = await _ask(self._controller.scale.remote(role, instances))
+        scaled = await ask(self._controller.scale.remote(role, instances))
         return list(scaled.started), list(scaled.draining)
 
     async def set_role(self, instance: str, role: Role) -> None:
-        await _ask(self._controller.set_role.remote(instance, role))
+        await ask(self._controller.set_role.remote(instance, role))
 
     async def drain(self, instance: str) -> None:
-        await _ask(self._controller.drain.remote(instance), self._front.drain_s)
+        await ask(self._controller.drain.remote(instance), self._front.drain_s)
 
     async def migrate(self, request_id: str, instance: str) -> tuple[str, str]:
-        source, target = await _ask(self._controller.migrate.remote(request_id, instance))
+        source, target = await ask(self._controller.migrate.remote(request_id, instance))
         return source, target
 
     async def apply_policy(self, yaml: str) -> list[str]:
-        changes: list[str] = await _ask(self._controller.apply_policy.remote(yaml))
-        self._front.usage.policy = yaml
-        return changes
+        return await self._front.policy.apply(yaml)
 
     async def watch(self) -> AsyncIterator[Event]:
-        last = await _ask(self._controller.last_event.remote())
+        last = await ask(self._controller.last_event.remote())
         while True:
-            news = await _ask(self._controller.events.remote(last, WATCH_S), WATCH_S + CALL_S)
+            news = await ask(self._controller.events.remote(last, WATCH_S), WATCH_S + CALL_S)
             for event in news:
                 last = event.number
                 yield event
@@ -89,7 +87,7 @@ def instance_document(report: InstanceReport) -> dict[str, Any]:
     }
 
 
-async def _ask(call: Awaitable[Any], within_s: float = CALL_S) -> Any:
+async def ask(call: Awaitable[Any], within_s: float = CALL_S) -> Any:
     """The controller's answer; its typed errors come out as they are."""
     try:
         return await answer(call, within_s)

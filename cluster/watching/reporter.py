@@ -21,7 +21,7 @@ class Reporter:
         self._controller = controller
 
     def migrated(self, event: Migrated, at_s: float) -> None:  # noqa: ARG002
-        self._tell(
+        self.tell(
             "migration",
             event.request_id,
             event.outcome,
@@ -34,7 +34,7 @@ class Reporter:
         )
 
     def rerouted(self, event: Rerouted) -> None:
-        self._tell(
+        self.tell(
             "request",
             event.request_id,
             event.outcome,
@@ -44,7 +44,7 @@ class Reporter:
         )
 
     def handoff_failed(self, request_id: str, reason: str, at_s: float) -> None:  # noqa: ARG002
-        self._tell("transfer", request_id, "hand-off failed", reason=reason)
+        self.tell("transfer", request_id, "hand-off failed", reason=reason)
 
     def opened(self, event: Opened) -> None: ...
 
@@ -56,5 +56,5 @@ class Reporter:
 
     def lost(self, instance: str, at_s: float) -> None: ...
 
-    def _tell(self, kind: str, subject: str, text: str, **fields: object) -> None:
+    def tell(self, kind: str, subject: str, text: str, **fields: object) -> None:
         self._controller.note.remote(kind, subject, text, fields)

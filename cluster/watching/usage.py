@@ -11,6 +11,7 @@ from placement.scaling.drift import Shape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cluster.control.policy_source import PolicyText
     from cluster.watching.observer import Ended, Opened, Rerouted
     from engine.messages import Load, Migrated
 
@@ -20,10 +21,8 @@ TELL_S = 1.0
 class UsageReporter:
     """An observer that counts between two reports."""
 
-    def __init__(self, gateway: str, controller: Any, policy: str | None) -> None:
+    def __init__(self, gateway: str, controller: Any) -> None:
         self._gateway, self._controller = gateway, controller
-        self.policy = policy
-        """The text of what is in force, which outlives the controller."""
         self._unanswered: dict[str, Opened] = {}
         """Requests whose first token has not been told."""
         self._ttft_shares: list[float] = []
@@ -31,13 +30,15 @@ class UsageReporter:
         self._prompt_tokens = self._output_tokens = 0
         self._ended: list[Shape] = []
 
-    async def run(self, waiting_requests: Callable[[], int]) -> None:
+    async def run(
+        self, waiting_requests: Callable[[], int], policy: Callable[[], PolicyText | None]
+    ) -> None:
         while True:
-            usage = self.take(waiting_requests())
+            usage = self.take(waiting_requests(), policy())
             self._controller.used.remote(self._gateway, usage)
             await asyncio.sleep(TELL_S)
 
-    def take(self, waiting_requests: int) -> Usage:
+    def take(self, waiting_requests: int, policy: PolicyText | None = None) -> Usage:
         for request_id, event in list(self._unanswered.items()):
             if event.timeline.ttft_s is not None:
                 self._answered(request_id)
@@ -47,7 +48,7 @@ class UsageReporter:
             tuple(self._tpot_shares),
             self._prompt_tokens,
             self._output_tokens,
-            self.policy,
+            policy,
             tuple(self._ended),
         )
         self._ttft_shares, self._tpot_shares, self._ended = [], [], []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from placement.scaling.allotment import Action, Start, Stop, Switch, Wish, steps
 from placement.scaling.forecast import forecast, history_samples
-from placement.scaling.policy import SignalName
+from placement.scaling.policy import LATENCIES
 from placement.scaling.signals import Window
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from placement.scaling.signals import Observation
 
 
-LATENCIES = (SignalName.TTFT_ATTAINMENT, SignalName.TPOT_ATTAINMENT)
 MOST_GROWTH = 1.5
 """Of a role by a latency signal: where queues build up, twice the wait is not twice the load."""
 
@@ -205,13 +204,17 @@ class Autoscaler:
         return Want(role, standing, asked, wanted, why), wish
 
     def _reactive(self, role: Role, policy: RolePolicy, seen: Observation) -> tuple[int, str]:
-        """In proportion to the signal that asks for most."""
+        """In proportion to the signal that asks for most.
+
+        A latency that meets its target asks for nothing where something else tells the load: it
+        never falls below what one step takes, however many instances there are.
+        """
         serving, standing = len(seen.serving(role)), len(seen.standing(role))
         if not standing:
             work = not seen.idle
             return int(work), "work waits" if work else "nothing to do"
         asks = []
-        for signal in policy.signals:
+        for signal in policy.heeded:
             value = self._window.value(signal, role, policy)
             if value is None:
                 continue
@@ -220,6 +223,8 @@ class Autoscaler:
                 share = min(share, MOST_GROWTH)
             near = abs(share - 1.0) <= self.policy.hysteresis
             asked = standing if near else _in_proportion(serving, standing, share)
+            if signal.signal in LATENCIES and share <= 1.0 and policy.measures_load:
+                asked = 0
             asks.append((asked, f"{signal.signal.value} {value:.3g} of {signal.target:g}"))
         return max(asks, default=(standing, "no signal"), key=lambda ask: ask[0])
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -49,20 +48,28 @@ class SignalName(str, Enum):
     PREDICTED_WAIT_S = "predicted_wait_s"
     KV_USE = "kv_use"
     BATCH = "batch"
+    ONGOING_REQUESTS = "ongoing_requests"
 
 
+LATENCIES = (SignalName.TTFT_ATTAINMENT, SignalName.TPOT_ATTAINMENT)
 PREFILL_SIGNALS = (
     SignalName.TTFT_ATTAINMENT,
     SignalName.QUEUED_PROMPT_TOKENS,
     SignalName.PREDICTED_WAIT_S,
+    SignalName.ONGOING_REQUESTS,
 )
-DECODE_SIGNALS = (SignalName.TPOT_ATTAINMENT, SignalName.KV_USE, SignalName.BATCH)
+DECODE_SIGNALS = (
+    SignalName.TPOT_ATTAINMENT,
+    SignalName.KV_USE,
+    SignalName.BATCH,
+    SignalName.ONGOING_REQUESTS,
+)
 
 
 class Signal(Section):
     signal: SignalName
     """An attainment is its percentile over the SLO's target: at 1 just that share meets it.
-    Tokens and sequences count per instance, kv_use is a share of the blocks."""
+    Tokens, sequences and requests count per instance, kv_use is a share of the blocks."""
     target: Positive
     """The value to hold; instances are added in proportion beyond it."""
     percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 90.0
@@ -83,11 +90,9 @@ class Schedule(Section):
     """How long it lasts."""
     timezone: str = "UTC"
     """The cron expression's, such as Europe/Berlin."""
-    min_instances: Instances = Field(validation_alias=AliasChoices("min_instances", "min_replicas"))
+    min_replicas: Instances
     """At least so many meanwhile, in place of the role's own."""
-    max_instances: Instances | None = Field(
-        default=None, validation_alias=AliasChoices("max_instances", "max_replicas")
-    )
+    max_replicas: Instances | None = None
     """At most so many meanwhile; the role's own if not given."""
 
     @field_validator("cron")
@@ -105,7 +110,7 @@ class Schedule(Section):
             raise ValueError("no such time zone") from error
         return timezone
 
-    @field_validator("max_instances")
+    @field_validator("max_replicas")
     @classmethod
     def _max_is_not_below_min(cls, most: int | None, given: ValidationInfo) -> int | None:
         return None if most is None else _not_below_min(most, given)
@@ -149,14 +154,14 @@ class Forecast(Section):
 
 
 class RolePolicy(Section):
-    min_instances: Instances = Field(
-        default=1, validation_alias=AliasChoices("min_instances", "min_replicas")
-    )
-    """0 lets the role scale to zero."""
-    max_instances: Instances = Field(validation_alias=AliasChoices("max_instances", "max_replicas"))
+    min_replicas: Instances = 1
+    """Instances at least; 0 lets the role scale to zero."""
+    max_replicas: Instances
     """Never more than this, whatever the signals say."""
     signals: Annotated[tuple[Signal, ...], Field(max_length=6)] = ()
     """The one that asks for most decides."""
+    target_ongoing_requests: Positive | None = None
+    """Requests to hold per instance, queued and running: short for a signal of that name."""
     capacity_tokens_s: Positive | None = None
     """Tokens that one instance handles within the SLO, from `tandem profile` or a plan; with it
     the forecast is a floor under what the signals ask for."""
@@ -167,7 +172,7 @@ class RolePolicy(Section):
     schedules: Annotated[tuple[Schedule, ...], Field(max_length=64)] = ()
     """The first that is open sets the limits."""
 
-    @field_validator("max_instances")
+    @field_validator("max_replicas")
     @classmethod
     def _max_is_not_below_min(cls, most: int, given: ValidationInfo) -> int:
         return _not_below_min(most, given)
@@ -180,6 +185,14 @@ class RolePolicy(Section):
         if twice:
             raise ValueError(f"{twice[0]} is given twice")
         return signals
+
+    @field_validator("target_ongoing_requests")
+    @classmethod
+    def _said_once(cls, target: float | None, given: ValidationInfo) -> float | None:
+        named = {signal.signal for signal in given.data.get("signals", ())}
+        if target is not None and SignalName.ONGOING_REQUESTS in named:
+            raise ValueError("ongoing_requests is among the signals already")
+        return target
 
     @field_validator("capacity_tokens_s")
     @classmethod
@@ -198,28 +211,42 @@ class RolePolicy(Section):
     def _within_the_role(
         cls, schedules: tuple[Schedule, ...], given: ValidationInfo
     ) -> tuple[Schedule, ...]:
-        most = given.data.get("max_instances", 0)
+        most = given.data.get("max_replicas", 0)
         for number, schedule in enumerate(schedules):
-            if schedule.max_instances is None and schedule.min_instances > most:
+            if schedule.max_replicas is None and schedule.min_replicas > most:
                 raise ValueError(
-                    f"min_instances {schedule.min_instances} of schedule {number} is above the "
-                    f"role's max_instances {most}; give the schedule its own"
+                    f"min_replicas {schedule.min_replicas} of schedule {number} is above the "
+                    f"role's max_replicas {most}; give the schedule its own"
                 )
         return schedules
+
+    @property
+    def heeded(self) -> tuple[Signal, ...]:
+        """The signals, however they are given."""
+        if self.target_ongoing_requests is None:
+            return self.signals
+        ongoing = Signal(signal=SignalName.ONGOING_REQUESTS, target=self.target_ongoing_requests)
+        return (*self.signals, ongoing)
+
+    @property
+    def measures_load(self) -> bool:
+        """Whether anything but latencies tells how much there is to do."""
+        others = [signal for signal in self.heeded if signal.signal not in LATENCIES]
+        return self.capacity_tokens_s is not None or bool(others)
 
     def limits(self, wall_s: float) -> tuple[int, int]:
         """Least and most instances now."""
         for schedule in self.schedules:
             if schedule.is_open(wall_s):
-                most = schedule.max_instances
-                return schedule.min_instances, self.max_instances if most is None else most
-        return self.min_instances, self.max_instances
+                most = schedule.max_replicas
+                return schedule.min_replicas, self.max_replicas if most is None else most
+        return self.min_replicas, self.max_replicas
 
 
 def _not_below_min(most: int, given: ValidationInfo) -> int:
-    least = given.data.get("min_instances", 0)
+    least = given.data.get("min_replicas", 0)
     if most < least:
-        raise ValueError(f"must not be below min_instances, which is {least}")
+        raise ValueError(f"must not be below min_replicas, which is {least}")
     return most
 
 
@@ -351,9 +378,9 @@ class Policy(Section):
     def _least_fits(cls, roles: RolePolicies, given: ValidationInfo) -> RolePolicies:
         """An instance takes one accelerator at least."""
         budget = given.data.get("budget_accelerators")
-        least = sum(role.min_instances for _, role in roles.named)
+        least = sum(role.min_replicas for _, role in roles.named)
         if budget is not None and least > budget:
-            raise ValueError(f"min_instances add up to {least}, above the budget of {budget}")
+            raise ValueError(f"min_replicas add up to {least}, above the budget of {budget}")
         return roles
 
     def at_least(self, counts: Mapping[Role, int]) -> Policy:
@@ -361,9 +388,9 @@ class Policy(Section):
         left = self.budget_accelerators
         roles: dict[str, RolePolicy] = {}
         for role, found in self.roles.named:
-            least = min(counts.get(role, 0), found.max_instances, left)
+            least = min(counts.get(role, 0), found.max_replicas, left)
             left -= least
-            roles[role.value] = found.model_copy(update={"min_instances": least})
+            roles[role.value] = found.model_copy(update={"min_replicas": least})
         return self.model_copy(update={"roles": self.roles.model_copy(update=roles)})
 
     @property

@@ -126,5 +126,7 @@ def _of(signal: SignalName, load: Load, policy: RolePolicy) -> float:
             return 1.0 - load.free_blocks / max(load.total_blocks, 1)
         case SignalName.BATCH:
             return load.running_sequences
+        case SignalName.ONGOING_REQUESTS:
+            return load.queue_requests + load.running_sequences
         case _:
             raise AssertionError(signal)

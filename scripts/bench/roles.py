@@ -122,7 +122,7 @@ def deployment(options: argparse.Namespace) -> dict[str, Any]:
 def roles(options: argparse.Namespace) -> dict[str, Any]:
     prompts = {"signal": "queued_prompt_tokens", "target": options.queued}
     outputs = {"signal": "batch", "target": options.sequences}
-    limits = {"min_instances": 1, "max_instances": 2}
+    limits = {"min_replicas": 1, "max_replicas": 2}
     return {
         "prefill": {**limits, "signals": [prompts]},
         "decode": {**limits, "signals": [outputs]},

@@ -9,11 +9,11 @@ whose peak fills the fleet of 32 accelerators. The curves have the ratios that S
 conversation service a peak of 1.7 times the mean and 3.3 times the valley, in the coding service,
 which its users leave at night, of 2.8 and 34.6 times. Mooncake's conversations follow the first.
 
-The best static plan is the smallest whose attainment over the day reaches the bar, separate pools
-in their best split or aggregated. The policies are the shipped ones, the same for all traces but
-for the fleet's budget, the length of the day, and what one instance handles, which is the best
-separate plan's load at the peak. Beside them stands an oracle: whole instances at that capacity
-that know the load of each quarter of an hour and start at once.
+The best static plan is the smallest whose attainment over the day reaches the bar, of all splits
+into separate pools and of all aggregated ones. The policies are the shipped ones, the same for all
+traces but for the fleet's budget, the length of the day, and what one instance handles, which is
+the best separate plan's load at the peak. Beside them stands an oracle: whole instances at that
+capacity that know the load of each quarter of an hour and start at once.
 
 The day may run faster than 24 hours. Starting an instance, a forecast's season and samples, and the
 delay before stopping (but not below the look-back period) are then as much shorter. All else is as
@@ -27,6 +27,7 @@ import argparse
 import json
 import sys
 import time
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -62,7 +63,7 @@ ATTAINMENT = 0.9
 ORACLE_SAMPLES = 96
 PEAK_HOUR = 15.0
 PEAK_SPAN = (PEAK_HOUR - 2.0) / 24, (PEAK_HOUR + 2.0) / 24
-"""Of the day, in which the splits of a plan are compared."""
+"""Of the day, in which a plan that is too small is found out soonest."""
 POLICIES = ROOT / "cluster" / "configs" / "policies"
 
 
@@ -101,24 +102,19 @@ class Case:
     device: str
     target: Target
     peak_rps: float
-    prefill_share: float
-    """Of a static plan's instances: where its search begins."""
     curve: Curve
 
 
 CASES = {
     "conversation": Case(
-        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 38.0, 0.47, CONVERSATIONS
+        "AzureLLMInferenceTrace_conv_2023.csv", "a10g", Target(2.0, 0.05), 38.0, CONVERSATIONS
     ),
-    "code": Case(
-        "AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, 0.83, CODING
-    ),
+    "code": Case("AzureLLMInferenceTrace_code_2023.csv", "a10g", Target(4.0, 0.05), 22.0, CODING),
     "mooncake": Case(
         "mooncake_conversation_trace.jsonl",
         "a100-80gb",
         Target(15.0, 0.05),
         16.0,
-        0.69,
         CONVERSATIONS,
     ),
 }
@@ -185,18 +181,16 @@ class Bench:
         begun_s = time.perf_counter()
         deployment = self.deployment(prefill, decode, mixed)
         attainment = simulate(deployment, self.day, ATTAINMENT).attainment
-        return self.row(prefill, decode, mixed, attainment, time.perf_counter() - begun_s)
-
-    def row(self, prefill: int, decode: int, mixed: int, attainment: float, wall_s: float) -> Row:
         name = f"static {mixed} mixed" if mixed else f"static {prefill}P+{decode}D"
         most = prefill + decode + mixed
         row = Row(name, prefill, decode, mixed, attainment, most * self.day_s / 3600)
-        return replace(row, most_accelerators=most, wall_s=wall_s)
+        return replace(row, most_accelerators=most, wall_s=time.perf_counter() - begun_s)
 
-    def at_peak(self, prefill: int, decode: int) -> float:
-        """How a plan does in the busiest hours alone; 0 where the day is lost in them."""
+    def stands_peak(self, prefill: int, decode: int) -> bool:
+        """Whether the day is not lost in its busiest hours alone."""
         lost = 1 - (1 - ATTAINMENT) * len(self.day) / len(self._peak)
-        return simulate(self.deployment(prefill, decode, 0), self._peak, lost).attainment
+        deployment = self.deployment(prefill, decode, 0)
+        return not simulate(deployment, self._peak, lost).stopped
 
     def follow(self, name: str, policy: Policy, first: tuple[int, int]) -> Row:
         begun_s = time.perf_counter()
@@ -248,7 +242,7 @@ class Bench:
         values, faster = shipped.model_dump(), DAY_S / self.day_s
         values |= {"budget_accelerators": ACCELERATORS, "role_switch": switch}
         for role, tokens in capacity.items():
-            values["roles"][role.value]["max_instances"] = ACCELERATORS
+            values["roles"][role.value]["max_replicas"] = ACCELERATORS
             values["roles"][role.value]["capacity_tokens_s"] = tokens
         if shipped.forecast.season_s is not None:
             for name in ("season_s", "sample_s", "horizon_s"):
@@ -266,29 +260,52 @@ def tokens_s(day: Workload, role: Role, samples: int, day_s: float) -> NDArray[n
     return rates * samples / day_s
 
 
-def best_separate(bench: Bench, total: int) -> Row:
-    """In the split that does best at the peak."""
-    middle = round(total * bench.case.prefill_share)
-    splits = [(prefill, total - prefill) for prefill in (middle, middle - 1, middle + 1)]
-    best, prefill, decode = max((bench.at_peak(*split), *split) for split in splits)
-    if not best:
-        return bench.row(prefill, decode, 0, 0.0, 0.0)
-    return bench.static(prefill, decode, 0)
-
-
-def best_static(bench: Bench, least: int) -> Iterator[Row]:
-    """What is tried on the way to the smallest plan that attains, by bisection of its size.
+def best_static(bench: Bench) -> Iterator[Row]:
+    """What is tried on the way to the smallest plan that attains.
 
     Aggregated plans are tried only where they would be smaller than the best separate one.
     """
     smallest = ACCELERATORS + 1
-    for row in _bisect(least, ACCELERATORS, lambda total: best_separate(bench, total)):
+    for row in separate_plans(bench):
         smallest = min(smallest, row.most_accelerators) if attains(row) else smallest
         yield row
     below = bench.static(0, 0, smallest - 1)
     yield below
     if attains(below):
-        yield from _bisect(least, smallest - 2, lambda total: bench.static(0, 0, total))
+        yield from _bisect(1, smallest - 2, lambda total: bench.static(0, 0, total))
+
+
+def separate_plans(bench: Bench) -> Iterator[Row]:
+    """Every split that could be smaller than the best one so far.
+
+    With more instances of either role a plan attains no less. So fewer for prefill than attain
+    beside any number for decode never do, and one that misses rules out fewer for decode.
+    """
+    smallest = ACCELERATORS + 1
+    for prefill in range(_fewest_prefill(bench), ACCELERATORS):
+        most = smallest - 1 - prefill
+        if most >= 1 and bench.stands_peak(prefill, most):
+            for row in _ascend(bench, prefill, most):
+                smallest = row.most_accelerators if attains(row) else smallest
+                yield row
+
+
+def _fewest_prefill(bench: Bench) -> int:
+    def enough(prefill: int) -> bool:
+        stands = bench.stands_peak(prefill, ACCELERATORS)
+        return stands and attains(bench.static(prefill, ACCELERATORS, 0))
+
+    return 1 + bisect_left(range(1, ACCELERATORS), 1, key=enough)
+
+
+def _ascend(bench: Bench, prefill: int, most: int) -> Iterator[Row]:
+    """From the fewest decode instances that stand the peak to the fewest that attain."""
+    fewest = 1 + bisect_left(range(1, most), 1, key=lambda one: bench.stands_peak(prefill, one))
+    for decode in range(fewest, most + 1):
+        row = bench.static(prefill, decode, 0)
+        yield row
+        if attains(row):
+            return
 
 
 def attains(row: Row) -> bool:
@@ -307,7 +324,7 @@ def rows_of(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[Row, 
     """Each row once it is known, with its accelerator-hours below the best static plan's."""
     enough: list[Row] = []
     given = (bench.static(*plan) for plan in arguments.static)
-    for row in given if arguments.static else best_static(bench, arguments.least):
+    for row in given if arguments.static else best_static(bench):
         enough += [row] if attains(row) else []
         yield row, None
     best_hours = min(row.accelerator_hours for row in enough)
@@ -370,7 +387,6 @@ def main() -> int:
         default=120.0,
         help="until an instance serves, in a day of 24 hours",
     )
-    parser.add_argument("--least", type=int, default=20, help="the smallest static plan tried")
     parser.add_argument(
         "--static",
         type=plan_of,

@@ -459,16 +459,16 @@ POLICY = {
     "downscale_delay_s": 2,
     "roles": {
         "prefill": {
-            "min_instances": 2,
-            "max_instances": 2,
+            "min_replicas": 2,
+            "max_replicas": 2,
             "signals": [{"signal": "queued_prompt_tokens", "target": 1}],
         },
-        "decode": {"max_instances": 2, "signals": [{"signal": "batch", "target": 0.01}]},
+        "decode": {"max_replicas": 2, "signals": [{"signal": "batch", "target": 0.01}]},
     },
 }
 
 
-IDLE = {"min_instances": 0, "max_instances": 1}
+IDLE = {"min_replicas": 0, "max_replicas": 1}
 
 
 def test_a_policy_is_followed_with_its_cost_and_its_changes(tandem, files):

@@ -14,8 +14,8 @@ name: test
 budget_accelerators: 8
 roles:
   prefill:
-    min_instances: 1
-    max_instances: 4
+    min_replicas: 1
+    max_replicas: 4
     signals:
       - signal: ttft_attainment
         target: 0.9
@@ -45,17 +45,30 @@ def test_a_policy_sets_what_it_names_and_leaves_the_rest_at_its_defaults():
     assert not policy.dry_run
 
 
-def test_ray_serves_names_for_the_limits_are_understood():
-    assert parse_policy(GOOD).roles.decode.limits(0.0) == (2, 5)
+def test_what_ray_serve_has_too_is_called_as_there():
+    schema = policy_schema()
+    ours = set(schema["properties"]) | set(schema["$defs"]["RolePolicy"]["properties"])
+    shared = {
+        "min_replicas",
+        "max_replicas",
+        "target_ongoing_requests",
+        "metrics_interval_s",
+        "look_back_period_s",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "downscale_to_zero_delay_s",
+    }
+    assert shared <= ours
 
 
 @pytest.mark.parametrize(
     ("text", "line", "match"),
     [
         (changed("name: test", "nam: test"), 1, "did you mean 'name'"),
-        (changed("max_instances", "max_instance"), 6, "did you mean 'max_instances'"),
+        (changed("max_replicas", "max_replica"), 6, "did you mean 'max_replicas'"),
         (changed("  target: 0.9", "  targets: 0.9"), 9, "did you mean 'target'"),
         (changed("  decode:", "  decod:"), 10, "did you mean 'decode'"),
+        (changed("min_replicas: 2", "min_instances: 2"), 11, "one of .*min_replicas"),
     ],
 )
 def test_an_unknown_field_is_refused_with_its_line_and_the_nearest_name(text, line, match):
@@ -65,7 +78,7 @@ def test_an_unknown_field_is_refused_with_its_line_and_the_nearest_name(text, li
 @pytest.mark.parametrize(
     ("text", "line", "match"),
     [
-        (changed("max_instances: 4", "max_instances: 0"), 6, "below min_instances, which is 1"),
+        (changed("max_replicas: 4", "max_replicas: 0"), 6, "below min_replicas, which is 1"),
         (changed("ttft_attainment", "ttft"), 8, "roles.prefill.signals.0..signal: 'ttft'"),
         (changed("ttft_attainment", "kv_use"), 4, "kv_use does not apply to prefill"),
         (changed("target: 0.9", "target: 0"), 9, "greater than 0"),
@@ -96,7 +109,7 @@ SCHEDULE = (
       - cron: "0 8 * * mon-fri"
         duration_s: 3600
         timezone: Europe/Berlin
-        min_instances: 4
+        min_replicas: 4
 """
 )
 
@@ -108,7 +121,7 @@ SCHEDULE = (
         ('"0 8 * * mon-fri"', '"0 8 * *"', 14, "five fields"),
         ('"0 8 * * mon-fri"', '"0 0 30 2 *"', 14, "not a cron expression"),
         ("Europe/Berlin", "Mars/Base", 16, "no such time zone"),
-        ("min_instances: 4", "min_instances: 6", 13, "above the role's max_instances 5"),
+        ("min_replicas: 4", "min_replicas: 6", 13, "above the role's max_replicas 5"),
     ],
 )
 def test_a_bad_schedule_is_refused_with_its_line(old, new, line, match):
@@ -128,7 +141,7 @@ def test_a_schedule_sets_the_limits_while_it_is_open_in_its_own_time_zone():
 def test_the_schema_describes_every_field():
     schema = policy_schema()
     assert schema["properties"]["upscale_delay_s"]["description"]
-    assert "min_instances" in schema["$defs"]["RolePolicy"]["properties"]
+    assert "min_replicas" in schema["$defs"]["RolePolicy"]["properties"]
 
 
 def test_the_page_on_policies_names_every_field_signal_and_predictor():

@@ -55,7 +55,7 @@ def shape_of(one: Instance, name: str) -> Shape:
     )
     for number, token in enumerate(answered(one, request)):
         choice.push(token, 1.0 + number)
-    reporter = UsageReporter("gateway-0", None, None)
+    reporter = UsageReporter("gateway-0", None)
     reporter.ended(ended(choice, "length", None))
     (shape,) = reporter.take(0).ended
     return shape

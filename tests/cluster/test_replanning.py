@@ -6,6 +6,7 @@ import pytest
 
 from cluster.cli.status import as_document, draw
 from cluster.config import Config
+from cluster.control.policy_source import PolicyText
 from cluster.control.replanning import Planned, PlannerProcess, workload_lines
 from cluster.control.scaling import Scaling, Usage
 from cluster.policy_file import parse_policy
@@ -41,7 +42,7 @@ class Scene:
         self.fleet, self.clock, self.planner = Fleet(), VirtualClock(0.0), FakePlanner(answer)
         accelerators = dict.fromkeys(Role, 1)
         self.scaling = Scaling(self.fleet, accelerators, self.fleet.note, self.clock, self.planner)
-        self.scaling.apply(POLICY + REPLAN % mode)
+        self.scaling.apply(PolicyText(POLICY + REPLAN % mode))
 
     async def go_on(self, shape: Shape, seconds: int) -> None:
         for _ in range(seconds):
@@ -133,7 +134,7 @@ async def test_a_new_policy_ignores_what_was_planned_for_the_old_one():
     scene = Scene("apply")
     await scene.go_on(SHORT, 110)
     await scene.go_on(LONG, 60)
-    scene.scaling.apply(POLICY)
+    scene.scaling.apply(PolicyText(POLICY))
     await scene.settle()
     assert "applied" not in scene.notes("plan")
 
@@ -142,7 +143,7 @@ def test_without_a_planner_such_a_policy_is_refused():
     fleet = Fleet()
     made = Scaling(fleet, dict.fromkeys(Role, 1), fleet.note, VirtualClock(0.0))
     with pytest.raises(BadConfig, match="replan"):
-        made.apply(POLICY + REPLAN % "apply")
+        made.apply(PolicyText(POLICY + REPLAN % "apply"))
     assert made.status is None
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.control.policy_source import PolicyText
 from cluster.control.scaling import Scaling, Usage
 from cluster.watching.usage import UsageReporter
 from engine.clock import VirtualClock
@@ -29,12 +30,12 @@ placement_retries: 0
 placement_retry_s: 30
 roles:
   prefill:
-    min_instances: 1
-    max_instances: 4
+    min_replicas: 1
+    max_replicas: 4
     signals: [{signal: queued_prompt_tokens, target: 1000}]
   decode:
-    min_instances: 1
-    max_instances: 4
+    min_replicas: 1
+    max_replicas: 4
     signals: [{signal: batch, target: 16}]
 """
 
@@ -76,7 +77,7 @@ def scaling(fleet: Fleet, text: str = POLICY) -> tuple[Scaling, VirtualClock]:
     clock = VirtualClock(100.0)
     made = Scaling(fleet, dict.fromkeys(Role, 1), fleet.note, clock)
     if text:
-        made.apply(text)
+        made.apply(PolicyText(text))
     return made, clock
 
 
@@ -135,13 +136,15 @@ async def test_a_bad_policy_is_refused_and_the_running_one_stays():
     made, _ = scaling(Fleet())
     version = made.version
     with pytest.raises(BadConfig, match="line 2"):
-        made.apply(POLICY.replace("budget_accelerators", "budget"))
+        made.apply(PolicyText(POLICY.replace("budget_accelerators", "budget")))
     assert made.version == version
 
 
 async def test_a_new_policy_is_told_by_its_version_and_what_changes():
     made, _ = scaling(Fleet())
-    lines = made.apply(POLICY.replace("budget_accelerators: 4", "budget_accelerators: 6"))
+    lines = made.apply(
+        PolicyText(POLICY.replace("budget_accelerators: 4", "budget_accelerators: 6"))
+    )
     assert lines == [f"version: {made.version}", "budget_accelerators: 4 -> 6"]
 
 
@@ -149,10 +152,18 @@ async def test_a_new_controller_learns_the_policy_from_a_gateway():
     made, _ = scaling(Fleet(), text="")
     made.told("gateway-0", Usage())
     assert made.version is None
-    made.told("gateway-0", Usage(policy=POLICY))
+    made.told("gateway-0", Usage(policy=PolicyText(POLICY)))
     first = made.version
-    made.told("gateway-0", Usage(policy=POLICY + "dry_run: true\n"))
+    made.told("gateway-0", Usage(policy=PolicyText(POLICY)))
     assert made.version == first is not None
+
+
+async def test_of_two_gateways_policies_the_one_applied_last_holds():
+    made, _ = scaling(Fleet(), text="")
+    dry = PolicyText(POLICY + "dry_run: true\n", 200.0)
+    for policy in (PolicyText(POLICY), dry, PolicyText(POLICY), dry):
+        made.told("gateway-0", Usage(policy=policy))
+    assert made.status.dry_run
 
 
 async def test_what_gateways_tell_is_counted_once():
@@ -183,7 +194,7 @@ async def test_the_loop_waits_for_a_policy_and_then_looks():
     grow = fleet.grow
     fleet.grow = lambda role: (acted.set(), grow(role))[1]
     task = asyncio.create_task(made.run())
-    made.apply(POLICY)
+    made.apply(PolicyText(POLICY))
     await acted.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -200,14 +211,15 @@ async def test_a_cluster_that_shuts_down_starts_nothing():
 
 
 def test_a_report_begins_the_next_one_at_nothing():
-    reporter = UsageReporter("gateway-0", None, "text")
+    reporter = UsageReporter("gateway-0", None)
     reporter.streamed((0.01, 0.02))
-    assert reporter.take(4) == Usage(4, output_tokens=2, policy="text")
-    assert reporter.take(0) == Usage(policy="text")
+    policy = PolicyText("text")
+    assert reporter.take(4, policy) == Usage(4, output_tokens=2, policy=policy)
+    assert reporter.take(0, policy) == Usage(policy=policy)
 
 
 def test_a_late_first_token_is_told_before_its_answer_ends_and_only_once():
-    reporter, timeline, slo = UsageReporter("gateway-0", None, None), Timeline(100.0), Slo(2.0, 0.1)
+    reporter, timeline, slo = UsageReporter("gateway-0", None), Timeline(100.0), Slo(2.0, 0.1)
     reporter.opened(opened("r", timeline=timeline, slo=slo))
     assert reporter.take(0) == Usage(prompt_tokens=16)
     timeline.first_token_s = 103.0
@@ -219,7 +231,7 @@ def test_a_late_first_token_is_told_before_its_answer_ends_and_only_once():
 
 
 def test_a_request_that_ends_between_two_reports_is_told_whole_and_a_failed_one_is_forgotten():
-    reporter, timeline, slo = UsageReporter("gateway-0", None, None), Timeline(100.0), Slo(2.0, 0.1)
+    reporter, timeline, slo = UsageReporter("gateway-0", None), Timeline(100.0), Slo(2.0, 0.1)
     reporter.opened(opened("r", timeline=timeline, slo=slo))
     reporter.opened(opened("failed", timeline=Timeline(100.0), slo=slo))
     timeline.first_token_s, timeline.finished_s = 101.0, 102.0

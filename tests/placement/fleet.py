@@ -145,8 +145,8 @@ def random_policy(rng: Random) -> tuple[Policy, dict[Role, int]]:
     }
     roles = {
         role.value: {
-            "min_instances": rng.choice((0, 1, 1)),
-            "max_instances": rng.randint(1, 24),
+            "min_replicas": rng.choice((0, 1, 1)),
+            "max_replicas": rng.randint(1, 24),
             "signals": signals,
             "max_step_up": rng.randint(1, 6),
             "max_step_down": rng.randint(1, 3),

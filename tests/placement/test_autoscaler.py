@@ -32,13 +32,13 @@ def policy(prefill=(1, 8), decode=(1, 8), budget: int = 16, **options) -> Policy
         "look_back_period_s": 2.0,
         "roles": {
             "prefill": {
-                "min_instances": prefill[0],
-                "max_instances": prefill[1],
+                "min_replicas": prefill[0],
+                "max_replicas": prefill[1],
                 "signals": [{"signal": "queued_prompt_tokens", "target": 1000.0}],
             },
             "decode": {
-                "min_instances": decode[0],
-                "max_instances": decode[1],
+                "min_replicas": decode[0],
+                "max_replicas": decode[1],
                 "signals": [{"signal": "batch", "target": 16.0}],
             },
         },
@@ -260,3 +260,38 @@ def test_random_histories_keep_the_budget_turn_seldom_and_never_deadlock(block):
 def test_a_history_is_the_same_from_the_same_seed():
     one, two = random_history(7)[0], random_history(7)[0]
     assert one.figures == two.figures
+
+
+LATENCY = {
+    "prefill": {"max_replicas": 8},
+    "decode": {"max_replicas": 8, "signals": [{"signal": "tpot_attainment", "target": 0.9}]},
+}
+LOAD = {"signal": "kv_use", "target": 0.9}
+
+
+def _with_fixed_pace(signals) -> Autoscaler:
+    roles = LATENCY | {"decode": {"max_replicas": 8, "signals": signals}}
+    return Autoscaler(policy(roles=roles), ONE)
+
+
+def test_a_pace_that_no_instance_more_could_better_keeps_nobody_where_the_load_is_told():
+    units = (*pool(PREFILL, 1), *pool(DECODE, 4, use=0.2))
+    pace = LATENCY["decode"]["signals"]
+    kept = decide(_with_fixed_pace(pace), *units, tpot_shares=(0.82,))
+    let_go = decide(_with_fixed_pace([*pace, LOAD]), *units, tpot_shares=(0.82,))
+    assert kept == ()
+    assert let_go == (Stop("decode-0", DECODE),)
+
+
+def test_a_pace_beyond_its_target_asks_for_more_whatever_the_load_says():
+    units = (*pool(PREFILL, 1), *pool(DECODE, 4, use=0.2))
+    scaler = _with_fixed_pace([*LATENCY["decode"]["signals"], LOAD])
+    assert decide(scaler, *units, tpot_shares=(1.2,)) == (Start(DECODE), Start(DECODE))
+
+
+def test_ongoing_requests_are_those_queued_and_running():
+    roles = LATENCY | {"decode": {"max_replicas": 8, "target_ongoing_requests": 18.0}}
+    # Half in use is two queued and sixteen running.
+    for use, actions in ((0.5, ()), (1.0, (Start(DECODE), Start(DECODE)))):
+        scaler = Autoscaler(policy(roles=roles), ONE)
+        assert decide(scaler, *pool(PREFILL, 1), *pool(DECODE, 2, use)) == actions

@@ -61,8 +61,8 @@ def policy(**changes: object) -> Policy:
         "downscale_delay_s": 3.0,
         "cooldown_s": 3.0,
         "roles": {
-            "prefill": {"max_instances": 4, "signals": [_signal("queued_prompt_tokens", 300.0)]},
-            "decode": {"max_instances": 4, "signals": [_signal("batch", 6.0)]},
+            "prefill": {"max_replicas": 4, "signals": [_signal("queued_prompt_tokens", 300.0)]},
+            "decode": {"max_replicas": 4, "signals": [_signal("batch", 6.0)]},
         },
     }
     return Policy.model_validate({**values, **changes}, strict=False)

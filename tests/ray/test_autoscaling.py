@@ -14,7 +14,7 @@ upscale_delay_s: 0
 downscale_delay_s: 0
 cooldown_s: 0
 roles:
-  decode: {{min_instances: {least}, max_instances: {most}}}
+  decode: {{min_replicas: {least}, max_replicas: {most}}}
 """
 
 
@@ -31,8 +31,11 @@ async def test_a_policy_grows_and_shrinks_the_fleet_and_a_bad_one_changes_nothin
     try:
         with serving.client() as client:
             await until(lambda: len(ready(client, "decode")) >= 2)
-            with pytest.raises(BadInput, match="below min_instances"):
+            with pytest.raises(BadInput, match="below min_replicas"):
                 client.apply_policy(POLICY.format(least=2, most=1))
+            before = client.status().policy.version
+            file.write_text(POLICY.format(least=2, most=2))
+            await until(lambda: client.status().policy.version != before)
             changes = client.apply_policy(POLICY.format(least=1, most=1))
             assert "roles: changed" in changes
             await until(lambda: len(client.status().instances) == 2)
