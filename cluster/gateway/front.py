@@ -203,6 +203,7 @@ class Front:
 
     async def joined(self, member: Member) -> None:
         log.info("member joined member=%s", member.name)
+        self.gateway.joined(member.name)
 
     def lost(self, member: Member) -> None:
         self.gateway.receive(CONTROLLER, Lost(member.name))

@@ -185,10 +185,7 @@ class Gateway:
             case Tokens(tokens):
                 self._tokens(sender, tokens, now)
             case Load():
-                self._sightings.heard(message, now)
-                self.observers.loaded(message, now)
-                self._act(self._journal.load(message, now), now)
-                self._dispatch()
+                self._load(message, now)
             case Lost(name):
                 self._lost(name, now)
             case Dropped():
@@ -202,6 +199,17 @@ class Gateway:
                 self.peers.answered(message)
             case _:
                 self._act(self._journal.receive(sender, message, now), now)
+
+    def joined(self, name: str) -> None:
+        """An instance has come, perhaps under the name of one that was lost."""
+        self._sightings.joined(name)
+
+    def _load(self, load: Load, now: float) -> None:
+        if not self._sightings.heard(load, now):
+            return
+        self.observers.loaded(load, now)
+        self._act(self._journal.load(load, now), now)
+        self._dispatch()
 
     def sweep(self) -> None:
         now = self.clock.now()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import Config
 from cluster.gateway.front import Front, gateway_name, read_model
 from cluster.watching.logs import set_up_logging
+from engine.errors import InstanceLost
 
 if TYPE_CHECKING:
     from cluster.instance.leading import Network
@@ -30,13 +31,19 @@ class GatewayProcess:
         self._closed = asyncio.Event()
 
     async def open(self) -> tuple[str, str]:
-        """Returns the HTTP URL and the gRPC address once requests are served there."""
+        """Returns the HTTP URL and the gRPC address once requests are served there.
+
+        Raises what breaks it before that, or InstanceLost where it is stopped.
+        """
         model = await asyncio.wrap_future(read_model(self._config))
         front = Front(self._config, self._network, model, self._controller, self._number)
         self._front = front
         self._work = asyncio.create_task(front.run())
-        while not front.gateway.ready:  # noqa: ASYNC110  loads come in by themselves
-            await asyncio.sleep(READY_POLL_S)
+        while not front.gateway.ready:
+            over, _ = await asyncio.wait([self._work], timeout=READY_POLL_S)
+            if over:
+                await self.ended()
+                raise InstanceLost(f"{gateway_name(self._number)} was stopped before it was ready")
         await front.open_doors()
         return front.http_url, front.grpc_address
 

@@ -35,18 +35,28 @@ class Sightings:
     def __init__(self) -> None:
         self._loads: dict[str, Load] = {}
         self._heard_s: dict[str, float] = {}
+        self._gone: set[str] = set()
         self._view: View | None = None
         self._least_tokens = 0
         """What the smallest pool of the view holds."""
 
-    def heard(self, load: Load, now: float) -> None:
+    def heard(self, load: Load, now: float) -> bool:
+        """False for what an instance said before its end, and is read after it."""
+        if load.instance in self._gone:
+            return False
         self._loads[load.instance] = load
         self._heard_s[load.instance] = now
         self._view = None
+        return True
+
+    def joined(self, name: str) -> None:
+        """Another instance may bear the name of one that is gone."""
+        self._gone.discard(name)
 
     def lost(self, name: str) -> bool:
         """Whether the instance was known."""
         self._view = None
+        self._gone.add(name)
         self._heard_s.pop(name, None)
         return self._loads.pop(name, None) is not None
 

@@ -176,6 +176,7 @@ async def test_without_any_instance_left_the_call_fails_with_a_typed_error():
         cluster.paused.add("mixed-0")
         answer = await cluster.gateway.open(call(max_tokens=1000))
         for _ in range(6):
+            cluster.gateway.joined("mixed-0")
             cluster.gateway.receive("mixed-0", cluster.instances["mixed-0"].load())
             cluster.kill("mixed-0") if "mixed-0" in cluster.links else cluster.gateway._lost(
                 "mixed-0", cluster.gateway.clock.now()
@@ -382,3 +383,16 @@ async def test_an_answer_that_outgrows_every_pool_ends_with_the_sizes():
         cluster.resume("mixed-0")
         await until(lambda: not cluster.instances["mixed-0"].sequences)
         cluster.assert_empty()
+
+
+async def test_a_load_read_after_its_instance_is_gone_does_not_bring_it_back():
+    async with running("mixed-0") as cluster:
+        gateway = cluster.gateway
+        last = gateway.loads()[0]
+        cluster.kill("mixed-0")
+        gateway.receive("mixed-0", last)
+        assert gateway.loads() == []
+        assert not gateway.ready
+        gateway.joined("mixed-0")
+        gateway.receive("mixed-0", last)
+        assert gateway.loads() == [last], "another one has come under its name"
