@@ -33,11 +33,17 @@ class Wish:
 class Start:
     role: Role
 
+    def __str__(self) -> str:
+        return f"start one more {self.role.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     instance: str
     role: Role
+
+    def __str__(self) -> str:
+        return f"stop {self.instance}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,9 @@ class Switch:
     instance: str
     source: Role
     target: Role
+
+    def __str__(self) -> str:
+        return f"switch {self.instance} from {self.source.value} to {self.target.value}"
 
 
 Action = Start | Stop | Switch

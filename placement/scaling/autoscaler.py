@@ -187,6 +187,8 @@ class Autoscaler:
         if floor > reactive:
             reactive, why = floor, f"forecast {history.rates.ahead:.0f} tokens/s"
         asked = min(max(reactive, least), most)
+        if asked != reactive:
+            why = f"at least {least}" if asked > reactive else f"at most {most}, for {why}"
         windows_s = (
             self.policy.zero_delay_s,
             self.policy.downscale_delay_s,

@@ -295,3 +295,16 @@ def test_ongoing_requests_are_those_queued_and_running():
     for use, actions in ((0.5, ()), (1.0, (Start(DECODE), Start(DECODE)))):
         scaler = Autoscaler(policy(roles=roles), ONE)
         assert decide(scaler, *pool(PREFILL, 1), *pool(DECODE, 2, use)) == actions
+
+
+def test_a_limit_that_decides_is_the_reason_given():
+    idle = policy(prefill=(3, 8), decode=(1, 2))
+    seen = Observation(0.0, (*pool(PREFILL, 2, 0.0), *pool(DECODE, 2, use=2.0)))
+    wants = {want.role: want for want in Autoscaler(idle, ONE).decide(seen).wants}
+    assert (wants[PREFILL].wanted, wants[PREFILL].why) == (3, "at least 3")
+    assert wants[DECODE].why == "at most 2, for batch 64 of 16"
+
+
+def test_steps_are_told_in_words():
+    told = [str(one) for one in (Start(PREFILL), Stop("a", DECODE), Switch("b", PREFILL, MIXED))]
+    assert told == ["start one more prefill", "stop a", "switch b from prefill to mixed"]
