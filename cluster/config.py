@@ -147,7 +147,7 @@ class TransferConfig(TransferSettings):
 class MigrationConfig(Section):
     enabled: bool = True
     """Whether the balancer may move running requests."""
-    interval_s: Seconds = 1.0
+    interval_s: Seconds = 0.5
     """How often it looks."""
     balancer: BalancerSettings = BalancerSettings()
     """What it moves, and how much at a time."""

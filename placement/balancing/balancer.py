@@ -41,6 +41,8 @@ class BalancerSettings:
     """An instance with room for fewer decode steps is relieved ..."""
     high_steps: float = 256.0
     """... until it has room for so many; only instances with more are targets."""
+    hole_steps: float = 32.0
+    """Room that an instance keeps which helps another to make a hole for what waits there."""
     headroom_blocks: int = 64
     """Room that the urgent requests of an instance should find, shared by them."""
     urgent_priority: int = 1
@@ -49,9 +51,9 @@ class BalancerSettings:
     """Room that a target must have beyond what moves."""
     reserve_share: float = 0.02
     """Part of a target's blocks that moves leave free."""
-    outgoing_moves: int = 2
+    outgoing_moves: int = 4
     """Moves under way from one instance."""
-    incoming_moves: int = 2
+    incoming_moves: int = 4
     """Moves under way to one instance."""
     link_moves: int = 1
     """Moves under way from one instance to another."""
@@ -160,8 +162,8 @@ class Balancer:
                 moves += self._spill(one, standings, view.now_s)
             for one in standings:
                 moves += self._send_on(one, standings, view.now_s)
+            moves += self._defragment(standings, view.now_s)
             for one in standings:
-                moves += self._defragment(one, standings, view.now_s)
                 moves += self._isolate(one, standings, view.now_s)
             for one in sorted(standings, key=lambda one: one.freeness):
                 moves += self._balance(one, standings, view.now_s)
@@ -282,21 +284,58 @@ class Balancer:
                 moves.append(self._move(one, source, target, "room", now))
         return moves
 
-    def _defragment(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
-        """Makes one hole of the room that is scattered, for something long that waits here."""
-        if not source.open:
-            return []
+    def _defragment(self, standings: list[Standing], now: float) -> list[Move]:
+        """Makes holes of the room that is scattered, for what waits: the smallest ones first. The
+        others help, those too where something waits for a larger hole; but none that has its own
+        and is about to fill it."""
         moves: list[Move] = []
-        expected = self._recent.leaving_blocks(source.name)
-        while (short := source.demand() - expected) > 0:
-            fitting = [one for one in self._movable(source, now) if one.blocks >= short]
-            one = min(fitting, key=_smallest, default=None) or self._largest(source, now)
-            target = None if one is None else self._roomiest(one, source, standings)
-            if one is None or target is None:
-                return moves
-            expected += one.blocks
+        helpers = [one for one in standings if one.open and not self._has_hole(one)]
+        waiting = [one for one in helpers if self._short(one) > 0]
+        for source in sorted(waiting, key=lambda one: (self._short(one), one.name)):
+            helpers.remove(source)
+            moves += self._make_hole(source, helpers, now)
+        return moves
+
+    def _has_hole(self, standing: Standing) -> bool:
+        return standing.waits() and self._short(standing) <= 0
+
+    def _short(self, standing: Standing) -> int:
+        return standing.demand() - self._recent.leaving_blocks(standing.name)
+
+    def _make_hole(self, source: Standing, helpers: list[Standing], now: float) -> list[Move]:
+        moves: list[Move] = []
+        while (short := self._short(source)) > 0:
+            choices = [
+                (one, target)
+                for one in self._movable(source, now)
+                if (target := self._helper(one, source, helpers)) is not None
+            ]
+            fitting = [choice for choice in choices if choice[0].blocks >= short]
+            if not choices:
+                break
+            one, target = (
+                min(fitting, key=lambda choice: _smallest(choice[0]))
+                if fitting
+                else max(choices, key=lambda choice: choice[0].blocks)
+            )
             moves.append(self._move(one, source, target, "defragment", now))
         return moves
+
+    def _helper(self, one: Running, source: Standing, helpers: list[Standing]) -> Standing | None:
+        """Where it would leave the most room to grow, whatever waits there for more."""
+        targets = [
+            target
+            for target in helpers
+            if self._room_for(one, target)
+            and not any(_gave_way(other) for other in target.here.values())
+            and self._within_limits(source, target, draining=False)
+            and self._steps_left(one, target) >= self.settings.hole_steps
+        ]
+        return max(targets, key=lambda target: self._steps_left(one, target), default=None)
+
+    def _steps_left(self, one: Running, target: Standing) -> float:
+        left = target.free_blocks - self._needs(one, target)
+        return left * target.load.block_tokens / (target.batch + 1)
 
     def _isolate(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
         """Gives the urgent on an instance their headroom, by moving others away."""
@@ -425,6 +464,12 @@ def _waits_without_kv(one: Running) -> bool:
 def _is_new(one: Running) -> bool:
     """Nothing of it has been computed or drawn: wherever it goes it begins alike."""
     return _waits_without_kv(one) and one.output_tokens == 0
+
+
+def _gave_way(one: Running) -> bool:
+    """It is let in before anything new."""
+    displaced = one.state in (SequenceState.WAITING.value, SequenceState.SWAPPED.value)
+    return displaced and one.blocks == 0 and one.output_tokens > 0
 
 
 def _missing(one: Running, load: Load) -> int:

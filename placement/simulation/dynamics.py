@@ -29,7 +29,7 @@ class Dynamics:
     balance: bool = False
     """Whether running requests move to even out load; those on instances that drain always do."""
     balancer: BalancerSettings = field(default_factory=BalancerSettings)
-    look_s: float = 1.0
+    look_s: float = 0.5
     """Between two looks of the balancer."""
     pause_budget_s: float = 0.05
     """A migration's last round begins once it takes no longer."""

@@ -121,6 +121,35 @@ def test_a_scattered_hole_is_made_one_for_a_long_prompt_that_waits():
     ]
 
 
+def test_where_something_waits_everywhere_the_smallest_hole_is_made_first():
+    seen = view(
+        load("decode-0", *crowd("a", 18, 50), waiting("large", 400)),
+        load("decode-1", *crowd("b", 18, 50), waiting("small", 110)),
+        load("decode-2", *crowd("c", 18, 50), waiting("medium", 250)),
+    )
+    moves = Balancer(BalancerSettings(hole_steps=10.0)).decide(seen)
+    assert [(m.source, m.reason) for m in moves] == [("decode-1", "defragment")]
+
+
+def test_a_hole_that_is_about_to_be_filled_is_not_used_to_make_another():
+    seen = view(
+        load("decode-0", *crowd("a", 6, 100), waiting("fits", 300)),
+        load("decode-1", *crowd("b", 9, 100), waiting("waits", 200)),
+    )
+    only_holes = BalancerSettings(low_steps=0.0, high_steps=1e9)
+    assert Balancer(only_holes).decide(seen) == ()
+
+
+@pytest.mark.parametrize("state", ["waiting", "swapped"])
+def test_where_a_sequence_gave_way_nothing_else_is_sent(state):
+    gave_way = Running("gave-way", 2, state, 0, 6000, 8, 0)
+    seen = view(
+        load("decode-0", *crowd("a", 6, 100), gave_way),
+        load("decode-1", *crowd("b", 9, 100), waiting("waits", 200)),
+    )
+    assert not [move for move in Balancer().decide(seen) if move.target == "decode-0"]
+
+
 def test_an_urgent_request_finds_its_headroom():
     options = BalancerSettings(low_steps=0.0, high_steps=10.0, headroom_blocks=200)
     urgent = running("urgent", 100, priority=5)
@@ -165,7 +194,7 @@ def new(name: str, blocks: int) -> Running:
 
 
 def test_a_prompt_that_finds_no_room_goes_on_to_where_nothing_waits():
-    options = BalancerSettings(low_steps=0.0, high_steps=1e9)
+    options = BalancerSettings(low_steps=0.0, high_steps=1e9, hole_steps=1e9)
     seen = view(
         load("mixed-0", *crowd("a", 9, 105), new("prompt", 60)),
         load("mixed-1", *crowd("b", 5, 105), new("other", 600)),
