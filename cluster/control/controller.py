@@ -13,38 +13,31 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayError
-
 from cluster.actors import answer
 from cluster.config import Config
 from cluster.control.balancing import Balancing
-from cluster.control.launch import Launched, Launcher
-from cluster.control.liveness import Heartbeats, RestartBudget
+from cluster.control.keeper import LOOK_S, Keeper
 from cluster.control.pools import Ground, initial_specs, pool_spec
-from cluster.control.recovery import Recovered, recover
+from cluster.control.recovery import recover
 from cluster.control.replanning import PlannerProcess
 from cluster.control.scaling import PolicyStatus, Scaling, Usage
 from cluster.events import Event, EventLog
-from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, RosterBook, next_name
+from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, next_name
 from cluster.watching.logs import set_up_logging
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
-from engine.errors import BadInput, BadRequest, InstanceLost, NotFound, TandemError
+from engine.errors import BadRequest, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Role
 from placement.scaling.signals import Phase, Unit
-from placement.view import InstanceView, View
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine, Iterable
+    from collections.abc import Collection
 
     from cluster.control.policy_source import PolicyText
     from cluster.instance.leading import Network
     from engine.messages import Message
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 0.1
-"""Between two looks at heartbeats and newcomers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +67,14 @@ class Controller:
         self._ground, self._network = ground, network
         self._clock = SystemClock()
         self._events = EventLog()
-        self._launcher = Launcher(self._config, network)
-        self._instances: dict[str, Launched] = {}
-        self._loads: dict[str, Load] = {}
-        self._heartbeats = Heartbeats(self._config.limits.silence_s)
-        self._gateways = Heartbeats(self._config.limits.gateway_silence_s)
-        self._budgets: dict[str, RestartBudget] = {}
-        self._book = RosterBook(Roster(0))
-        self._news = asyncio.Event()
+        self._keeper = Keeper(self._config, network, self._note, self._clock)
         self._recovered = asyncio.Event()
-        self._fatal: BadInput | None = None
-        self._balancing = Balancing(self._config.migration, self._view, self._send, self._note)
+        self._balancing = Balancing(
+            self._config.migration, self._keeper.view, self._send, self._note
+        )
         accelerators = {role: self._config.pools.of(role).workers for role in Role}
         planner = PlannerProcess(self._config)
         self._scaling = Scaling(self, accelerators, self._note, self._clock, planner)
-        self._asked: dict[str, asyncio.Task[None]] = {}
         self._lease_until_s = self._clock.now() + self._config.limits.supervisor_lease_s
         self._main = asyncio.get_running_loop().create_task(self._run())
 
@@ -97,18 +83,12 @@ class Controller:
     async def sync(self, me: Member, known: int, wait_s: float) -> Roster:
         """Joins, tells what the member has carried out, and waits a while for news."""
         await self._recovered.wait()
-        now = self._clock.now()
-        self._book.heard(me.name, known)
-        if me.kind is Kind.GATEWAY:
-            self._gateways.heard(me.name, now)
-        elif me.name not in self._instances:
+        if me.kind is not Kind.GATEWAY and me.name not in self._keeper.instances:
             raise InstanceLost(f"{me.name} is not wanted any more")
-        if self._book.join(me, now):
-            self._events.add(now, me.kind.value, me.name, "joined", address=me.address)
-            self._announce()
-        if self._book.roster.version == known:
-            await self._changed(wait_s)
-        return self._book.roster
+        self._keeper.joins(me, known)
+        if self._keeper.roster.version == known:
+            await self._keeper.changed(wait_s)
+        return self._keeper.roster
 
     async def renew(self) -> None:
         """The serve process lives; without this the cluster stops by itself."""
@@ -126,11 +106,8 @@ class Controller:
         self._lose_gateway(name)
 
     def _lose_gateway(self, name: str) -> None:
-        self._gateways.forget(name)
         self._scaling.gateway_lost(name)
-        if self._book.leave(name):
-            self._note("gateway", name, "lost")
-            self._announce()
+        self._keeper.lose_gateway(name)
 
     async def used(self, gateway: str, usage: Usage) -> None:
         """The load as a gateway sees it, for the autoscaler."""
@@ -141,30 +118,36 @@ class Controller:
 
     def units(self) -> tuple[Unit, ...]:
         """Every instance that takes accelerators now or is about to."""
-        wanted = {spec.name: spec for spec in self._book.roster.desired}
-        specs = wanted | {name: one.spec for name, one in self._instances.items()}
+        wanted = {spec.name: spec for spec in self._keeper.roster.desired}
+        specs = wanted | {name: one.spec for name, one in self._keeper.instances.items()}
         return tuple(
-            Unit(name, spec.role, spec.workers, self._phase(name, wanted), self._loads.get(name))
+            Unit(
+                name,
+                spec.role,
+                spec.workers,
+                self._phase(name, wanted),
+                self._keeper.loads.get(name),
+            )
             for name, spec in sorted(specs.items())
         )
 
     def _phase(self, name: str, wanted: Collection[str]) -> Phase:
         if name not in wanted:
             return Phase.DRAINING
-        return Phase.READY if name in self._loads else Phase.STARTING
+        return Phase.READY if name in self._keeper.loads else Phase.STARTING
 
     def grow(self, role: Role) -> str:
-        taken = [*self._instances, *(spec.name for spec in self._book.roster.desired)]
+        taken = [*self._keeper.instances, *(spec.name for spec in self._keeper.roster.desired)]
         spec = pool_spec(self._config, self._ground, role, next_name(role, taken))
-        self._desire((*self._book.roster.desired, spec))
+        self._keeper.desire((*self._keeper.roster.desired, spec))
         return spec.name
 
     def retire(self, name: str) -> None:
-        launched = self._instances.get(name)
+        launched = self._keeper.instances.get(name)
         if launched is not None and launched.stage == "up":
-            self._spawn(self._empty(name))
+            self._keeper.spawn(self._empty(name))
             return
-        self._unwant(name)
+        self._keeper.unwant(name)
         if launched is not None:
             launched.condemn("not wanted any more")
 
@@ -176,7 +159,7 @@ class Controller:
             self._note("scale", name, "not drained", reason=str(error))
 
     def turn(self, name: str, role: Role) -> None:
-        self._spawn(self._turn(name, role))
+        self._keeper.spawn(self._turn(name, role))
 
     async def _turn(self, name: str, role: Role) -> None:
         try:
@@ -188,18 +171,18 @@ class Controller:
 
     async def report(self) -> tuple[InstanceReport, ...]:
         """Every instance that is or should be; raises if the model cannot be served at all."""
-        if self._fatal is not None:
-            raise self._fatal
+        if self._keeper.fatal is not None:
+            raise self._keeper.fatal
         await self._recovered.wait()
-        specs = {spec.name: spec for spec in self._book.roster.desired}
-        specs |= {name: instance.spec for name, instance in self._instances.items()}
+        specs = {spec.name: spec for spec in self._keeper.roster.desired}
+        specs |= {name: instance.spec for name, instance in self._keeper.instances.items()}
         return tuple(
             InstanceReport(
                 specs[name],
-                self._instances[name].stage if name in self._instances else "waiting",
-                self._instances[name].progress if name in self._instances else 0.0,
-                self._book.roster.find(name),
-                self._loads.get(name),
+                self._keeper.instances[name].stage if name in self._keeper.instances else "waiting",
+                self._keeper.instances[name].progress if name in self._keeper.instances else 0.0,
+                self._keeper.roster.find(name),
+                self._keeper.loads.get(name),
             )
             for name in sorted(specs)
         )
@@ -213,7 +196,7 @@ class Controller:
     async def scale(self, role: Role, instances: int) -> Scaled:
         """Starts or drains as many as it takes; returns at once."""
         await self._recovered.wait()
-        wanted = [spec for spec in self._book.roster.desired if spec.role is role]
+        wanted = [spec for spec in self._keeper.roster.desired if spec.role is role]
         if instances < len(wanted):
             surplus = tuple(spec.name for spec in wanted[instances:])
             for name in surplus:
@@ -221,10 +204,10 @@ class Controller:
             return Scaled((), surplus)
         started: list[InstanceSpec] = []
         for _ in range(instances - len(wanted)):
-            taken = [*self._instances, *(s.name for s in self._book.roster.desired)]
+            taken = [*self._keeper.instances, *(s.name for s in self._keeper.roster.desired)]
             name = next_name(role, [*taken, *(spec.name for spec in started)])
             started.append(pool_spec(self._config, self._ground, role, name))
-        self._desire((*self._book.roster.desired, *started))
+        self._keeper.desire((*self._keeper.roster.desired, *started))
         return Scaled(tuple(spec.name for spec in started), ())
 
     async def apply_policy(self, policy: PolicyText) -> list[str]:
@@ -239,18 +222,18 @@ class Controller:
 
     async def set_role(self, name: str, role: Role) -> None:
         await self._recovered.wait()
-        launched = self._up(name)
+        launched = self._keeper.up(name)
         await answer(launched.workers[0].set_role.remote(role), self._config.limits.answer_s)
         launched.spec = replace(launched.spec, role=role)
-        others = [spec for spec in self._book.roster.desired if spec.name != name]
-        self._desire((*others, launched.spec))
+        others = [spec for spec in self._keeper.roster.desired if spec.name != name]
+        self._keeper.desire((*others, launched.spec))
         self._note("instance", name, "role changed", role=role.value)
 
     async def drain(self, name: str) -> None:
         """Moves its requests away and stops it; returns when it is gone or its time is up."""
         await self._recovered.wait()
-        launched = self._up(name)
-        self._unwant(name)
+        launched = self._keeper.up(name)
+        self._keeper.unwant(name)
         self._note("instance", name, "draining")
         limit_s = self._config.limits.drain_s
         try:
@@ -262,8 +245,8 @@ class Controller:
     async def migrate(self, request_id: str, target: str) -> tuple[str, str]:
         """Asks the request's owner to move it; returns the source and the target."""
         await self._recovered.wait()
-        self._up(target)
-        for source, load in sorted(self._loads.items()):
+        self._keeper.up(target)
+        for source, load in sorted(self._keeper.loads.items()):
             if any(running.request_id == request_id for running in load.sequences):
                 if source == target:
                     raise BadRequest("instance", target, f"runs {request_id} already")
@@ -274,11 +257,7 @@ class Controller:
     async def shut_down(self) -> None:
         """Stops every instance; the streams must have ended before."""
         self._scaling.close()
-        self._desire(())
-        for launched in self._instances.values():
-            launched.condemn("shut down")
-        while self._instances:
-            await self._changed(LOOK_S)
+        await self._keeper.all_gone()
 
     # Keeping the cluster.
 
@@ -295,177 +274,41 @@ class Controller:
             CONTROLLER, self._network.bind(CONTROLLER), self._network.key, self._config.limits.links
         )
         me = Member(CONTROLLER, Kind.CONTROLLER, uuid.uuid4().hex, self._link.address)
-        specs = initial_specs(self._config, self._ground)
-        found = await recover(specs, self._clock.now())
-        self._book = RosterBook(found.roster)
-        self._book.join(me, self._clock.now())
-        async with asyncio.TaskGroup() as self._tasks:
-            self._adopt(found)
+        found = await recover(initial_specs(self._config, self._ground), self._clock.now())
+        async with asyncio.TaskGroup() as tasks:
+            self._keeper.begin(found, me, self._link, tasks, self._scaling)
             self._recovered.set()
-            self._desire(self._book.roster.desired)
-            self._tasks.create_task(self._listen())
-            self._tasks.create_task(self._look())
-            self._tasks.create_task(self._balancing.run())
-            self._tasks.create_task(self._scaling.run())
-
-    def _adopt(self, found: Recovered) -> None:
-        for launched in found.instances:
-            self._instances[launched.spec.name] = launched
-            self._heartbeats.heard(launched.spec.name, self._clock.now())
-            self._spawn(self._keep(launched))
-        for gateway in self._book.roster.of_kind(Kind.GATEWAY):
-            self._gateways.heard(gateway.name, self._clock.now())
-        for member in self._book.roster.of_kind(Kind.INSTANCE):
-            self._link.connect(member.name, member.address)
-
-    async def _keep(self, launched: Launched) -> None:
-        """An instance from its start to its end; the next one is started by `_desire`."""
-        name = launched.spec.name
-        try:
-            if launched.stage != "up":
-                await launched.unless_condemned(self._launcher.launch(launched))
-                self._note("instance", name, "up", role=launched.spec.role.value)
-                self._scaling.up(name)
-            await launched.ended()
-            self._note("instance", name, "stopped")
-        except (TandemError, RayError, TimeoutError) as error:
-            self._ended_by(launched, error)
-            if self._scaling.failed(name):
-                self._unwant(name)
-        self._forget(name)
-        await launched.take_down()
-        del self._instances[name]
-        self._announce()
-        if any(spec.name == name for spec in self._book.roster.desired):
-            await self._restart(name)
-
-    def _ended_by(self, launched: Launched, error: Exception) -> None:
-        name = launched.spec.name
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, BadInput) and launched.stage != "up":
-            self._fatal = cause
-        wanted = any(spec.name == name for spec in self._book.roster.desired)
-        text = "lost" if wanted else "stopped"
-        self._note("instance", name, text, reason=str(cause).splitlines()[0])
-
-    async def _restart(self, name: str) -> None:
-        limits = self._config.limits
-        budget = self._budgets.setdefault(
-            name, RestartBudget(limits.restarts, limits.restart_window_s)
-        )
-        pause_s = budget.take(self._clock.now())
-        if pause_s is None or self._fatal is not None:
-            self._note("instance", name, "given up", restarts=limits.restarts)
-            return
-        await asyncio.sleep(pause_s)
-        self._note("instance", name, "restarting")
-        self._desire(self._book.roster.desired)
-
-    def _desire(self, specs: Iterable[InstanceSpec]) -> None:
-        """From now on these instances are wanted; those that are missing are started."""
-        self._book.desire(specs)
-        for spec in self._book.roster.desired:
-            if spec.name not in self._instances:
-                launched = Launched(spec)
-                self._instances[spec.name] = launched
-                self._spawn(self._keep(launched))
-        self._announce()
-
-    def _unwant(self, name: str) -> None:
-        self._desire(spec for spec in self._book.roster.desired if spec.name != name)
+            tasks.create_task(self._listen())
+            tasks.create_task(self._look())
+            tasks.create_task(self._balancing.run())
+            tasks.create_task(self._scaling.run())
 
     async def _listen(self) -> None:
         while True:
             sender, message = await self._link.receive()
-            # What an instance said before its end may be read after it: that is no sign of life.
-            if isinstance(message, Load) and self._book.roster.find(sender) is not None:
-                self._heartbeats.heard(sender, self._clock.now())
-                self._loads[sender] = message
-                if message.state is InstanceState.DRAINING:
-                    self._balancing.empty()
+            heard = isinstance(message, Load) and self._keeper.heard(sender, message)
+            if heard and self._keeper.loads[sender].state is InstanceState.DRAINING:
+                self._balancing.empty()
 
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             now = self._clock.now()
-            for name in self._heartbeats.silent(now):
-                launched = self._instances.get(name)
-                if launched is not None and name not in self._asked:
-                    self._asked[name] = self._spawn(self._ask(name, launched))
-            for gateway in self._gateways.silent(now):
+            for gateway in self._keeper.look(now):
                 self._lose_gateway(gateway)
-            if self._book.settle(now):
-                self._announce()
             if now > self._lease_until_s:
                 self._lease_until_s = float("inf")
                 log.error("the serve process has vanished: shutting down")
-                self._spawn(self._abandon())
-
-    async def _ask(self, name: str, launched: Launched) -> None:
-        """A silent instance that does not answer either is lost, whatever Ray thinks."""
-        try:
-            await answer(launched.workers[0].ping.remote(), self._config.limits.answer_s)
-            if self._book.roster.find(name) is not None:
-                self._heartbeats.heard(name, self._clock.now())
-        except TandemError as error:
-            launched.condemn(f"silent: {error}")
-        finally:
-            del self._asked[name]
+                self._keeper.spawn(self._abandon())
 
     async def _abandon(self) -> None:
         await self.shut_down()
         os._exit(0)
 
-    def _view(self) -> View:
-        """What can be balanced: a newcomer that not everyone knows yet takes nothing."""
-        known = self._book.roster.settled
-        return View(
-            self._clock.now(),
-            tuple(
-                InstanceView(
-                    load,
-                    device=self._instances[name].spec.device,
-                    tensor_parallel=self._instances[name].spec.tensor_parallel,
-                    pipeline_parallel=self._instances[name].spec.pipeline_parallel,
-                )
-                for name, load in sorted(self._loads.items())
-                if name in known and name in self._instances
-            ),
-        )
-
     def _send(self, to: str, message: Message) -> None:
         self._link.send(to, message)
-
-    def _forget(self, name: str) -> None:
-        self._heartbeats.forget(name)
-        self._loads.pop(name, None)
-        self._link.disconnect(name)
-        self._book.leave(name)
-        self._announce()
-
-    def _announce(self) -> None:
-        for member in self._book.roster.of_kind(Kind.INSTANCE):
-            self._link.connect(member.name, member.address)
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def _changed(self, within_s: float) -> None:
-        try:
-            async with asyncio.timeout(within_s):
-                await self._news.wait()
-        except TimeoutError:
-            return
-
-    def _up(self, name: str) -> Launched:
-        launched = self._instances.get(name)
-        if launched is None or launched.stage != "up":
-            raise NotFound(f"no instance {name} is up")
-        return launched
 
     def _note(self, kind: str, subject: str, text: str, **fields: object) -> None:
         pairs = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info("%s %s=%s %s", text, kind, subject, pairs)
         self._events.add(self._clock.now(), kind, subject, text, **fields)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        return self._tasks.create_task(work)

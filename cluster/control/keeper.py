@@ -1,0 +1,245 @@
+"""Keeps the instances that are wanted: starts what is missing, notices what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
+
+from cluster.actors import answer
+from cluster.control.launch import Launched, Launcher
+from cluster.control.liveness import Heartbeats, RestartBudget
+from cluster.roster import Kind, Roster, RosterBook
+from engine.errors import BadInput, NotFound, TandemError
+from placement.view import InstanceView, View
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable
+    from typing import Protocol
+
+    from cluster.config import Config
+    from cluster.control.balancing import Note
+    from cluster.control.recovery import Recovered
+    from cluster.instance.leading import Network
+    from cluster.roster import InstanceSpec, Member
+    from cluster.zmq_link import ZmqLink
+    from engine.clock import Clock
+    from engine.messages import Load
+
+    class Starts(Protocol):
+        """Who is told how starts went."""
+
+        def up(self, name: str) -> None: ...
+
+        def failed(self, name: str) -> bool:
+            """Whether it was theirs; then they decide anew, and it is not wanted any more."""
+            ...
+
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.1
+"""Between two looks at heartbeats and newcomers."""
+
+
+class Keeper:
+    """One for a controller's life; `adopt` gives it what the controller has found."""
+
+    def __init__(self, config: Config, network: Network, note: Note, clock: Clock) -> None:
+        self._config, self._note, self._clock = config, note, clock
+        self._launcher = Launcher(config, network)
+        self._heartbeats = Heartbeats(config.limits.silence_s)
+        self._gateways = Heartbeats(config.limits.gateway_silence_s)
+        self._budgets: dict[str, RestartBudget] = {}
+        self._asked: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+        self.instances: dict[str, Launched] = {}
+        self.loads: dict[str, Load] = {}
+        self.book = RosterBook(Roster(0))
+        self.fatal: BadInput | None = None
+        """Why the model cannot be served at all."""
+
+    @property
+    def roster(self) -> Roster:
+        return self.book.roster
+
+    def begin(
+        self, found: Recovered, me: Member, link: ZmqLink, tasks: asyncio.TaskGroup, starts: Starts
+    ) -> None:
+        """Takes over what was found, and starts what of it is missing."""
+        self._link, self._tasks, self._starts = link, tasks, starts
+        now = self._clock.now()
+        self.book = RosterBook(found.roster)
+        self.book.join(me, now)
+        for launched in found.instances:
+            self.instances[launched.spec.name] = launched
+            self._heartbeats.heard(launched.spec.name, now)
+            self.spawn(self._keep(launched))
+        for gateway in self.roster.of_kind(Kind.GATEWAY):
+            self._gateways.heard(gateway.name, now)
+        for member in self.roster.of_kind(Kind.INSTANCE):
+            link.connect(member.name, member.address)
+        self.desire(self.roster.desired)
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        return self._tasks.create_task(work)
+
+    # What is wanted.
+
+    def desire(self, specs: Iterable[InstanceSpec]) -> None:
+        """From now on these instances are wanted; those that are missing are started."""
+        self.book.desire(specs)
+        for spec in self.roster.desired:
+            if spec.name not in self.instances:
+                launched = Launched(spec)
+                self.instances[spec.name] = launched
+                self.spawn(self._keep(launched))
+        self.announce()
+
+    def unwant(self, name: str) -> None:
+        self.desire(spec for spec in self.roster.desired if spec.name != name)
+
+    def up(self, name: str) -> Launched:
+        launched = self.instances.get(name)
+        if launched is None or launched.stage != "up":
+            raise NotFound(f"no instance {name} is up")
+        return launched
+
+    async def all_gone(self) -> None:
+        """Stops every instance."""
+        self.desire(())
+        for launched in self.instances.values():
+            launched.condemn("shut down")
+        while self.instances:
+            await self.changed(LOOK_S)
+
+    async def _keep(self, launched: Launched) -> None:
+        """An instance from its start to its end; the next one is started by `desire`."""
+        name = launched.spec.name
+        try:
+            if launched.stage != "up":
+                await launched.unless_condemned(self._launcher.launch(launched))
+                self._note("instance", name, "up", role=launched.spec.role.value)
+                self._starts.up(name)
+            await launched.ended()
+            self._note("instance", name, "stopped")
+        except (TandemError, RayError, TimeoutError) as error:
+            self._ended_by(launched, error)
+            if self._starts.failed(name):
+                self.unwant(name)
+        self._forget(name)
+        await launched.take_down()
+        del self.instances[name]
+        self.announce()
+        if self._wanted(name):
+            await self._restart(name)
+
+    def _wanted(self, name: str) -> bool:
+        return any(spec.name == name for spec in self.roster.desired)
+
+    def _ended_by(self, launched: Launched, error: Exception) -> None:
+        name = launched.spec.name
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, BadInput) and launched.stage != "up":
+            self.fatal = cause
+        text = "lost" if self._wanted(name) else "stopped"
+        self._note("instance", name, text, reason=str(cause).splitlines()[0])
+
+    async def _restart(self, name: str) -> None:
+        limits = self._config.limits
+        budget = self._budgets.setdefault(
+            name, RestartBudget(limits.restarts, limits.restart_window_s)
+        )
+        pause_s = budget.take(self._clock.now())
+        if pause_s is None or self.fatal is not None:
+            self._note("instance", name, "given up", restarts=limits.restarts)
+            return
+        await asyncio.sleep(pause_s)
+        self._note("instance", name, "restarting")
+        self.desire(self.roster.desired)
+
+    # Who is there.
+
+    def joins(self, member: Member, known: int) -> None:
+        """A member shows itself and tells what roster it has carried out."""
+        now = self._clock.now()
+        self.book.heard(member.name, known)
+        if member.kind is Kind.GATEWAY:
+            self._gateways.heard(member.name, now)
+        if self.book.join(member, now):
+            self._note(member.kind.value, member.name, "joined", address=member.address)
+            self.announce()
+
+    def lose_gateway(self, name: str) -> None:
+        self._gateways.forget(name)
+        if self.book.leave(name):
+            self._note("gateway", name, "lost")
+            self.announce()
+
+    def heard(self, name: str, load: Load) -> bool:
+        """Whether it is a sign of life: what was said before the end may be read after it."""
+        if self.roster.find(name) is None:
+            return False
+        self._heartbeats.heard(name, self._clock.now())
+        self.loads[name] = load
+        return True
+
+    def look(self, now: float) -> tuple[str, ...]:
+        """Doubts who is silent and settles who is known; the gateways that are silent."""
+        for name in self._heartbeats.silent(now):
+            launched = self.instances.get(name)
+            if launched is not None and name not in self._asked:
+                self._asked[name] = self.spawn(self._ask(name, launched))
+        if self.book.settle(now):
+            self.announce()
+        return self._gateways.silent(now)
+
+    def view(self) -> View:
+        """What can be balanced: a newcomer that not everyone knows yet takes nothing."""
+        known = self.roster.settled
+        return View(
+            self._clock.now(),
+            tuple(
+                InstanceView(
+                    load,
+                    device=self.instances[name].spec.device,
+                    tensor_parallel=self.instances[name].spec.tensor_parallel,
+                    pipeline_parallel=self.instances[name].spec.pipeline_parallel,
+                )
+                for name, load in sorted(self.loads.items())
+                if name in known and name in self.instances
+            ),
+        )
+
+    async def _ask(self, name: str, launched: Launched) -> None:
+        """A silent instance that does not answer either is lost, whatever Ray thinks."""
+        try:
+            await answer(launched.workers[0].ping.remote(), self._config.limits.answer_s)
+            if self.roster.find(name) is not None:
+                self._heartbeats.heard(name, self._clock.now())
+        except TandemError as error:
+            launched.condemn(f"silent: {error}")
+        finally:
+            del self._asked[name]
+
+    def _forget(self, name: str) -> None:
+        self._heartbeats.forget(name)
+        self.loads.pop(name, None)
+        self._link.disconnect(name)
+        self.book.leave(name)
+        self.announce()
+
+    def announce(self) -> None:
+        for member in self.roster.of_kind(Kind.INSTANCE):
+            self._link.connect(member.name, member.address)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def changed(self, within_s: float) -> None:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._news.wait()
+        except TimeoutError:
+            return
