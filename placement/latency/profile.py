@@ -116,6 +116,15 @@ class Profile:
         return fit_serving(alone, fit_run(self.runs[0])[0]).arrival_s
 
     @property
+    def busy_arrival_s(self) -> float | None:
+        """The same while all the neighbours compute; None where that was not measured."""
+        run = self.runs[0]
+        served = [one for one in self.served if one.instances == run.neighbours + 1]
+        if not (run.crowded_samples and served):
+            return None
+        return fit_serving(served, fit_run(run.beside)[0]).arrival_s
+
+    @property
     def _served_alone(self) -> list[Served]:
         return [one for one in self.served if one.instances == 1]
 

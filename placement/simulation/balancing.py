@@ -38,7 +38,7 @@ class Balancing:
 
     def _look(self, _: None, now: float) -> None:
         if self._dynamics.balance or self._must_empty():
-            view = View(now, tuple(one.whole_view() for one in self._world.instances.values()))
+            view = View(now, tuple(one.whole_view(now) for one in self._world.instances.values()))
             moves = self._balancer.decide(view, drain_only=not self._dynamics.balance)
             for move in moves:
                 self._migrations.ask(move, now)

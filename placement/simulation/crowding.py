@@ -25,6 +25,12 @@ class Crowd:
     def __init__(self) -> None:
         self._computing: dict[str, Neighbour] = {}
 
+    @property
+    def busy_share(self) -> float:
+        """Of all the instances that were measured together, those that compute."""
+        most = 1 + max([one.model.neighbours for one in self._computing.values()], default=1)
+        return min(1.0, len(self._computing) / most)
+
     def share(self, one: Neighbour) -> float:
         """Of the neighbours that its crowded latency was measured beside."""
         others = len(self._computing) - (one.name in self._computing)

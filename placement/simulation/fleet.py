@@ -113,10 +113,11 @@ class SimulatedFleet:
             self._world.at(now + self._interval_s, self._look, None)
 
     def _observe(self, now: float) -> Observation:
+        units = self._units(now)
         tally, self.tally = self.tally, Tally()
         return Observation(
             now,
-            self._units(),
+            units,
             self._world.waiting_requests,
             tuple(tally.ttft_shares),
             tuple(tally.tpot_shares),
@@ -124,9 +125,9 @@ class SimulatedFleet:
             tally.output_tokens,
         )
 
-    def _units(self) -> tuple[Unit, ...]:
+    def _units(self, now: float) -> tuple[Unit, ...]:
         units = [
-            Unit(one.name, one.role, one.model.accelerators, PHASES[one.state], one.load())
+            Unit(one.name, one.role, one.model.accelerators, PHASES[one.state], one.load(now))
             for one in self._world.instances.values()
         ]
         for name, role in self._starting.items():
@@ -196,7 +197,7 @@ class SimulatedFleet:
         self._account(now)
         counts: dict[str, int] = {}
         self._held = {}
-        for unit in self._units():
+        for unit in self._units(now):
             role = unit.role.value
             counts[role] = counts.get(role, 0) + 1
             self._held[role] = self._held.get(role, 0) + unit.accelerators

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from engine.messages import Running
     from engine.request import Sequence
     from placement.simulation.deployment import Deployment
-    from placement.simulation.instance import SimulatedInstance, World
+    from placement.simulation.instance import SimulatedInstance
+    from placement.simulation.world import World
 
 
 @dataclass(slots=True, eq=False)

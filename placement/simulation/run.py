@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from placement.latency.model import Step, pairs_of
@@ -41,6 +41,16 @@ class Run:
     @property
     def lasted_s(self) -> float:
         return self.duration_s - self.moved_s
+
+    def split(self, steps: int) -> Run:
+        """Its first so many steps as a run of their own; this one goes on after them."""
+        first = replace(self, steps=steps)
+        duration_s = first.duration_s
+        self.start_s += duration_s
+        self.first_step_s += self.growth_s * steps
+        self.steps -= steps
+        self.moved_s = 0.0
+        return first
 
     def go_on(self, slowed: float, now: float) -> None:
         """At another pace, from where it stands."""

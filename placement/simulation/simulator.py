@@ -86,9 +86,9 @@ class Simulation:
 
     def run(self) -> Outcome:
         arrivals: list[float] = self._workload.arrival_s.tolist()
-        delay_s, following = self._deployment.overheads.arrival_s, 0
+        following = 0
         while not (self._may_stop and self.ledger.hopeless):
-            due_s = arrivals[following] + delay_s if following < len(arrivals) else None
+            due_s = arrivals[following] if following < len(arrivals) else None
             if due_s is not None and (not self._events or due_s <= self._events[0][0]):
                 self._arrive(following, due_s)
                 following += 1
@@ -107,11 +107,24 @@ class Simulation:
         request = self._request(index)
         if self._living is not None:
             self._living.fleet.tally.prompt_tokens += len(request.prompt)
-        self._dispatch(start_sequence(request, 0), now)
+        way_s = self._way_s()
+        if way_s:
+            self.at(now + way_s, self._dispatch, start_sequence(request, 0))
+        else:
+            self._dispatch(start_sequence(request, 0), now)
+
+    def _way_s(self) -> float:
+        """To an instance and back, by how busy the machines are that clients share with them."""
+        overheads = self._deployment.overheads
+        busy_s = overheads.busy_arrival_s
+        if busy_s is None or not self._crowds:
+            return overheads.arrival_s
+        shares = [crowd.busy_share for crowd in self._crowds.values()]
+        return overheads.arrival_s + (busy_s - overheads.arrival_s) * sum(shares) / len(shares)
 
     def _dispatch(self, sequence: Sequence, now: float) -> None:
         request = sequence.request
-        view = View(now, tuple([one.view() for one in self.instances.values()]))
+        view = View(now, tuple([one.view(now) for one in self.instances.values()]))
         route = self._router.choose(request, view)
         if route is None:
             self._waiting[request.id] = sequence, now

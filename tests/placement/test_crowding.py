@@ -13,7 +13,7 @@ from engine.slo import Slo
 from placement.latency.catalog import Link
 from placement.latency.model import LatencyModel
 from placement.routing.router import Policy, RouterSettings
-from placement.simulation.deployment import Deployment, InstanceModel
+from placement.simulation.deployment import Deployment, InstanceModel, Overheads
 from placement.simulation.dynamics import Dynamics, Failure
 from placement.simulation.instance import SimulatedInstance
 from placement.simulation.simulator import simulate
@@ -93,6 +93,18 @@ def test_busy_time_is_what_passed() -> None:
     outcome = simulate(pair(Paced(2.0)), arriving(0.0, 0.3))
     for name, index in (("mixed-0", 0), ("mixed-1", 1)):
         assert outcome.busy_s[name] == pytest.approx(outcome.e2e_s[index])
+
+
+def test_a_request_is_longer_on_its_way_while_others_compute() -> None:
+    ways = Overheads(arrival_s=0.01, busy_arrival_s=0.03)
+    crowded = pair(Paced(1.0), overheads=ways)
+    outcome = simulate(crowded, arriving(0.0, 0.1, 0.2))
+    waits_s = outcome.prefill_started_s - outcome.arrived_s
+    assert waits_s[0] == pytest.approx(0.01)
+    assert waits_s[1] == pytest.approx(0.02)
+    assert 0.03 <= waits_s[2] < 0.05
+    apart = simulate(pair(overheads=ways), arriving(0.0, 0.1))
+    assert apart.ttft_s[1] == pytest.approx(apart.ttft_s[0])
 
 
 def test_a_neighbour_that_fails_slows_nobody_down_any_more() -> None:

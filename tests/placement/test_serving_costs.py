@@ -98,6 +98,15 @@ def test_what_was_served_counts_for_as_many_instances_as_served_it() -> None:
     assert crowded.decode_s([96]) == pytest.approx(0.1, rel=0.02)
 
 
+def test_the_way_of_a_request_is_longer_where_neighbours_compute() -> None:
+    both = document()
+    assert profile_from(both).busy_arrival_s is None
+    both["serving"].append(served(1, 2)._replace(ttft_s=0.5)._asdict())
+    busy_s = profile_from(both).busy_arrival_s
+    assert busy_s is not None
+    assert 0.4 < busy_s < 0.5
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [

@@ -1,0 +1,29 @@
+"""What simulated instances ask of the simulation that they are in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.blocks import BlockPool
+    from engine.request import Sequence
+    from placement.simulation.crowding import Crowd
+
+
+class World(Protocol):
+    """It is told about requests, and calls back later."""
+
+    tpot_s: float | None
+    """Where all requests have the same target."""
+
+    def pool(self, blocks: int) -> BlockPool: ...
+    def crowd(self, node: str) -> Crowd: ...
+    def at(self, time_s: float, action: Callable[[Any, float], None], subject: Any) -> None: ...
+    def moment(self, name: str, request_id: str, now: float) -> None: ...
+    def first_token(self, request_id: str, now: float) -> None: ...
+    def finished(self, request_id: str, now: float) -> None: ...
+    def failed(self, request_id: str) -> None: ...
+    def lost(self, sequence: Sequence, now: float) -> None: ...
+    def gap(self, seconds: float, count: int) -> None: ...
