@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     """What it is sorted by, ending in its id, so that no two are alike."""
 
 POLICIES = ("deadline", "fcfs")
+NO_HASHES: list[bytes] = []
 MEMORY = 0.9
 """What an older batch counts against the one after it."""
 
@@ -55,6 +56,7 @@ class PrefillScheduler:
         self._tokens = self._duration_s = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._hashes: dict[str, list[bytes]] = {}
+        """Of the full blocks of those that have some, where prefixes are cached."""
         self._admitted: dict[str, Sequence] = {}
         """Those that hold blocks."""
         self._waiting_tokens = 0
@@ -88,7 +90,9 @@ class PrefillScheduler:
             raise OutOfBlocks(needed, self.pool.total_blocks)
         assert sequence.id not in self._sequences
         self._sequences[sequence.id] = sequence
-        self._hashes[sequence.id] = self.pool.hashes(sequence.tokens, sequence.request.tenant)
+        hashes = self.pool.hashes(sequence.tokens, sequence.request.tenant)
+        if hashes:
+            self._hashes[sequence.id] = hashes
         insort(self._open, (self._rank(sequence), sequence))
         if sequence.blocks:
             self._admitted[sequence.id] = sequence
@@ -97,7 +101,7 @@ class PrefillScheduler:
 
     def remove(self, request_id: str) -> Sequence:
         """Forget a sequence; its blocks stay with the caller."""
-        del self._hashes[request_id]
+        self._hashes.pop(request_id, None)
         sequence = self._sequences.pop(request_id)
         if self._admitted.pop(request_id, None) is None:
             self._waiting_tokens -= sequence.uncomputed
@@ -121,8 +125,10 @@ class PrefillScheduler:
         """Account for a chunk that has run, and make its full blocks findable."""
         sequence = self._sequences[chunk.request_id]
         sequence.computed = chunk.end
-        full = sequence.computed // self.pool.block_tokens
-        self.pool.remember(sequence.blocks[:full], self._hashes[sequence.id][:full])
+        hashes = self._hashes_of(sequence)
+        if hashes:
+            full = sequence.computed // self.pool.block_tokens
+            self.pool.remember(sequence.blocks[:full], hashes[:full])
         return sequence
 
     def measured(self, tokens: int, duration_s: float) -> None:
@@ -169,6 +175,8 @@ class PrefillScheduler:
         Hodgson's rule): in a burst a few long prompts make room for many short ones.
         """
         late: list[Sequence] = []
+        if not waiting or self._all_in_time(waiting, now):
+            return late
         kept: list[tuple[int, int, int]] = []
         done_s = now
         for place, sequence in enumerate(waiting):
@@ -179,6 +187,13 @@ class PrefillScheduler:
                 done_s -= put_off.uncomputed / self.tokens_per_s
                 late.append(put_off)
         return late
+
+    def _all_in_time(self, waiting: list[Sequence], now: float) -> bool:
+        """Whether even the last one computed would meet the first deadline of all."""
+        first, last = waiting[0].request, waiting[-1].request
+        tokens = sum([one.uncomputed for one in waiting])
+        over_s = now + tokens / self.tokens_per_s
+        return first.priority == last.priority and over_s <= first.ttft_deadline_s
 
     def _pack(self, order: Iterable[Sequence], budget: int, chunks: list[Chunk]) -> int:
         """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps
@@ -198,7 +213,7 @@ class PrefillScheduler:
             chunk = chunk_of(sequence, min(sequence.uncomputed, budget - used))
             chunks.append(chunk)
             used += len(chunk.tokens)
-            computing.update(self._hashes[sequence.id][sequence.computed // self._block_tokens :])
+            computing.update(self._hashes_to_compute(sequence))
         return used
 
     @property
@@ -207,24 +222,30 @@ class PrefillScheduler:
 
     def _blocks_under_way(self) -> set[bytes]:
         computing: set[bytes] = set()
-        for request_id, sequence in self._admitted.items():
-            hashes = self._hashes[request_id]
-            if hashes:
-                computing.update(hashes[sequence.computed // self._block_tokens :])
+        if self._hashes:
+            for sequence in self._admitted.values():
+                computing.update(self._hashes_to_compute(sequence))
         return computing
+
+    def _hashes_of(self, sequence: Sequence) -> list[bytes]:
+        return self._hashes.get(sequence.request.id, NO_HASHES)
+
+    def _hashes_to_compute(self, sequence: Sequence) -> list[bytes]:
+        hashes = self._hashes_of(sequence)
+        return hashes[sequence.computed // self._block_tokens :] if hashes else hashes
 
     def _sibling_computes(self, sequence: Sequence, computing: set[bytes]) -> bool:
         """Whether the first block this prompt misses is being computed for another right now:
         waiting one batch for it is cheaper than computing it twice."""
-        if sequence.blocks:
+        hashes = self._hashes_of(sequence)
+        if sequence.blocks or not hashes:
             return False
-        hashes = self._hashes[sequence.id]
         cached = self.pool.cached_prefix(hashes)
         return cached < len(hashes) and hashes[cached] in computing
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the sequence its cached prefix and blocks for the rest, or nothing."""
-        hashes = self._hashes[sequence.id]
+        hashes = self._hashes_of(sequence)
         last_token_block = (len(sequence.tokens) - 1) // self._block_tokens
         shared = self.pool.share_prefix(hashes[:last_token_block])
         missing = blocks_for(len(sequence.tokens), self._block_tokens) - len(shared)
