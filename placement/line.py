@@ -21,8 +21,10 @@ class Line:
     def observe(self, x: float, y: float, times: int = 1) -> None:
         """Both non-negative; a falling line or a negative base is noise and is not fitted."""
         self.observations += times
-        keep = self._decay**times
-        new = (1.0 - keep) / (1.0 - self._decay)
+        keep, new = self._decay, 1.0
+        if times > 1:
+            keep = self._decay**times
+            new = (1.0 - keep) / (1.0 - self._decay)
         self._w = self._w * keep + new
         self._x = self._x * keep + x * new
         self._y = self._y * keep + y * new

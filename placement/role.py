@@ -79,7 +79,7 @@ class RoleBatcher:
 
     def measured(self, step: Step, duration_s: float) -> None:
         """Learn what decodes cost by themselves, and prompt tokens beside them."""
-        prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
+        prompt_tokens = sum([len(chunk.tokens) for chunk in step.prefills])
         if prompt_tokens:
             self.prefill.measured(prompt_tokens, duration_s)
         if not step.decodes:

@@ -10,7 +10,7 @@ from engine.request import SequenceState
 from placement.latency.model import Step, steps_to_reach
 from placement.simulation.flow import Flow
 from placement.simulation.pace import Pace
-from placement.simulation.run import Run, with_decodes, work_of
+from placement.simulation.run import Run, work_of
 from placement.simulation.steady import SteadyBatcher
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Batching(ABC):
             return False
         step = batcher.prompts_beside(now, decodes)
         if step.prefills:
-            work = with_decodes(work_of(step.prefills), decodes, flow.kv_read_tokens)
+            work = work_of(step.prefills, decodes, flow.kv_read_tokens)
             self._launch(step, decodes, work, now, 1)
         elif decodes:
             work = Step(decodes, decodes, 0, flow.kv_read_tokens)

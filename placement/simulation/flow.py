@@ -135,6 +135,8 @@ class Flow:
     def _blocks_due(self, steps: int) -> int:
         """In so many rounds more: all members once in each cycle of as many as a block has."""
         size = self._size
+        if steps == 1:
+            return self._full_in[self._round % size]
         cycles, rest = divmod(steps, size)
         first = self._round % size
         last = first + rest

@@ -62,8 +62,10 @@ class Run:
         self.growth_s *= change
 
 
-def work_of(chunks: Iterable[Chunk]) -> Step:
-    tokens = draws = pairs = read = 0
+def work_of(chunks: Iterable[Chunk], decodes: int = 0, kv_read_tokens: int = 0) -> Step:
+    """Of these chunks, beside so many decodes that read so much."""
+    tokens = draws = decodes
+    pairs, read = 0, kv_read_tokens
     for chunk in chunks:
         count = len(chunk.tokens)
         tokens += count
@@ -71,12 +73,3 @@ def work_of(chunks: Iterable[Chunk]) -> Step:
         read += chunk.start
         pairs += pairs_of(count, chunk.start) if count > 1 else 0
     return Step(tokens, draws, pairs, read)
-
-
-def with_decodes(work: Step, decodes: int, kv_read_tokens: int) -> Step:
-    return Step(
-        work.tokens + decodes,
-        work.draws + decodes,
-        work.pairs,
-        work.kv_read_tokens + kv_read_tokens,
-    )

@@ -104,7 +104,7 @@ def test_more_of_anything_takes_longer() -> None:
     model = roofline()
     base = Step(256, 8, 1000, 5000)
     for more in ({"tokens": 512}, {"draws": 16}, {"pairs": 9000}, {"kv_read_tokens": 99_000}):
-        assert model.step_s(replace(base, **more)) > model.step_s(base)
+        assert model.step_s(base._replace(**more)) > model.step_s(base)
 
 
 def test_decode_is_bound_by_memory_and_prefill_by_arithmetic() -> None:
