@@ -127,7 +127,13 @@ def simulate(
 ) -> None:
     """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
     from cluster.cli.following import follow, following, show_fleet
-    from cluster.cli.planning import check_memory, cost_book, planned_fleet, read_plan_file
+    from cluster.cli.planning import (
+        check_memory,
+        cost_book,
+        dynamics_of,
+        planned_fleet,
+        read_plan_file,
+    )
     from placement.planning.candidate import deployment_for
     from placement.simulation.simulator import simulate as run
     from placement.workload_files import read_workload
@@ -143,7 +149,7 @@ def simulate(
     deployment = deployment_for(planned, book)
     fleet = None
     if policy is None:
-        outcome = run(deployment, load)
+        outcome = run(deployment, load, dynamics=dynamics_of(plan))
     else:
         outcome, fleet = follow(following(policy, start_s), planned, book, deployment, load)
     figures = outcome.figures()

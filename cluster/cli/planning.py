@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.config import parse_config
 from cluster.yaml_file import read_yaml
 from engine.errors import BadConfig, NoFeasiblePlan
 from placement.latency.catalog import find_model, hardware_from
@@ -14,6 +15,7 @@ from placement.latency.model_shape import read_shape
 from placement.latency.profile import fit_link, read_profile
 from placement.planning.costbook import CostBook
 from placement.planning.plan import plan_from
+from placement.simulation.dynamics import Dynamics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,6 +82,15 @@ def read_plan_file(path: Path) -> Plan:
         if not isinstance(content.get(key) or {}, dict):
             raise BadConfig(key, content[key], "must be a mapping")
     return plan_from(content)
+
+
+def dynamics_of(path: Path) -> Dynamics:
+    """What a cluster that serves this plan does of itself: its balancer moves requests."""
+    section = read_yaml(path).get("migration") or {}
+    migration = parse_config({"migration": section}).migration
+    return Dynamics(
+        balance=migration.enabled, balancer=migration.balancer, look_s=migration.interval_s
+    )
 
 
 def planned_fleet(plan: Plan, profile: Path | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ PLAN_KEYS = (
     "hardware",
     "pools",
     "engine",
+    "migration",
     "predicted",
     "alternatives",
     "reason",
