@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cluster.bench.sample import Sample
 
-USERS = (1, 4, 8)
+USERS = (1, 4, 8, 16)
 """Of each instance, all of whom ask at once."""
 TURNS = 4
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64

@@ -3,21 +3,24 @@
 
     python scripts/bench/prediction.py [--model demo] [--ttft 0.5] [--tpot 0.05] [--requests 120]
         [--shares 0.25,0.5,0.75,1.0] [--prompt 128] [--output 32] [--quick] [--json]
-        [--folder DIR] [--stages prepare,measure,report] [--deployments aggregated,split]
+        [--folder DIR] [--stages prepare,measure,report] [--deployments aggregated,split,planned]
 
-The model is profiled on one core, and a plan made for two. Two mixed instances of a core each, and
-one prefill beside one decode instance, are then served by `tandem serve` and driven by `tandem
-bench` at shares of the rate that the plan is predicted to serve; `tandem simulate` predicts the
-same requests at the same rates. Each rate sends the same prompts to one server, so prefixes are
-not cached: later rates would find their prompts computed. The profile also tells what passes cost
-beside a busy neighbour, and what serving adds to them, since the generator and the gateway share
-the two cores with the instances. With a folder the stages may run one by one, and a rate that was
-measured is not measured again. Rates during which other processes computed are measured again.
+The model is profiled on one core, and a plan made for two. Two mixed instances of a core each, one
+prefill beside one decode instance, and what was planned if it is neither, are then served by
+`tandem serve` and driven by `tandem bench` at shares of the rate that the plan is predicted to
+serve; `tandem simulate` predicts the same requests at the same rates. Each rate sends the same
+prompts to one server, so prefixes are not cached: later rates would find their prompts computed.
+The profile also tells what passes cost beside a busy neighbour, and what serving adds to them,
+since the generator and the gateway share the two cores with the instances. How far a figure would
+lie from itself, were it measured again over as many requests, is printed beside it (a block
+bootstrap). With a folder the stages may run one by one, and a rate that was measured is not
+measured again. Rates during which other processes computed are measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -45,6 +48,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TANDEM = (sys.executable, "-m", "cluster")
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
+PLANNED = "planned"
+RESAMPLES = 200
 FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "p90"))
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
@@ -56,6 +61,7 @@ DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
 STAGES = ["prepare", "measure", "report"]
 WORKLOAD, PLAN, RATES, MEASURED = "load.csv", "plan.yaml", "rates.json", "measured.jsonl"
+SAMPLES = "samples.csv"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Row:
     figure: str
     predicted: float
     measured: float
+    sampling: float | None
+    """The standard error of what was measured, relative to it."""
 
     @property
     def off(self) -> float:
@@ -109,7 +117,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="profile fewer passes")
     parser.add_argument("--folder", type=Path, help="keeps what is made here, to go on later")
     parser.add_argument("--stages", type=names_of(STAGES), default=STAGES)
-    parser.add_argument("--deployments", type=names_of(DEPLOYMENTS), default=list(DEPLOYMENTS))
+    every = [*DEPLOYMENTS, PLANNED]
+    parser.add_argument("--deployments", type=names_of(every), default=every)
     parser.add_argument("--tries", type=int, default=3, help="at a rate that others disturbed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -148,8 +157,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """A profile, a plan, the two deployments, and the rates to drive them at."""
     workload = write_workload(folder / WORKLOAD, options)
     plan = make_plan(folder, checkpoint(folder, options.model), workload, options)
-    for deployment, pools in DEPLOYMENTS.items():
-        write_deployment(folder / f"{deployment}.yaml", plan, pools)
+    for deployment, entries in deployments(plan).items():
+        write_deployment(folder / f"{deployment}.yaml", plan, entries)
     rates = [plan["predicted"]["goodput_rps"] * share for share in options.shares]
     (folder / RATES).write_text(json.dumps(rates))
     (folder / MEASURED).unlink(missing_ok=True)
@@ -183,10 +192,24 @@ def make_plan(
     return answer
 
 
-def write_deployment(path: Path, plan: dict[str, Any], pools: dict[str, int]) -> None:
-    entries = [
-        {"role": role, "instances": count, "device": "cpu-core"} for role, count in pools.items()
+def deployments(plan: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Their pools; what was planned stands for itself unless it is one of the others."""
+    found = {
+        name: [
+            {"role": role, "instances": count, "device": "cpu-core", "tensor_parallel": 1}
+            for role, count in pools.items()
+        ]
+        for name, pools in DEPLOYMENTS.items()
+    }
+    planned = {(one["role"], one["instances"], one["tensor_parallel"]) for one in plan["pools"]}
+    known = [
+        {(one["role"], one["instances"], one["tensor_parallel"]) for one in entries}
+        for entries in found.values()
     ]
+    return found if planned in known else {**found, PLANNED: plan["pools"]}
+
+
+def write_deployment(path: Path, plan: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     kept = {key: plan[key] for key in ("model", "slo", "hardware")}
     engine = {**plan.get("engine", {}), "cache_prefixes": False}
     path.write_text(yaml.safe_dump({**kept, "engine": engine, "pools": entries}))
@@ -198,17 +221,38 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
     rates = [rate for rate in read_rates(folder) if (deployment, rate) not in known]
     if not rates:
         return
-    plan = folder / f"{deployment}.yaml"
+    plan, samples = folder / f"{deployment}.yaml", folder / SAMPLES
+    if not plan.exists():
+        return
     slo = yaml.safe_load(plan.read_text())["slo"]
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
     with serving(plan) as url:
         for rate in rates:
-            given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
+            given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
             others, figures = undisturbed(bench, most_tries)
             line = {"deployment": deployment, "rate_rps": rate, "others": others}
+            line["sampling"] = sampling_errors(samples)
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(figures)}) + "\n")
+
+
+def sampling_errors(samples: Path) -> dict[str, float]:
+    """Of each figure, relative to it, from resampled runs of successive requests: neighbours in
+    time wait for the same things."""
+    generator = np.random.default_rng(0)
+    with samples.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["ttft_s"] and row["tpot_s"]]
+    run = max(1, round(len(rows) ** 0.5))
+    starts = generator.integers(0, max(len(rows) - run, 1), (RESAMPLES, -(-len(rows) // run)))
+    chosen = (starts[..., None] + np.arange(run)).reshape(RESAMPLES, -1)
+    errors = {}
+    for name, point in FIGURES:
+        values = np.array([float(row[name]) for row in rows])
+        share = float(point[1:]) / 100
+        resampled = np.quantile(values[chosen], share, axis=1)
+        errors[f"{name} {point}"] = float(resampled.std() / np.quantile(values, share))
+    return errors
 
 
 def undisturbed(work: Callable[[], str], most_tries: int) -> tuple[float, str]:
@@ -278,9 +322,10 @@ def compare(folder: Path) -> Iterator[Row]:
         predicted = json.loads(tandem("simulate", "--plan", plan, *given))
         for name, point in FIGURES:
             values = (predicted[name][point], measured[name][point])
-            yield Row(deployment, rate, f"{name} {point}", *values)
+            figure = f"{name} {point}"
+            yield Row(deployment, rate, figure, *values, one["sampling"][figure])
         values = (predicted["attainment"], measured["attainment"])
-        yield Row(deployment, rate, "attainment", *values)
+        yield Row(deployment, rate, "attainment", *values, None)
 
 
 @contextmanager
@@ -328,9 +373,11 @@ def report(folder: Path, *, as_json: bool) -> None:
         return
     print(plan["reason"])
     for row in rows:
+        sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
         print(
             f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
             f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%}"
+            f"{sampling}"
         )
     latencies = [abs(row.off) for row in rows if row.figure != "attainment"]
     shares = [abs(row.off) for row in rows if row.figure == "attainment"]
@@ -348,7 +395,7 @@ def report(folder: Path, *, as_json: bool) -> None:
 
 def preferred(rows: list[Row], side: str) -> str:
     """What serves more within the targets; `neither` where rates tell no difference."""
-    rates = {name: served(rows, name, side) for name in DEPLOYMENTS}
+    rates = {name: served(rows, name, side) for name in dict.fromkeys(r.deployment for r in rows)}
     best = max(rates, key=lambda name: rates[name])
     return "neither" if min(rates.values()) > rates[best] * (1 - SAME) else best
 
