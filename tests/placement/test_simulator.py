@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.blocks import BlockPool
+from engine.blocks import BlockPool, blocks_for
 from engine.messages import Role
 from engine.slo import Slo
 from placement.latency.catalog import Link, find_device, find_link, find_model
@@ -239,3 +239,25 @@ def test_what_is_learned_from_a_run_is_what_its_steps_would_have_taught() -> Non
             walked_through.measured(ONLY_DECODES, first_s + number * growth_s)
         at_once.measured_run(first_s, growth_s, steps)
         assert at_once.decode_step_s == pytest.approx(walked_through.decode_step_s)
+
+
+def test_looking_at_an_instance_in_the_midst_of_decodes_shows_how_far_they_are() -> None:
+    left_alone = simulate(deployment(Role.MIXED), lone(100, 60))
+    simulation = Simulation(deployment(Role.MIXED), lone(100, 60))
+    (one,) = simulation.instances.values()
+    first_s, end_s = left_alone.first_token_s[0], left_alone.finished_s[0]
+    seen: list[tuple[int, int]] = []
+
+    def look(_: None, now: float) -> None:
+        load = one.whole_view(now).load
+        seen.append((load.sequences[0].output_tokens, load.free_blocks))
+
+    for share in (0.25, 0.5, 0.75):
+        simulation.at(first_s + share * (end_s - first_s), look, None)
+    outcome = simulation.run()
+    assert outcome.finished_s[0] == pytest.approx(end_s)
+    assert outcome.busy_s["mixed-0"] == pytest.approx(left_alone.busy_s["mixed-0"])
+    assert [tokens for tokens, _ in seen] == [15, 30, 45]
+    total = one.pool.total_blocks
+    assert [total - free for _, free in seen] == [blocks_for(100 + n, 16) for n in (15, 30, 45)]
+    assert one.is_empty
