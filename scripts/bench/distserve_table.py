@@ -89,7 +89,7 @@ def main() -> int:
         target = deployment(row)
         started = time.perf_counter()
         guess = row.published_rps_per_gpu * target.accelerators
-        found = find_goodput(target, workload, ATTAINMENT, guess, resolution=0.03)
+        found = find_goodput(target, workload, ATTAINMENT, guess, resolution=0.01)
         wall_s = time.perf_counter() - started
         ours = found.rate_rps / target.accelerators
         layout = f"{row.prefill} + {row.decode}" if row.decode else f"{row.prefill} aggregated"
