@@ -132,6 +132,34 @@ async def test_a_migration_costs_no_token_and_is_counted():
         cluster.assert_empty()
 
 
+async def test_a_stop_string_is_found_although_each_of_its_letters_comes_from_another_owner():
+    async with running("mixed-0", "mixed-1", draw=says("one two three")) as cluster:
+        cluster.paused |= {"mixed-0", "mixed-1"}
+        answer = await cluster.gateway.open(call(stop=("o th",), max_tokens=100))
+        owner = answer.choices[0].prefill
+        for count in range(1, len("one two th") + 1):
+            await until(owns(cluster, owner))
+            cluster.instances[owner].step()
+            cluster.flush(owner)
+            await until(lambda count=count: answer.output_tokens == count)
+            if 5 <= count < 10:
+                other = "mixed-1" if owner == "mixed-0" else "mixed-0"
+                cluster.tell(owner, Migrate(answer.id, other, "test"))
+                owner = other
+        deltas = await read(answer)
+        assert (text(deltas), deltas[-1].finish) == ("one tw", FinishReason.STOP)
+        assert answer.choices[0].entry.migrations == 5
+        cluster.gateway.close(answer)
+        await settle()
+        cluster.assert_empty()
+
+
+def owns(cluster, name):
+    """Whether something may take its next token there."""
+    sequences = cluster.instances[name].sequences
+    return lambda: any(one.decodes for one in sequences.values())
+
+
 async def test_a_conversations_next_turn_goes_where_its_beginning_is_cached():
     async with running("mixed-0", "mixed-1") as cluster:
         said = "x" * 100
