@@ -145,7 +145,9 @@ class Keeper:
         if isinstance(cause, BadInput) and launched.stage != "up":
             self.fatal = cause
         text = "lost" if self._wanted(name) else "stopped"
-        self._note("instance", name, text, reason=str(cause).splitlines()[0])
+        # Ray's and asyncio's errors may have no words at all.
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        self._note("instance", name, text, reason=reason)
 
     async def _restart(self, name: str) -> None:
         limits = self._config.limits

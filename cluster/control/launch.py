@@ -147,9 +147,14 @@ class Launcher:
 
     async def launch(self, instance: Launched) -> None:
         """Fills `instance` in as it comes up; on failure nothing of it is left."""
+        limit_s = self._config.limits.start_s
         try:
-            async with asyncio.timeout(self._config.limits.start_s):
+            async with asyncio.timeout(limit_s):
                 await self._launch(instance)
+        except TimeoutError:
+            await instance.take_down()
+            wanted = dict(instance.spec.resources) if instance.stage == "placing" else ""
+            raise DeadlineExceeded(f"still {instance.stage} after {limit_s:g} s {wanted}") from None
         except BaseException:
             await instance.take_down()
             raise

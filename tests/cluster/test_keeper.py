@@ -1,0 +1,90 @@
+"""Instances that do not come up, without a Ray: what is told of it, and what goes on."""
+
+import asyncio
+
+import pytest
+
+from cluster.config import Config, LimitsConfig
+from cluster.control import keeper, launch
+from cluster.control.keeper import Keeper
+from cluster.control.launch import Launched, Launcher
+from cluster.control.recovery import Recovered
+from cluster.roster import InstanceSpec, Kind, Member, Roster
+from engine.clock import VirtualClock
+from engine.errors import DeadlineExceeded, InstanceLost
+from engine.messages import Role
+
+SPEC = InstanceSpec("decode-0", Role.DECODE, "cpu", 1, 1, (("impossible", 1.0),))
+
+
+class Group:
+    """A placement group that Ray finds no room for."""
+
+    async def ready(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def removed(monkeypatch):
+    groups: list[Group] = []
+
+    def nobody(*_):
+        raise InstanceLost("no such worker")
+
+    monkeypatch.setattr(launch, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(launch, "remove_placement_group", groups.append)
+    monkeypatch.setattr(launch, "find_worker", nobody)
+    return groups
+
+
+async def test_an_instance_without_a_place_is_given_up_in_words_and_its_group_removed(removed):
+    config = Config(limits=LimitsConfig(start_s=0.001))
+    with pytest.raises(DeadlineExceeded, match=r"still placing after 0\.001 s .*impossible"):
+        await Launcher(config, None).launch(Launched(SPEC))
+    assert len(removed) == 1
+
+
+class Link:
+    def connect(self, *_) -> None: ...
+
+    def disconnect(self, *_) -> None: ...
+
+
+class Starts:
+    """An autoscaler whose start has failed."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def up(self, name: str) -> None: ...
+
+    def failed(self, name: str) -> bool:
+        self.ended.append(name)
+        return True
+
+
+class WordlessLauncher:
+    def __init__(self, *_) -> None: ...
+
+    async def launch(self, _) -> None:
+        raise TimeoutError
+
+
+async def test_a_failure_without_words_is_told_by_its_kind_and_keeps_nothing_from_going_on(
+    monkeypatch, removed
+):
+    monkeypatch.setattr(keeper, "Launcher", WordlessLauncher)
+    told, starts = [], Starts()
+
+    def note(kind, subject, text, **fields):
+        told.append((subject, text, fields.get("reason")))
+
+    kept = Keeper(Config(), None, note, VirtualClock(1.0))
+    me = Member("controller", Kind.CONTROLLER, "1", "")
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(Recovered(Roster(1, (), (SPEC,)), ()), me, Link(), tasks, starts)
+    assert ("decode-0", "lost", "TimeoutError") in told
+    assert starts.ended == ["decode-0"]
+    assert kept.instances == {}
+    assert kept.roster.desired == ()
+    assert removed == []
