@@ -84,6 +84,14 @@ class DecodeScheduler:
     def free_host_slots(self) -> int:
         return len(self._host_free)
 
+    @property
+    def wanted_blocks(self) -> int:
+        """What those are short of that gave way."""
+        if not self._waiting and not self._swapped:
+            return 0
+        held = [*self._waiting.values(), *(sequence for sequence, _ in self._swapped.values())]
+        return sum([max(self._missing_blocks(sequence), 0) for sequence in held])
+
     def has_room(self, blocks: int) -> bool:
         """Whether newcomers may take so many blocks: never before those that had to give way."""
         reserve = int(self.pool.total_blocks * self.settings.watermark)

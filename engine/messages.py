@@ -192,6 +192,8 @@ class Load:
     step_s: float
     """Smoothed duration of a step."""
     sequences: tuple[Running, ...]
+    wanted_blocks: int = 0
+    """What those that wait here for room are short of."""
 
 
 # Controller or gateway -> instance.

@@ -72,6 +72,16 @@ class Arrivals:
     def open(self) -> tuple[Incoming, ...]:
         return tuple(self._open.values())
 
+    @property
+    def wanted_blocks(self) -> int:
+        """Of offers without a reservation; some may find a part of theirs here already."""
+        size = self.layout.block_tokens
+        return sum(
+            blocks_for(incoming.offer.tokens, size)
+            for incoming in self._open.values()
+            if incoming.state is TransferState.OFFERED
+        )
+
     def of(self, request_id: str) -> list[Incoming]:
         return [i for i in self._open.values() if i.offer.request.id == request_id]
 

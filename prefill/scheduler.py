@@ -83,6 +83,11 @@ class PrefillScheduler:
     def queued_tokens(self) -> int:
         return self._waiting_tokens + sum([one.uncomputed for one in self._admitted.values()])
 
+    @property
+    def wanted_blocks(self) -> int:
+        """Of prompts without a place; some may find a part of theirs here already."""
+        return blocks_for(self._waiting_tokens, self.pool.block_tokens)
+
     def add(self, sequence: Sequence) -> None:
         """Raises OutOfBlocks for a prompt that an empty pool could not hold."""
         needed = blocks_for(len(sequence.tokens) + 1, self.pool.block_tokens)

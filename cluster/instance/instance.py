@@ -246,7 +246,13 @@ class Instance:
             cached_blocks=counts.cached,
             step_s=self._step_s,
             sequences=tuple(self._transfers.listed()),
+            wanted_blocks=self._wanted_blocks,
         )
+
+    @property
+    def _wanted_blocks(self) -> int:
+        waiting = (self._prefill, self._decode, self._transfers)
+        return sum(one.wanted_blocks for one in waiting)
 
     # Requests.
 

@@ -128,6 +128,10 @@ class Transfers:
         """Sequences that stand still because they are about to move."""
         return self._migrations.held
 
+    @property
+    def wanted_blocks(self) -> int:
+        return self._arrivals.wanted_blocks
+
     def listed(self) -> list[Running]:
         """Every request here, and those that have a reservation here."""
         here = [

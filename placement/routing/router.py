@@ -111,7 +111,8 @@ class _Instance:
                 self.ledger.pop(running.request_id, None)
         coming = self.ledger.values()
         self.ahead_tokens = load.queued_tokens + sum(tokens for tokens, _ in coming)
-        self.left_blocks = load.free_blocks - sum(blocks for _, blocks in coming)
+        spoken_for = load.wanted_blocks + sum(blocks for _, blocks in coming)
+        self.left_blocks = load.free_blocks - spoken_for
         self._pace()
 
     def expect(self, request_id: str, tokens: int, blocks: int) -> None:

@@ -220,4 +220,5 @@ class SimulatedInstance(Batching):
             cached_blocks=0,
             step_s=batcher.decode_step_s,
             sequences=sequences,
+            wanted_blocks=batcher.prefill.wanted_blocks + batcher.decode.wanted_blocks,
         )

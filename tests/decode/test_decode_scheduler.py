@@ -86,6 +86,19 @@ def test_the_latest_of_the_lowest_priority_gives_way_and_is_recomputed_before_ne
     drain(decode)
 
 
+def test_what_gave_way_wants_all_its_blocks_back_wherever_they_went():
+    for host_slots in (0, 8):
+        decode = scheduler(blocks=4, host_slots=host_slots, swap_block_s=0.0)
+        arrive(decode, "old", 7, arrival_s=0.0)
+        arrive(decode, "late", 7, arrival_s=1.0)
+        assert decode.wanted_blocks == 0
+        while not decode.preemptions:
+            step(decode)
+        assert decode.wanted_blocks == blocks_for(len(decode.find("late").tokens), 4) > 2
+        drain(decode)
+        assert decode.wanted_blocks == 0
+
+
 def test_priority_protects_a_later_arrival():
     decode = scheduler(blocks=4)
     arrive(decode, "plain", 7, arrival_s=0.0)

@@ -110,6 +110,15 @@ def test_a_full_pool_is_avoided():
     assert chosen(Router(), seen)[1] == "decode-1"
 
 
+def test_room_that_others_wait_for_is_not_free():
+    seen = view(
+        load("prefill-0"),
+        load("decode-0", free_blocks=900, wanted_blocks=899),
+        load("decode-1", free_blocks=300),
+    )
+    assert chosen(Router(), seen)[1] == "decode-1"
+
+
 def test_a_short_prompt_goes_to_a_decode_instance_when_prefill_is_behind():
     busy = view(load("prefill-0", queued_tokens=20_000), load("decode-0"))
     assert chosen(Router(), busy, request(tokens=100)) == ("decode-0", None)

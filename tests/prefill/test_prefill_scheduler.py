@@ -55,6 +55,19 @@ def test_ragged_prompts_share_a_batch_and_the_last_is_split_at_the_budget():
     assert_empty(prefill)
 
 
+def test_prompts_without_a_place_want_blocks_and_those_with_one_do_not():
+    prefill = scheduler(blocks=4)
+    prefill.add(prompt("placed", 10))
+    run(prefill, prefill.next_chunks(0.0, 4))
+    assert prefill.wanted_blocks == 0
+    prefill.add(prompt("waits", 14, first=100))
+    assert prefill.wanted_blocks == 4
+    while len(prefill):
+        run(prefill, prefill.next_chunks(0.0, 4))
+    assert prefill.wanted_blocks == 0
+    assert_empty(prefill)
+
+
 def test_the_earlier_deadline_goes_first_within_a_priority():
     prefill = scheduler()
     prefill.add(prompt("late", 4, ttft_s=9.0))

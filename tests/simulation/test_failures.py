@@ -7,6 +7,7 @@ back at its baseline, and with one more migration over the same instances that s
 import pytest
 
 from decode.scheduler import DecodeSettings
+from engine.blocks import blocks_for
 from engine.messages import (
     Accepted,
     Cancelled,
@@ -256,6 +257,18 @@ def test_a_hand_off_to_a_full_target_waits_and_then_decodes_where_it_is():
     play_and_check(scene, "hand-off")
     assert scene.finished["a"] == 12
     assert replays(scene) == 0
+
+
+def test_an_offer_that_waits_for_room_wants_its_blocks():
+    scene = handing_off()
+    target = scene.nodes["decode-0"].instance
+    others = target.pool.allocate(target.pool.available)
+    wanted = []
+    scene.happen(1.0, lambda: wanted.append(target.load().wanted_blocks))
+    scene.before(Kept, lambda: target.pool.release(others))
+    play_and_check(scene, "hand-off")
+    assert wanted == [blocks_for(len(scene.asked["a"].prompt) + 1, target.pool.block_tokens)]
+    assert target.load().wanted_blocks == 0
 
 
 def test_a_request_that_was_kept_can_still_move_to_the_target_that_was_full():
