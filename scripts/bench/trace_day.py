@@ -352,7 +352,16 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append(asdict(row) | {"fewer_hours": fewer})
         if not arguments.json:
             show(rows[-1])
+    if not arguments.json:
+        for title in arguments.policies:
+            print(f"  {bound(title)}")
     return {"trace": name, "requests": len(bench.day), "rows": rows}
+
+
+def bound(title: str) -> str:
+    cooldown_s = parse_policy((POLICIES / f"{title}.yaml").read_text()).cooldown_s
+    most = 3600 / cooldown_s
+    return f"{title}: its cool-down of {cooldown_s:g} s bounds turns/h of a role to {most:g}"
 
 
 HEADING = f"  {'':24} attained  acc-hours  fewer  turns/h  switches  most  wall_s"
