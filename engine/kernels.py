@@ -11,6 +11,7 @@ import torch
 
 from engine.native_library import load_library
 from engine.ops import Activation, Ops, TorchOps
+from engine.ragged_replay import RaggedReplays
 from engine.replay import Replays
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ class NativeOps(TorchOps):
 
     def repeats(self) -> Replays | None:
         return Replays(self._library, self.writing_down)
+
+    def ragged_repeats(self) -> RaggedReplays | None:
+        return RaggedReplays(self._library, self.writing_down)
 
     @contextmanager
     def writing_down(self, kernels: Kernels, empty: Empty) -> Iterator[None]:

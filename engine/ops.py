@@ -17,7 +17,7 @@ from torch.nn import functional
 from engine import attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from engine.attention import AttentionShape, KvLayer
     from engine.packing import Packed
@@ -63,11 +63,40 @@ class Repeats(Protocol):
         ...
 
 
+class LayerStep(Protocol):
+    """One layer: what is not yet in the sum, the sum, and the batch."""
+
+    def __call__(
+        self, delta: torch.Tensor | None, residual: torch.Tensor, packed: Packed
+    ) -> Made: ...
+
+
+class RaggedRepeats(Protocol):
+    """Layers over batches of any mix, with little time between their calls."""
+
+    def run(
+        self,
+        layers: Mapping[int, LayerStep],
+        packed: Packed,
+        hidden: torch.Tensor,
+        on_layer: Callable[[int], None],
+    ) -> Made | None:
+        """What the layers make of `hidden`, good until the next batch; None if not repeatable.
+
+        `on_layer` is called with a layer's index once it has run.
+        """
+        ...
+
+
 class Ops(Protocol):
     name: str
 
     def repeats(self) -> Repeats | None:
         """Where decode steps can be repeated as one call each; None where they cannot."""
+        ...
+
+    def ragged_repeats(self) -> RaggedRepeats | None:
+        """The same for other batches."""
         ...
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
@@ -139,6 +168,9 @@ class TorchOps:
     name = "torch"
 
     def repeats(self) -> Repeats | None:
+        return None
+
+    def ragged_repeats(self) -> RaggedRepeats | None:
         return None
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:

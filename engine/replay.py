@@ -30,7 +30,7 @@ MOST_ROWS = 128
 """Steps of more sequences take so long that writing them down would not pay."""
 CACHE_LINE_BYTES = 64
 
-_CALL = Struct("=2q")
+CALL = Struct("=2q")
 _aten = torch.ops.aten
 WITHOUT_WORK = frozenset(
     (_aten.view, _aten.slice, _aten.select, _aten.alias, _aten.as_strided, _aten.lift_fresh)
@@ -54,7 +54,7 @@ class WrittenCalls:
 
     def _kept(self, number: int, kernel: Kernel) -> Kernel:
         def call(record: bytes) -> None:
-            self._written += _CALL.pack(number, len(record)) + record
+            self._written += CALL.pack(number, len(record)) + record
             kernel(record)
 
         return call
@@ -98,7 +98,7 @@ class Workspace:
         return 0
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether torch computed anything itself: that would be missing from the calls."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Replays:
         return step.delta, step.residual
 
     def _write_down(self, layers: Layers, packed: Packed, hidden: torch.Tensor) -> Made:
-        kernels, watch = WrittenCalls(self._library), _Watch()
+        kernels, watch = WrittenCalls(self._library), Watch()
         with self._writing_down(kernels, self._workspace.take), watch:
             delta, residual = layers(packed, hidden)
         self._possible = not watch.computed

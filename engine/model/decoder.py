@@ -108,23 +108,24 @@ class Decoder:
             i: load_layer(loader, i, kv.layer(i), rotaries.of(loader.config.layers[i].rope))
             for i in stage
         }
+        self._last = next(reversed(self._layers.items()))
+        self._before_last = dict(list(self._layers.items())[:-1])
         self._head = Head(loader, self._embedding) if self._parallel.last else None
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
         alone = loader.parallel.tensor_size == 1
         repeatable = alone and not any(layer.asks_host for layer in self._layers.values())
         self._repeats = loader.ops.repeats() if repeatable else None
+        self._ragged = loader.ops.ragged_repeats() if repeatable else None
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""
-        delta, residual = None, self._start(packed)
+        residual = self._start(packed)
         if (repeated := self._repeat(packed, residual)) is not None:
             for index in self._layers:
                 on_layer(index)
             return self._finish(*repeated)
-        *before, (last_index, last) = self._layers.items()
-        for index, layer in before:
-            delta, residual = layer(delta, residual, packed)
-            on_layer(index)
+        last_index, last = self._last
+        delta, residual = self._run_before_last(packed, residual, on_layer)
         if self._head is not None and packed.draw_rows.shape[0] == 0:
             last.fill(delta, residual, packed)
             self._parallel.await_tensor_ranks(residual.device)
@@ -140,6 +141,19 @@ class Decoder:
         if self._repeats is None or not one_each:
             return None
         return self._repeats.run(self._all_layers, packed, hidden)
+
+    def _run_before_last(
+        self, packed: Packed, hidden: torch.Tensor, on_layer: Callable[[int], None]
+    ) -> Made:
+        if self._ragged is not None:
+            made = self._ragged.run(self._before_last, packed, hidden, on_layer)
+            if made is not None:
+                return made
+        delta, residual = None, hidden
+        for index, layer in self._before_last.items():
+            delta, residual = layer(delta, residual, packed)
+            on_layer(index)
+        return delta, residual
 
     def _all_layers(self, packed: Packed, hidden: torch.Tensor) -> Made:
         delta, residual = None, hidden

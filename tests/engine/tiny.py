@@ -16,6 +16,9 @@ VOCAB = 131
 """Odd, so that ranks cannot share it evenly."""
 PROMPT, STEPS = 20, 32
 
+NOT_REPEATED = {"qwen3-moe", "qwen3-moe-mixed", "mixtral", "opt", "opt-350m", "gpt2"}
+"""Torch computes in their layers: it chooses experts, or adds where a layer norm follows."""
+
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
