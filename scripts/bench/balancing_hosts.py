@@ -1,7 +1,7 @@
 """A skewed load on two or three real hosts with small KV pools, with balancing off and on.
 
-    python scripts/bench/balancing_hosts.py [--instances 2] [--blocks 96] [--rate 3] [--seconds 40]
-        [--routers default round_robin] [--seed 0] [--json]
+    python scripts/bench/balancing_hosts.py [--instances 2] [--blocks 96] [--rate 2.8] [--seconds 60]
+        [--routers default] [--seed 0] [--json]
 
 The hosts, the engine, the journal, the router and the balancer are those of the cluster; the same
 requests come at the same moments with balancing off and on. A few of them draw hundreds of tokens,
@@ -69,9 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="120m")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=96, help="of each instance's KV pool")
-    parser.add_argument("--rate", type=float, default=3.0)
-    parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--routers", nargs="+", default=["default", "round_robin"])
+    parser.add_argument("--rate", type=float, default=2.8)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--routers", nargs="+", default=["default"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
