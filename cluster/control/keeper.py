@@ -55,6 +55,7 @@ class Keeper:
         self._budgets: dict[str, RestartBudget] = {}
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
+        self._ending = False
         self.instances: dict[str, Launched] = {}
         self.loads: dict[str, Load] = {}
         self.book = RosterBook(Roster(0))
@@ -89,8 +90,11 @@ class Keeper:
     # What is wanted.
 
     def desire(self, specs: Iterable[InstanceSpec]) -> None:
-        """From now on these instances are wanted; those that are missing are started."""
-        self.book.desire(specs)
+        """From now on these instances are wanted; those that are missing are started.
+
+        Once all are to go, none is: a role switch may still be under way then.
+        """
+        self.book.desire(() if self._ending else specs)
         for spec in self.roster.desired:
             if spec.name not in self.instances:
                 launched = Launched(spec)
@@ -109,6 +113,7 @@ class Keeper:
 
     async def all_gone(self) -> None:
         """Stops every instance."""
+        self._ending = True
         self.desire(())
         for launched in self.instances.values():
             launched.condemn("shut down")

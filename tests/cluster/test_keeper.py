@@ -70,6 +70,25 @@ class WordlessLauncher:
         raise TimeoutError
 
 
+def kept_by(note) -> Keeper:
+    return Keeper(Config(), None, note, VirtualClock(1.0))
+
+
+ME = Member("controller", Kind.CONTROLLER, "1", "")
+
+
+async def test_once_all_are_to_go_a_late_wish_brings_nothing_back(monkeypatch, removed):
+    monkeypatch.setattr(keeper, "Launcher", WordlessLauncher)
+    kept = kept_by(lambda *_, **__: None)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(Recovered(Roster(1), ()), ME, Link(), tasks, Starts())
+        await kept.all_gone()
+        kept.desire((SPEC,))
+    assert kept.instances == {}
+    assert kept.roster.desired == ()
+    assert removed == []
+
+
 async def test_a_failure_without_words_is_told_by_its_kind_and_keeps_nothing_from_going_on(
     monkeypatch, removed
 ):
@@ -79,10 +98,9 @@ async def test_a_failure_without_words_is_told_by_its_kind_and_keeps_nothing_fro
     def note(kind, subject, text, **fields):
         told.append((subject, text, fields.get("reason")))
 
-    kept = Keeper(Config(), None, note, VirtualClock(1.0))
-    me = Member("controller", Kind.CONTROLLER, "1", "")
+    kept = kept_by(note)
     async with asyncio.TaskGroup() as tasks:
-        kept.begin(Recovered(Roster(1, (), (SPEC,)), ()), me, Link(), tasks, starts)
+        kept.begin(Recovered(Roster(1, (), (SPEC,)), ()), ME, Link(), tasks, starts)
     assert ("decode-0", "lost", "TimeoutError") in told
     assert starts.ended == ["decode-0"]
     assert kept.instances == {}
