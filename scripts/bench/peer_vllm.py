@@ -1,7 +1,7 @@
 """Prefill and decode rates of vLLM's offline engine; called by scripts/bench/engine.py.
 
-A decode step's time is the difference between answers of two lengths, so that the prefill and
-what surrounds a call cancel out.
+Its engine is stepped here, so that a decode step is timed by itself: one that gives every sequence
+of the batch a token, after all of them have been prefilled. As our own, a rate is the median's.
 """
 
 from __future__ import annotations
@@ -46,23 +46,45 @@ def main() -> None:
 
 
 def decode_step(engine: Any, batch: int, context: int, steps: int) -> float:
-    short = statistics.median(answer(engine, batch, context, 1) for _ in range(REPEATS))
-    long = statistics.median(answer(engine, batch, context, steps + 1) for _ in range(REPEATS))
-    return (long - short) / steps
+    """The median over `steps` steps with all sequences in them; the spread goes to stderr."""
+    spent = sorted(decode_steps(engine.llm_engine, batch, context, steps))
+    quarter = len(spent) // 4
+    spread = " ".join(f"{1000 * spent[at]:.2f}" for at in (quarter, -1 - quarter))
+    print(f"vllm: batch {batch}, {len(spent)} steps, quartiles {spread} ms", file=sys.stderr)
+    return statistics.median(spent)
+
+
+def decode_steps(engine: Any, batch: int, context: int, steps: int) -> list[float]:
+    for number in range(batch):
+        engine.add_request(f"{batch}-{number}", random_prompt(context), greedy(steps + 1))
+    begun: set[str] = set()
+    spent = []
+    while engine.has_unfinished_requests():
+        all_decode = len(begun) == batch
+        start = time.perf_counter()
+        told = engine.step()
+        if all_decode and len(told) == batch:
+            spent.append(time.perf_counter() - start)
+        begun.update(output.request_id for output in told)
+    return spent
 
 
 def answer(engine: Any, batch: int, prompt: int, tokens: int) -> float:
     """Seconds to answer `batch` random prompts with `tokens` tokens each."""
+    prompts = [random_prompt(prompt) for _ in range(batch)]
+    start = time.perf_counter()
+    engine.generate(prompts, greedy(tokens), use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def random_prompt(tokens: int) -> dict[str, list[int]]:
+    return {"prompt_token_ids": [random.randrange(3, 1000) for _ in range(tokens)]}
+
+
+def greedy(tokens: int) -> Any:
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    prompts = [
-        {"prompt_token_ids": [random.randrange(3, 1000) for _ in range(prompt)]}
-        for _ in range(batch)
-    ]
-    start = time.perf_counter()
-    engine.generate(prompts, greedy, use_tqdm=False)
-    return time.perf_counter() - start
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
 if __name__ == "__main__":
