@@ -1,7 +1,7 @@
 """A skewed load on two or three real hosts with small KV pools, with balancing off and on.
 
-    python scripts/bench/balancing_hosts.py [--instances 2] [--blocks 96] [--rate 2.8] [--seconds 60]
-        [--routers default] [--seed 0] [--json]
+    python scripts/bench/balancing_hosts.py [--instances 2] [--blocks 96] [--rate 2.8]
+        [--seconds 60] [--routers default] [--seed 0] [--json]
 
 The hosts, the engine, the journal, the router and the balancer are those of the cluster; the same
 requests come at the same moments with balancing off and on. A few of them draw hundreds of tokens,
