@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +11,13 @@ import torch
 from engine.attention import KvLayer
 from engine.errors import BadConfig
 from engine.shared_file import shared_file
+from engine.swapping import Swapper, lane_of
 
 if TYPE_CHECKING:
-    from engine.batch import Swap
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
+    from engine.batch import Batch
     from engine.layout import KvLayout
 
 TORCH_DTYPES = {
@@ -47,22 +52,22 @@ class KvCache:
         self.fd: int | None = None
         """The pool as a file that processes of this host can map through /proc; None on a GPU."""
         self.memory = self._allocate(blocks * self.block_bytes, device)
-        self._host = torch.zeros(
+        slots = torch.zeros(
             (host_slots, self.block_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda"
         )
+        self._swapper = Swapper(self.memory.view(blocks, -1), slots, lane_of(device))
         self._layers = self._views()
 
     def layer(self, layer: int) -> KvLayer:
         """The pool's part of one of this stage's layers, counted over the whole model."""
         return self._layers[layer]
 
-    def swap(self, swap: Swap) -> None:
-        """Copies blocks to or from host slots, a run that is contiguous on both sides at a time."""
-        pool = self.memory.view(self.blocks, self.block_bytes)
-        for block, slot, count in _runs(swap.blocks, swap.host_slots):
-            on_device, on_host = pool[block : block + count], self._host[slot : slot + count]
-            source, target = (on_device, on_host) if swap.to_host else (on_host, on_device)
-            target.copy_(source, non_blocking=True)  # in order with the passes on a GPU
+    def swapping(self, batch: Batch) -> AbstractContextManager[None]:
+        """Swaps a batch's blocks; its pass belongs inside, and all is moved at the end."""
+        touched: Iterable[int] = chain.from_iterable(chunk.blocks for chunk in batch.chunks)
+        if self.layout.ranks > 1:  # who leads sees no more of other ranks than that they passed
+            touched = range(self.blocks)
+        return self._swapper.swapping(batch.swaps, touched)
 
     def close(self) -> None:
         """Gives the pool's file back; the memory goes with the last view of it."""
@@ -83,14 +88,3 @@ class KvCache:
             self.blocks, len(layers), 2, len(heads), layout.block_tokens, layout.head_dim
         )
         return {layer: KvLayer(pool[:, i, 0], pool[:, i, 1]) for i, layer in enumerate(layers)}
-
-
-def _runs(blocks: tuple[int, ...], slots: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(first block, first slot, count) of each run of pairs that rise together."""
-    runs: list[tuple[int, int, int]] = []
-    for block, slot in zip(blocks, slots, strict=True):
-        if runs and runs[-1][0] + runs[-1][2] == block and runs[-1][1] + runs[-1][2] == slot:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((block, slot, 1))
-    return runs

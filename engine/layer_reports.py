@@ -21,7 +21,7 @@ class Event(Protocol):
     def synchronize(self) -> None: ...
 
 
-def recorded() -> Event:
+def recorded() -> torch.cuda.Event:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event

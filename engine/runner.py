@@ -155,13 +155,14 @@ class Runner:
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
     ) -> StepResult:
         start_s = self._clock.now()
-        for swap in batch.swaps:
-            self.kv.swap(swap)
-        if not batch.chunks:
-            self.parallel.await_ranks()
-        with self._reports.telling(on_layer_group or _ignore) as report:
+        with (
+            self.kv.swapping(batch),
+            self._reports.telling(on_layer_group or _ignore) as report,
+        ):
             logits = self.logits(batch, report) if batch.chunks else None
             drawn = () if logits is None else self._draw(batch, logits)
+        if not batch.chunks:
+            self.parallel.await_ranks()
         return StepResult(drawn, self._clock.now() - start_s)
 
     def close(self) -> None:
