@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from engine.packing import Packed
 
     Record = Callable[[Callable[[], Made]], tuple[Made, Callable[[], object]]]
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Recorder:
     def __init__(self) -> None:
         self._memory: _POOL_HANDLE | None = None
 
-    def __call__(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], object]]:
+    def __call__(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], object]]:
         """What `work` makes, and what makes it anew; the values are there after the next call."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
@@ -78,7 +80,7 @@ class CudaGraphs:
         """What the layers make of `hidden`, good until the next step; None if not repeatable."""
         if packed.tokens > MOST_ROWS:
             return None
-        size = _rows_of(packed.tokens), _width_of(packed.block_tables.shape[1])
+        size = rows_of(packed.tokens), width_of(packed.block_tables.shape[1])
         step = self._steps.get(size)
         if step is None:
             step = self._steps[size] = self._make(layers, packed, hidden, size)
@@ -99,11 +101,11 @@ class CudaGraphs:
         return _Step(own, start, made, again)
 
 
-def _rows_of(rows: int) -> int:
+def rows_of(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def _width_of(blocks: int) -> int:
+def width_of(blocks: int) -> int:
     width = LEAST_WIDTH
     while width < blocks:
         width *= WIDER

@@ -9,6 +9,7 @@ from engine import triton_attention, varlen_attention
 from engine.cuda_graphs import CudaGraphs
 from engine.triton_ops import TritonOps
 from engine.varlen_attention import Case, case_of
+from engine.whole_steps import WholeSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from engine.attention import AttentionShape, KvLayer
     from engine.ops import Repeats
     from engine.packing import Packed
+    from engine.sampler import Sampler
 
     Attend = Callable[[torch.Tensor, KvLayer, Packed, AttentionShape], torch.Tensor]
 
@@ -38,6 +40,19 @@ class CudaOps(TritonOps):
 
     def repeats(self) -> Repeats:
         return CudaGraphs()
+
+    def whole_steps(
+        self,
+        logits_of: Callable[[Packed], torch.Tensor],
+        sampler: Sampler,
+        *,
+        block_tokens: int,
+        longest: int,
+        device: torch.device,
+    ) -> WholeSteps:
+        return WholeSteps(
+            logits_of, sampler, block_tokens=block_tokens, longest=longest, device=device
+        )
 
     def paged_attention(
         self, query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape

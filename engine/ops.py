@@ -17,10 +17,12 @@ from torch.nn import functional
 from engine import attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from engine.attention import AttentionShape, KvLayer
+    from engine.batch import Chunk, Drawn
     from engine.packing import Packed
+    from engine.sampler import Sampler
     from engine.scaled import ScaledWeight
 
     Made = tuple[torch.Tensor | None, torch.Tensor]
@@ -88,6 +90,14 @@ class RaggedRepeats(Protocol):
         ...
 
 
+class WholeSteps(Protocol):
+    """Decode steps from the tokens that go in to those drawn."""
+
+    def run(self, chunks: Sequence[Chunk]) -> tuple[Drawn, ...] | None:
+        """What each of some single tokens is followed by; None for any other batch."""
+        ...
+
+
 class Ops(Protocol):
     name: str
 
@@ -97,6 +107,18 @@ class Ops(Protocol):
 
     def ragged_repeats(self) -> RaggedRepeats | None:
         """The same for other batches."""
+        ...
+
+    def whole_steps(
+        self,
+        logits_of: Callable[[Packed], torch.Tensor],
+        sampler: Sampler,
+        *,
+        block_tokens: int,
+        longest: int,
+        device: torch.device,
+    ) -> WholeSteps | None:
+        """Where decode steps draw, too; `logits_of` computes the layers and the head of one."""
         ...
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
@@ -171,6 +193,18 @@ class TorchOps:
         return None
 
     def ragged_repeats(self) -> RaggedRepeats | None:
+        return None
+
+    def whole_steps(
+        self,
+        logits_of: Callable[[Packed], torch.Tensor],
+        sampler: Sampler,
+        *,
+        block_tokens: int,
+        longest: int,
+        device: torch.device,
+    ) -> WholeSteps | None:
+        del logits_of, sampler, block_tokens, longest, device
         return None
 
     def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:

@@ -22,6 +22,7 @@ from engine.ops import TorchOps
 from engine.packing import pack
 from engine.parallel import ALONE, Parallel
 from engine.rowwise import RowwiseOps
+from engine.sampler import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.clock import Clock
     from engine.layout import KvLayout
-    from engine.ops import Ops
+    from engine.ops import Ops, WholeSteps
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,15 @@ class Runner:
         )
         self._decoder = self._load(ops, TORCH_DTYPES[name], progress)
         checkpoint.release()
+        self._whole_steps: WholeSteps | None = None
+        if self._decoder.whole and isinstance(sampler, Sampler):
+            self._whole_steps = ops.whole_steps(
+                self._decoder.logits_of_step,
+                sampler,
+                block_tokens=block_tokens,
+                longest=checkpoint.max_length,
+                device=self.device,
+            )
         groups = self.layout.layer_groups(parallel.stage, layer_groups)
         self._reports = (DeviceReports if self.device.type == "cuda" else LayerReports)(groups)
         self._sampler, self._clock = sampler, clock or SystemClock()
@@ -159,11 +169,19 @@ class Runner:
             self.kv.swapping(batch),
             self._reports.telling(on_layer_group or _ignore) as report,
         ):
-            logits = self.logits(batch, report) if batch.chunks else None
-            drawn = () if logits is None else self._draw(batch, logits)
+            drawn = self._pass(batch, report) if batch.chunks else ()
         if not batch.chunks:
             self.parallel.await_ranks()
         return StepResult(drawn, self._clock.now() - start_s)
+
+    def _pass(self, batch: Batch, report: Callable[[int], None]) -> tuple[Drawn, ...]:
+        drawn = None if self._whole_steps is None else self._whole_steps.run(batch.chunks)
+        if drawn is not None:
+            for layer in self.layout.stage_layers(self.parallel.stage):
+                report(layer)
+            return drawn
+        logits = self.logits(batch, report)
+        return () if logits is None else self._draw(batch, logits)
 
     def close(self) -> None:
         """Gives up the file that other processes map the pool through."""

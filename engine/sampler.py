@@ -17,7 +17,7 @@ from engine.drawing import (
     piece_maxima,
 )
 from engine.errors import BadLogits
-from engine.logits import apply_options
+from engine.logits import apply_options, forbidden_ends
 from engine.random import uniforms
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ class Sampler:
             drawn += self._sample(logits[part], draws[part], request_ids[part])
         return drawn
 
+    def is_bare(self, draw: Draw) -> bool:
+        """Whether a draw asks for no more than a temperature."""
+        sampling = draw.sampling
+        edited = sampling.reads_history or sampling.logit_bias or forbidden_ends(draw, self._eos)
+        filtered = _is_filtered(sampling)
+        return sampling.logprobs is None and not edited and not filtered
+
     def _sample(
         self, logits: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]
     ) -> list[Drawn]:
@@ -97,7 +104,7 @@ def _choose(rows: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]) -> 
     return chosen
 
 
-def _is_greedy(sampling: Sampling) -> bool:
+def is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < GREEDY_BELOW or sampling.top_k == 1
 
 
@@ -106,11 +113,11 @@ def _has_filters(sampling: Sampling) -> bool:
 
 
 def _is_plain(sampling: Sampling) -> bool:
-    return not _is_greedy(sampling) and not _has_filters(sampling)
+    return not is_greedy(sampling) and not _has_filters(sampling)
 
 
 def _is_filtered(sampling: Sampling) -> bool:
-    return not _is_greedy(sampling) and _has_filters(sampling)
+    return not is_greedy(sampling) and _has_filters(sampling)
 
 
 def _check(finite: list[bool], request_ids: Sequence[str]) -> None:

@@ -28,7 +28,10 @@ class Embedding:
         self.rows = _vocab_share(loader)
         width = config.embedding or config.hidden
         self.table = loader.table(names.embed, config.vocab, width, self.rows)
-        self._parallel, self._scale = loader.parallel, config.embedding_scale
+        self._parallel = loader.parallel
+        self._scale: torch.Tensor | None = None
+        if config.embedding_scale is not None:
+            self._scale = loader.number(config.embedding_scale)
         self._project: Projection | None = None
         if config.embedding is not None:
             self._project = loader.whole(names.project_in, config.hidden, config.embedding)
@@ -41,7 +44,7 @@ class Embedding:
     def __call__(self, packed: Packed) -> torch.Tensor:
         hidden = self._look_up(packed.token_ids)
         if self._scale is not None:
-            hidden = hidden * torch.tensor(self._scale, dtype=hidden.dtype, device=hidden.device)
+            hidden = hidden * self._scale
         if self._project is not None:
             hidden = self._project(hidden)
         if self._positions is not None:
@@ -114,6 +117,8 @@ class Decoder:
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
         alone = loader.parallel.tensor_size == 1
         repeatable = alone and not any(layer.asks_host for layer in self._layers.values())
+        self.whole = repeatable and loader.parallel.stages == 1
+        """Whether `logits_of_step` computes a step without the host and other ranks."""
         self._repeats = loader.ops.repeats() if repeatable else None
         self._ragged = loader.ops.ragged_repeats() if repeatable else None
 
@@ -134,6 +139,12 @@ class Decoder:
         delta, residual = last(delta, residual, packed, self._kept(packed))
         on_layer(last_index)
         return self._finish(delta, residual)
+
+    def logits_of_step(self, packed: Packed) -> torch.Tensor:
+        """Logits of single tokens that all draw, layer by layer."""
+        logits = self._finish(*self._all_layers(packed, self._start(packed)))
+        assert logits is not None, "not a whole model"
+        return logits
 
     def _repeat(self, packed: Packed, hidden: torch.Tensor) -> Made | None:
         """The layers of a decode step as one call, where that is possible."""

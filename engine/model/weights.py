@@ -180,6 +180,10 @@ class Loader:
         table[count:] = 0
         return table
 
+    def number(self, value: float) -> torch.Tensor:
+        """Rounded as the model's own numbers are."""
+        return torch.tensor(value, dtype=self.dtype, device=self.device)
+
     def head(self, table: torch.Tensor, *, shared: bool) -> Linear:
         return Linear(self.ops, self.ops.prepare_weight(table, shared=shared), None)
 

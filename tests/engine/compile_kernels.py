@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import triton_decode, triton_layer, triton_prefill, triton_scaled
+from engine import triton_decode, triton_draw, triton_layer, triton_prefill, triton_scaled
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32"}
@@ -29,6 +29,13 @@ SCALED = {
     "tile_inputs": triton_scaled.INPUTS,
     "biased": True,
 }
+ROWS = {
+    **dict.fromkeys(("present", "token_ids", "positions", "places", "seeds", "slots"), "*i64"),
+    **dict.fromkeys(("highest", "drawn", "sound"), "*i64"),
+    **dict.fromkeys(("logits", "peaks", "weights", "sounds"), "*fp32"),
+    "heats": "*fp64",
+}
+DRAWING = (triton_draw._place_rows, triton_draw._survey, triton_draw._draw)
 EIGHT_BITS = {"weight": "*fp8e4nv", "factors": "*fp32", "bias": "*bf16"}
 CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
     (triton_layer._norm, {"width": 4096, "padded_width": 4096, "adding": True}),
@@ -38,6 +45,9 @@ CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
     (triton_decode._split_kernel, {**LAYER, **CUT, "rows": 16}),
     (triton_decode._join_kernel, JOIN),
     (triton_scaled._multiply, SCALED),
+    (triton_draw._place_rows, {"block_tokens": 16, "rows": 512}),
+    (triton_draw._survey, {"tile": triton_draw.TILE}),
+    (triton_draw._draw, {"tile": triton_draw.TILE, "padded_tiles": 256}),
 ]
 
 
@@ -47,6 +57,8 @@ def compiled(kernel: Any, constants: dict[str, Any]) -> Any:
     types = {**dict.fromkeys(BF16, "*bf16"), **POINTERS, **PLACES, **WEIGHTS, **SPLITS, **SCALARS}
     if kernel is triton_scaled._multiply:
         types |= EIGHT_BITS
+    if kernel in DRAWING:
+        types |= ROWS
     signature = {name: {**types, **fixed}.get(name, "i32") for name in kernel.arg_names}
     return triton.compile(ASTSource(kernel, signature, constexprs=constants), target=HOPPER)
 
