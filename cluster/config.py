@@ -101,7 +101,10 @@ class SloConfig(Section):
 
 class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV; auto is the checkpoint's own, but never float16 on a CPU."""
+    """Of weights; auto is the checkpoint's own, but never float16 on a CPU."""
+    kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+    """Of KV; auto is that of the weights. In 8 bits, on GPUs only, memory holds twice the tokens,
+    less exactly; with the scales that the checkpoint has, else 1."""
     max_length: Count | None = None
     """Longest sequence served; the model's own limit if not given."""
     block_tokens: Literal[8, 16, 32, 64, 128, 256] = 16
@@ -271,6 +274,14 @@ class Config(Section):
             raise ValueError(
                 "transfer.checksums needs transfer.compression to be off: coded KV differs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kv_is_narrow_on_gpus_and_coded_once(self) -> Self:
+        if self.engine.kv_dtype != "auto" and self.device == "cpu":
+            raise ValueError("engine.kv_dtype must be auto where device is cpu")
+        if self.engine.kv_dtype != "auto" and self.transfer.compression != "off":
+            raise ValueError("engine.kv_dtype must be auto where transfer.compression codes KV")
         return self
 
     @property

@@ -21,6 +21,14 @@ class KvLayer:
 
     key: torch.Tensor
     value: torch.Tensor
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+    """What keys and values in 8 bits are multiplied by; wider ones stand for themselves."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it holds 8-bit floats."""
+        return self.key.dtype.itemsize == 1
 
     @property
     def kv_heads(self) -> int:
@@ -48,8 +56,17 @@ def store_kv(key: torch.Tensor, value: torch.Tensor, kv: KvLayer, slots: torch.T
     """Writes the keys and values [tokens, kv_heads, head_dim] of new tokens into their slots."""
     block = torch.div(slots, kv.block_tokens, rounding_mode="floor")
     place = slots - block * kv.block_tokens
-    kv.key[block, :, place] = key.to(kv.key.dtype)
-    kv.value[block, :, place] = value.to(kv.value.dtype)
+    kv.key[block, :, place] = _stored(key, kv, kv.key_scale)
+    kv.value[block, :, place] = _stored(value, kv, kv.value_scale)
+
+
+def _stored(values: torch.Tensor, kv: KvLayer, scale: float) -> torch.Tensor:
+    """As the cache holds them: 8 bits end where they reach no further."""
+    dtype = kv.key.dtype
+    if not kv.narrow:
+        return values.to(dtype)
+    most = torch.finfo(dtype).max
+    return (values.float() / scale).clamp(-most, most).to(dtype)
 
 
 def paged_attention(
@@ -83,6 +100,9 @@ def _attend_tile(
     end = first + count
     begin = 0 if shape.window is None else max(0, first - shape.window + 1)
     key, value = _gather(kv, table, begin, end)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    if kv.narrow:
+        key, value = key * kv.key_scale, value * kv.value_scale
     group = heads // kv.kv_heads
     folded = query.view(count, kv.kv_heads, group, dim).permute(1, 2, 0, 3)
     folded = folded.reshape(kv.kv_heads, group * count, dim)
@@ -90,7 +110,7 @@ def _attend_tile(
     if count > 1:
         seen = _mask(range(first, end), range(begin, end), shape.window, query.device)
         mask = seen.repeat(group, 1)
-    out = _scores_to_values(folded, key.to(query.dtype), value.to(query.dtype), mask, shape)
+    out = _scores_to_values(folded, key, value, mask, shape)
     return out.view(kv.kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
 
 

@@ -60,6 +60,17 @@ def resolve_dtype(wanted: str, saved: str, device: torch.device) -> str:
     return dtype
 
 
+def resolve_kv_dtype(wanted: str, dtype: str, device: torch.device) -> str:
+    """`auto` is the model's own; a CPU's kernels read no other."""
+    if wanted == "auto":
+        return dtype
+    if wanted != "float8_e4m3fn":
+        raise BadConfig("kv_dtype", wanted, "must be auto or float8_e4m3fn")
+    if device.type == "cpu":
+        raise BadConfig("kv_dtype", wanted, "is for GPUs: on a CPU it must be auto")
+    return wanted
+
+
 def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Ops:
     """The fastest operations for a device; `deterministic` ones do not mix a batch's rows."""
     if device.type == "cuda":
@@ -107,6 +118,7 @@ class Runner:
         sampler: Draws,
         device: str = "cpu",
         dtype: str = "auto",
+        kv_dtype: str | None = None,
         parallel: Parallel = ALONE,
         blocks: int,
         block_tokens: int = 16,
@@ -118,14 +130,15 @@ class Runner:
         clock: Clock | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`progress` is told of the weights' bytes read so far, and of all this rank reads."""
+        """`kv_dtype` is the model's where it is not given. `progress` is told of the weights'
+        bytes read so far, and of all this rank reads."""
         self.device = torch.device(device)
         parallel.check(checkpoint.config)
         name = resolve_dtype(dtype, checkpoint.config.dtype, self.device)
         self.parallel, self.checkpoint = parallel, checkpoint
         self.layout: KvLayout = checkpoint.layout(
             block_tokens=block_tokens,
-            dtype=name,
+            dtype=kv_dtype or name,
             tensor_parallel=parallel.tensor_size,
             pipeline_parallel=parallel.stages,
         )

@@ -101,6 +101,8 @@ def place_qkv(
         qkv.stride(0),
         *pool_strides(kv),
         0.0 if qk_norm is None else qk_norm.eps,
+        kv.key_scale,
+        kv.value_scale,
         heads=heads,
         padded_heads=triton.next_power_of_2(heads),
         kv_heads=kv.kv_heads,
@@ -110,6 +112,7 @@ def place_qkv(
         turned_dim=0 if rotary is None else rotary.table.shape[1],
         block_tokens=kv.block_tokens,
         normed=qk_norm is not None,
+        most=torch.finfo(kv.key.dtype).max if kv.narrow else None,
     )
     return query
 
@@ -185,6 +188,8 @@ def _place(
     pool_head: tl.tensor,
     pool_token: tl.tensor,
     eps: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
     heads: tl.constexpr,
     padded_heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -194,6 +199,7 @@ def _place(
     turned_dim: tl.constexpr,
     block_tokens: tl.constexpr,
     normed: tl.constexpr,
+    most: tl.constexpr,
 ) -> None:
     """One token: a row of queries, keys and values, head after head."""
     token = tl.program_id(0).to(tl.int64)
@@ -217,9 +223,20 @@ def _place(
     keys = _turned(
         key, turn, key_norm, eps, kv_heads, padded_kv_heads, dim, padded_dim, turned_dim, normed
     )
-    tl.store(key_pool + places, keys.to(key_pool.dtype.element_ty), mask=in_pool)
-    values = tl.load(value + kv_head * dim + dims, mask=in_pool)
-    tl.store(value_pool + places, values.to(value_pool.dtype.element_ty), mask=in_pool)
+    keys = _cut(keys, key_scale, most).to(key_pool.dtype.element_ty)
+    tl.store(key_pool + places, keys, mask=in_pool)
+    values = tl.load(value + kv_head * dim + dims, mask=in_pool, other=0.0)
+    values = _cut(values, value_scale, most).to(value_pool.dtype.element_ty)
+    tl.store(value_pool + places, values, mask=in_pool)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cut(values: tl.tensor, scale: tl.tensor, most: tl.constexpr) -> tl.tensor:
+    """What 8 bits hold of the values: no more than `most` of their scale; wider ones hold all."""
+    cut = values
+    if most is not None:
+        cut = tl.minimum(tl.maximum(values.to(tl.float32) / scale, -most), most)
+    return cut
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -38,7 +38,8 @@ def operands(
         query.stride(1),
         *pool_strides(kv),
         packed.block_tables.stride(0),
-        shape.scale,
+        shape.scale * kv.key_scale,
+        kv.value_scale,
         shape.soft_cap or 0.0,
         shape.window or 0,
     )
@@ -78,6 +79,7 @@ def attend(
     pool_block: tl.tensor,
     pool_token: tl.tensor,
     scale: tl.tensor,
+    value_scale: tl.tensor,
     soft_cap: tl.tensor,
     window: tl.tensor,
     rows: tl.constexpr,
@@ -119,4 +121,4 @@ def attend(
         total = total * shrunk[:, None] + added
         sums = sums * shrunk + tl.sum(weights, 1)
         peak = higher
-    return total, sums, peak
+    return total * value_scale, sums, peak

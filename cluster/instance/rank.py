@@ -59,15 +59,16 @@ def load_rank(
     from cluster.instance.transports import open_transport
     from engine.checkpoint import open_checkpoint
     from engine.parallel import join
-    from engine.runner import Runner, resolve_dtype
+    from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
     from kvtransfer.transport import Pool
 
     checkpoint = open_checkpoint(config.model, config.engine.max_length)
     device = torch.device(spec.device)
     dtype = resolve_dtype(config.engine.dtype, checkpoint.config.dtype, device)
+    kv_dtype = resolve_kv_dtype(config.engine.kv_dtype, dtype, device)
     layout = checkpoint.layout(
         block_tokens=config.engine.block_tokens,
-        dtype=dtype,
+        dtype=kv_dtype,
         tensor_parallel=spec.tensor_parallel,
         pipeline_parallel=spec.pipeline_parallel,
     )
@@ -85,6 +86,7 @@ def load_rank(
         sampler=make_sampler(checkpoint),
         device=spec.device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         parallel=parallel,
         blocks=blocks + staging,
         block_tokens=config.engine.block_tokens,

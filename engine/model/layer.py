@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.attention import AttentionShape
@@ -120,6 +120,8 @@ def load_layer(loader: Loader, layer: int, kv: KvLayer, rotary: Rotary | None) -
 
 def _load_attention(loader: Loader, layer: int, kv: KvLayer, rotary: Rotary | None) -> Attention:
     config, names = loader.config, loader.names
+    if kv.narrow:
+        kv = _with_scales(loader, layer, kv)
     here = config.layers[layer]
     return Attention(
         _load_qkv(loader, layer, kv),
@@ -135,6 +137,18 @@ def _load_attention(loader: Loader, layer: int, kv: KvLayer, rotary: Rotary | No
         _load_qk_norm(loader, layer) if config.qk_norm else None,
         kv,
     )
+
+
+def _with_scales(loader: Loader, layer: int, kv: KvLayer) -> KvLayer:
+    """Those that the checkpoint was calibrated with, as different tools call them."""
+    names = loader.names
+
+    def scale(letter: str, projection: str) -> float:
+        block = projection.rpartition(".")[0]
+        owners = (block, block + ".attn", projection)
+        return loader.scale([names.in_layer(layer, f"{one}.{letter}_scale") for one in owners])
+
+    return replace(kv, key_scale=scale("k", names.key), value_scale=scale("v", names.value))
 
 
 def _load_qkv(loader: Loader, layer: int, kv: KvLayer) -> Projection:

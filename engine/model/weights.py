@@ -180,6 +180,16 @@ class Loader:
         table[count:] = 0
         return table
 
+    def scale(self, names: Sequence[str]) -> float:
+        """A factor that is stored under one of several names, or 1 where none is."""
+        for name in names:
+            if name in self:
+                stored = self._tensors.whole(name)
+                if stored.numel() != 1 or not 0 < float(stored) < float("inf"):
+                    raise BadCheckpoint(name, stored.tolist(), "must be one number above 0")
+                return float(stored)
+        return 1.0
+
     def number(self, value: float) -> torch.Tensor:
         """Rounded as the model's own numbers are."""
         return torch.tensor(value, dtype=self.dtype, device=self.device)

@@ -55,6 +55,14 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(values, ma
             {"transfer": {"checksums": True, "compression": "int8"}},
             "transfer.checksums needs transfer.compression to be off",
         ),
+        (
+            {"engine": {"kv_dtype": "float8_e4m3fn"}, "device": "cpu"},
+            "engine.kv_dtype must be auto where device is cpu",
+        ),
+        (
+            {"engine": {"kv_dtype": "float8_e4m3fn"}, "transfer": {"compression": "int8"}},
+            "engine.kv_dtype must be auto where transfer.compression codes KV",
+        ),
         ({"gateway": {"http_port": 70000}}, "^gateway.http_port: 70000: "),
         ({"gateway": None}, "^gateway: None: "),
         ({"engine": {"dtype": "int8"}}, "^engine.dtype: 'int8': "),
