@@ -217,7 +217,7 @@ class DecodeScheduler:
 
     def _let_in(self) -> None:
         """Sequences that gave way first, then newcomers, as far as places and blocks go; but what
-        holds all it needs and is more urgent than they are would only keep its blocks idle."""
+        holds all it needs goes on whoever waits: idle, its blocks would be of no use to anybody."""
         displaced = self._by_urgency({k: s for k, s in self._waiting.items() if not s.blocks})
         newcomers = self._by_urgency({k: s for k, s in self._waiting.items() if s.blocks})
         swapped = [sequence for sequence, _ in self._swapped.values()]
@@ -228,11 +228,13 @@ class DecodeScheduler:
             if gave_way is not None and _urgency(one) < gave_way and self._missing_blocks(one) <= 0
         ]
         rest = [one for one in newcomers if one not in ready]
+        full = False
         for sequence in [*ready, *displaced, *rest]:
+            if full and self._missing_blocks(sequence) > 0:
+                continue
             if not self._place_for(sequence):
-                if self._running:
-                    return
-                continue  # nobody will make room for it but those behind it
+                full = bool(self._running)  # else only those behind it will make room for it
+                continue
             del self._waiting[sequence.id]
             if not sequence.blocks:
                 self._share_prefix(sequence)

@@ -51,6 +51,9 @@ class BalancerSettings:
     """Room that a target must have beyond what moves."""
     reserve_share: float = 0.02
     """Part of a target's blocks that moves leave free."""
+    newcomer_share: float = 0.4
+    """Part of a target's blocks that balance moves leave free: filled up evenly by what runs long,
+    all instances would run out at once, and newcomers find room nowhere."""
     outgoing_moves: int = 4
     """Moves under way from one instance."""
     incoming_moves: int = 4
@@ -129,8 +132,10 @@ class Standing:
         return any(_missing(one, self.load) for one in self.here.values())
 
     def demand(self) -> int:
-        """Blocks that the first of those that wait for room is short of."""
-        missing = (_missing(one, self.load) for one in self.here.values())
+        """Blocks that the first of those that wait for room is short of; what gave way is to come
+        back into what is left, not to take it from newcomers elsewhere."""
+        waiting = [one for one in self.here.values() if not _gave_way(one)]
+        missing = (_missing(one, self.load) for one in waiting)
         wanted = next((blocks for blocks in missing if blocks), 0)
         return max(wanted - max(self.free_blocks, 0), 0)
 
@@ -363,6 +368,7 @@ class Balancer:
                 (one.priority, -self._worth(one, source, target), one.request_id, one, target)
                 for one in self._movable(source, now)
                 if (target := self._roomiest(one, source, standings)) is not None
+                and self._spares(one, target)
             ]
             worthy = [choice for choice in choices if -choice[1] >= self.settings.least_gain]
             if not worthy or self._relieved(source):
@@ -415,6 +421,11 @@ class Balancer:
     def _needs(self, one: Running, target: Standing) -> int:
         tokens = one.prompt_tokens + one.output_tokens
         return blocks_for(tokens, target.load.block_tokens) + self.settings.growth_blocks
+
+    def _spares(self, one: Running, target: Standing) -> bool:
+        """Whether newcomers would still find their share there."""
+        left = target.free_blocks - self._needs(one, target)
+        return left >= self.settings.newcomer_share * target.load.total_blocks
 
     def _relaxed(self, target: Standing) -> bool:
         return target.name not in self._pressed and target.freeness > self.settings.high_steps

@@ -188,9 +188,21 @@ def test_a_senior_newcomer_does_not_keep_its_blocks_idle_behind_those_that_gave_
     drain(decode)
 
 
-def test_a_junior_newcomer_waits_for_those_that_gave_way():
+def test_a_junior_newcomer_does_not_keep_its_blocks_idle_while_what_gave_way_finds_no_room():
     decode = crowded(newcomer_arrival_s=3.0)
-    assert names(step(decode)) == ["a"]
+    assert names(step(decode)) == ["a", "newcomer"]
+    drain(decode)
+
+
+def test_a_newcomer_that_lacks_a_block_waits_for_those_that_gave_way():
+    decode = scheduler(blocks=7)
+    arrive(decode, "a", 7)
+    arrive(decode, "young", 11, arrival_s=2.0)
+    assert names(step(decode)) == ["a", "young"]
+    arrive(decode, "newcomer", 8, arrival_s=3.0)
+    taken = step(decode)
+    assert taken.preempted == ["young"]
+    assert names(taken) == ["a"]
     drain(decode)
 
 

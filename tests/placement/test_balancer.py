@@ -79,6 +79,13 @@ def test_a_request_outgrows_nothing_where_no_instance_is_larger_or_has_the_room(
     assert Balancer().decide(view(grown, crowded)) == ()
 
 
+def test_evening_out_leaves_newcomers_their_share_of_the_target():
+    full_one, target = full("decode-0"), load("decode-1", running("x", 500))
+    assert Balancer(BalancerSettings(newcomer_share=0.4)).decide(view(full_one, target)) == ()
+    (move,) = Balancer(BalancerSettings(newcomer_share=0.3)).decide(view(full_one, target))
+    assert (move.source, move.target, move.reason) == ("decode-0", "decode-1", "balance")
+
+
 def test_balanced_instances_stay_as_they_are():
     balancer = Balancer()
     for now in range(100):
@@ -148,6 +155,16 @@ def test_where_a_sequence_gave_way_nothing_else_is_sent(state):
         load("decode-1", *crowd("b", 9, 100), waiting("waits", 200)),
     )
     assert not [move for move in Balancer().decide(seen) if move.target == "decode-0"]
+
+
+@pytest.mark.parametrize("state", ["waiting", "swapped"])
+def test_no_hole_is_made_for_what_gave_way(state):
+    gave_way = Running("gave-way", 2, state, 0, 500 * BLOCK - 8, 8, 0)
+    new = waiting("new", 500)
+    only_holes = BalancerSettings(low_steps=-1e9, high_steps=10.0)
+    for one, reasons in ((new, ["defragment"]), (gave_way, [])):
+        seen = view(load("decode-0", *crowd("a", 3, 200), one), load("decode-1"))
+        assert [move.reason for move in Balancer(only_holes).decide(seen)] == reasons
 
 
 def test_an_urgent_request_finds_its_headroom():

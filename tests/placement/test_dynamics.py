@@ -224,7 +224,8 @@ def test_balancing_relieves_an_instance_that_runs_short() -> None:
     generator = np.random.default_rng(3)
     outputs = np.where(generator.random(80) < 0.15, 1500, 30)
     load = Workload(np.cumsum(generator.exponential(0.1, 80)), np.full(80, 200), outputs)
-    balanced = run(target, load, Dynamics(balance=True, look_s=0.5))
+    small = BalancerSettings(newcomer_share=0.1)
+    balanced = run(target, load, Dynamics(balance=True, balancer=small, look_s=0.5))
     left = run(target, load, Dynamics())
     assert balanced.record.migrations > 0
     assert left.record.migrations == 0
