@@ -50,7 +50,8 @@ class Recorder:
             work()  # compiles kernels and settles choices, which no graph can hold
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Transfers and watchdogs of other threads go on asking the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             made = work()
         self._memory = self._memory or graph.pool()
         return made, graph.replay

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 class CudaOps(TritonOps):
     name = "cuda"
+    repeats_sums = True
 
     def __init__(
         self,

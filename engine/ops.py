@@ -100,6 +100,8 @@ class WholeSteps(Protocol):
 
 class Ops(Protocol):
     name: str
+    repeats_sums: bool
+    """Whether what `repeats` makes may hold sums over tensor ranks."""
 
     def repeats(self) -> Repeats | None:
         """Where decode steps can be repeated as one call each; None where they cannot."""
@@ -188,6 +190,7 @@ class TorchOps:
     """Plain torch: runs everywhere, and is what native kernels are compared with."""
 
     name = "torch"
+    repeats_sums = False
 
     def repeats(self) -> Repeats | None:
         return None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import distributed
 
+from engine.clock import SystemClock
 from engine.errors import BadConfig
+from engine.layer_reports import recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from engine.clock import Clock
     from engine.model.config import ModelConfig
 
 MEET_S = 900.0
@@ -81,6 +84,12 @@ class Parallel:
         """Returns once every rank has come here."""
         if self.size > 1:
             distributed.barrier(group=self.answers)
+
+    def await_device(self, device: torch.device) -> None:
+        """Returns once the device is through, within bounds: what watches over sums that are
+        asked for one by one knows nothing of those in a graph."""
+        if self.size > 1 and device.type == "cuda":
+            await_event(recorded(), self.wait_s, SystemClock())
 
     def gather_columns(self, part: torch.Tensor) -> torch.Tensor:
         """Every tensor rank's columns side by side."""
@@ -160,6 +169,20 @@ def join(
         wait_s=wait_s,
         ordered=ordered,
     )
+
+
+class Reached(Protocol):
+    """A place in a device's work; torch.cuda.Event is one."""
+
+    def query(self) -> bool: ...
+
+
+def await_event(event: Reached, wait_s: float, clock: Clock) -> None:
+    """Looks again and again, as waiting for a device does anyway; raises RuntimeError if late."""
+    end_s = clock.now() + wait_s
+    while not event.query():
+        if clock.now() > end_s:
+            raise RuntimeError(f"the device is not through after {wait_s} s")
 
 
 def await_all(parallel: Parallel) -> None:

@@ -194,6 +194,7 @@ class Runner:
                 report(layer)
             return drawn
         logits = self.logits(batch, report)
+        self.parallel.await_device(self.device)
         return () if logits is None else self._draw(batch, logits)
 
     def close(self) -> None:

@@ -115,12 +115,13 @@ class Decoder:
         self._before_last = dict(list(self._layers.items())[:-1])
         self._head = Head(loader, self._embedding) if self._parallel.last else None
         self._hidden, self._dtype = loader.config.hidden, loader.dtype
-        alone = loader.parallel.tensor_size == 1
-        repeatable = alone and not any(layer.asks_host for layer in self._layers.values())
-        self.whole = repeatable and loader.parallel.stages == 1
+        repeatable = not any(layer.asks_host for layer in self._layers.values())
+        alone = repeatable and loader.parallel.tensor_size == 1
+        self.whole = alone and loader.parallel.stages == 1
         """Whether `logits_of_step` computes a step without the host and other ranks."""
-        self._repeats = loader.ops.repeats() if repeatable else None
-        self._ragged = loader.ops.ragged_repeats() if repeatable else None
+        together = repeatable and loader.ops.repeats_sums
+        self._repeats = loader.ops.repeats() if alone or together else None
+        self._ragged = loader.ops.ragged_repeats() if alone else None
 
     def forward(self, packed: Packed, on_layer: Callable[[int], None]) -> torch.Tensor | None:
         """Logits of the rows that draw, on the last stage; None elsewhere, or if none draws."""

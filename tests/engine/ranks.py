@@ -27,8 +27,12 @@ CPU = torch.device("cpu")
 PATIENCE_S = 600.0
 
 
-def runner(directory: Path, parallel: Parallel) -> Runner:
-    checkpoint = open_checkpoint(str(directory))
+def runner(directory: Path, parallel: Parallel, *, repeating: bool = False) -> Runner:
+    checkpoint, ops = open_checkpoint(str(directory)), None
+    if repeating:
+        from tests.engine.repeating import Repeating
+
+        ops = Repeating()
     return Runner(
         checkpoint,
         sampler=Greedy(),
@@ -36,6 +40,7 @@ def runner(directory: Path, parallel: Parallel) -> Runner:
         blocks=16,
         block_tokens=4,
         host_slots=1,
+        ops=ops,
     )
 
 
@@ -54,10 +59,15 @@ class Hesitant:
 
 
 def follow_one(
-    directory: Path, rank: int, cut: dict[str, Any], permits: Semaphore | None = None
+    directory: Path,
+    rank: int,
+    cut: dict[str, Any],
+    permits: Semaphore | None = None,
+    *,
+    repeating: bool = False,
 ) -> None:
     """What a follower's process runs."""
-    mine = runner(directory, join(rank, device=CPU, **cut))
+    mine = runner(directory, join(rank, device=CPU, **cut), repeating=repeating)
     follow(mine if permits is None else cast("Runner", Hesitant(mine, permits)))
 
 
@@ -70,6 +80,7 @@ def leading(
     stages: int,
     wait_s: float = PATIENCE_S,
     batches: int | None = None,
+    repeating: bool = False,
 ) -> Iterator[tuple[ParallelRunner, list[BaseProcess]]]:
     """An executor over followers that begin only so many batches, if a number is given; the
     block must close it or lose it."""
@@ -84,13 +95,18 @@ def leading(
     context.set_forkserver_preload(["tests.engine.ranks"])
     permits = None if batches is None else context.Semaphore(batches)
     followers: list[BaseProcess] = [
-        context.Process(target=follow_one, args=(directory, rank, cut, permits))
+        context.Process(
+            target=follow_one,
+            args=(directory, rank, cut, permits),
+            kwargs={"repeating": repeating},
+        )
         for rank in range(1, tensor_size * stages)
     ]
     for follower in followers:
         follower.start()
     try:
-        yield ParallelRunner(runner(directory, join(0, device=CPU, **cut))), followers
+        mine = runner(directory, join(0, device=CPU, **cut), repeating=repeating)
+        yield ParallelRunner(mine), followers
         for follower in followers:
             follower.join(PATIENCE_S)
     finally:

@@ -1,7 +1,6 @@
 """Which graphs of decode steps are made, and how batches are filled up to their sizes.
 
-The kernels run in Triton's interpreter; in place of a graph the recorded work is done again, into
-the memory that it was recorded with. tests/gpu records graphs for real.
+The recorded work is done again in place of a graph. tests/gpu records graphs for real.
 """
 
 from __future__ import annotations
@@ -19,40 +18,20 @@ from engine.cuda_graphs import LEAST_WIDTH, CudaGraphs
 from engine.runner import Runner
 from engine.triton_ops import TritonOps
 from tests.engine import tiny
-from tests.engine.driving import Greedy, chunk
+from tests.engine.driving import Greedy, chunk, generate
+from tests.engine.ranks import leading
+from tests.engine.repeating import Repeating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from engine.batch import Chunk
-    from engine.ops import Repeats
-
-    Made = tuple[torch.Tensor | None, torch.Tensor]
 
 BLOCK_TOKENS = 4
 PROMPTS = [tiny.prompt(count, seed=count) for count in (3, 9, 14)]
 STEPS_OF = (3, 1, 3)
 """How many of the sequences take part in each step."""
-
-
-def done_again(work: Callable[[], Made]) -> tuple[Made, Callable[[], object]]:
-    made = work()
-
-    def again() -> None:
-        for old, new in zip(made, work(), strict=True):
-            if old is not None and new is not None:
-                old.copy_(new)
-
-    return made, again
-
-
-class Repeating(TritonOps):
-    def __init__(self) -> None:
-        self.graphs = CudaGraphs(done_again)
-
-    def repeats(self) -> Repeats:
-        return self.graphs
 
 
 def runner_of(directory: Path, ops: TritonOps, blocks: int = 40) -> Runner:
@@ -111,6 +90,24 @@ def test_a_longer_table_takes_another_graph(tiny_checkpoint: Callable[[str], Pat
         runner.logits(Batch((chunk("a", [5], 0, range(blocks)),)))
     assert len(ops.graphs) == 2
     runner.close()
+
+
+@pytest.mark.parametrize(("tensor_size", "stages"), [(2, 1), (2, 2)])
+def test_tensor_ranks_repeat_their_sums_with_the_layers(
+    tensor_size: int, stages: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory, prompt, blocks = tiny_checkpoint("qwen3"), tiny.prompt(9), range(8)
+    alone = runner_of(directory, TritonOps())
+    wanted = generate(alone, prompt, 6, blocks)
+    alone.close()
+    shape = {"tensor_size": tensor_size, "stages": stages}
+    with leading(directory, tmp_path / "meet", repeating=True, **shape) as (executor, followers):
+        assert generate(executor, prompt, 6, blocks) == wanted
+        graphs = executor.runner._decoder._repeats
+        assert isinstance(graphs, CudaGraphs)
+        assert len(graphs) == 1
+        executor.close()
+    assert [follower.exitcode for follower in followers] == [0] * len(followers)
 
 
 def test_layers_that_ask_the_host_are_not_recorded(
