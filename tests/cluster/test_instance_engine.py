@@ -1,5 +1,5 @@
-"""The same requests give the same tokens, whichever way they go: prefilled and decoded in one
-place, handed off, or migrated five times, between instances of different parallelism."""
+"""The same requests give the same tokens and logprobs, whichever way they go: prefilled and decoded
+in one place, handed off, or migrated five times, between instances of different parallelism."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from cluster.instance.instance import Instance
+from engine import wire
 from engine.batch import Batch, StepResult, chunk_of
 from engine.blocks import BlockPool
-from engine.messages import Confirmed, Migrated, Role, Sealed
+from engine.messages import Confirmed, Migrated, Role, Sealed, Tokens
 from engine.request import Grammar, Request, Sampling, start_sequence
 from engine.slo import Slo
 from placement.routing.router import Route
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from engine.batch import Chunk
+    from engine.batch import Chunk, Drawn, Logprobs
     from engine.errors import TransferError
     from engine.messages import Message
     from kvtransfer.transfer import PullOrder
 
 TOKENS, MIGRATIONS = 56, 5
+LOGPROBS, NEAR = 5, 1e-3
+"""Ranks that share a layer add in another order than one that has it all."""
 VOCAB = 2048
 NUMBERS = Grammar(
     "json_schema",
@@ -47,12 +50,17 @@ def sampling(**options) -> Sampling:
 
 SAMPLINGS = {
     "greedy": sampling(temperature=0.0),
-    "sampled": sampling(seed=7, temperature=1.1, top_p=0.9, top_k=50),
+    "sampled": sampling(seed=7, temperature=1.1, top_p=0.9, top_k=50, logprobs=LOGPROBS),
     "penalised": sampling(seed=8, **PENALTIES),
-    "greedy penalised": sampling(temperature=0.0, **PENALTIES),
-    "numbers": sampling(seed=9, grammar=NUMBERS),
+    "greedy penalised": sampling(temperature=0.0, logprobs=LOGPROBS, **PENALTIES),
+    "numbers": sampling(seed=9, grammar=NUMBERS, logprobs=LOGPROBS),
     "letters": sampling(seed=10, temperature=0.0, grammar=LETTERS),
-    **{f"branch#{k}": sampling(seed=100 + k, temperature=1.0, min_p=0.02) for k in range(4)},
+    **{
+        f"branch#{k}": sampling(
+            seed=100 + k, temperature=1.0, min_p=0.02, logprobs=LOGPROBS if k % 2 else None
+        )
+        for k in range(4)
+    },
 }
 
 
@@ -98,6 +106,8 @@ class EngineScene(Scene):
         self._moves: dict[str, int] = {}
         self._chance = Random(seed)
         self.compared = 0
+        self.logprobs: dict[str, dict[int, Logprobs | None]] = {}
+        """As they reached the gateway, by the token's index."""
         super().__init__(*engines, seed=seed)
 
     def ask_for(self, name: str, route: Route) -> None:
@@ -141,7 +151,10 @@ class EngineScene(Scene):
         self.compared += 1
 
     def _deliver(self, sender: str, to: str, data: bytes) -> None:
-        before = len(self.ended)
+        before, message = len(self.ended), wire.decode(data)
+        if isinstance(message, Tokens):
+            for token in message.tokens:
+                self.logprobs.setdefault(token.request_id, {})[token.index] = token.logprobs
         super()._deliver(sender, to, data)
         for migrated in self.ended[before:]:
             self._migrated(migrated)
@@ -154,16 +167,17 @@ class EngineScene(Scene):
             self.keep_moving(name, migrated.target, migrated.source)
 
 
-def alone(engine: Engine, asked: Request) -> list[int]:
+def alone(engine: Engine, asked: Request) -> list[Drawn]:
     """The answer computed by a bare engine, one sequence and one batch at a time."""
-    sequence = start_sequence(asked, 1)
+    sequence, answer = start_sequence(asked, 1), []
     sequence.blocks = list(range(BLOCKS))
     while sequence.output_tokens < TOKENS:
         chunk: Chunk = chunk_of(sequence, sequence.uncomputed)
         (drawn,) = engine.executor.execute(Batch((chunk,))).drawn
         sequence.computed = chunk.end
         sequence.tokens.append(drawn.token)
-    return sequence.output
+        answer.append(drawn)
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +194,13 @@ def single(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def wanted(single: Engine) -> dict[str, list[int]]:
+def undisturbed(single: Engine) -> dict[str, list[Drawn]]:
     return {name: alone(single, ask(name)) for name in SAMPLINGS}
+
+
+@pytest.fixture(scope="module")
+def wanted(undisturbed: dict[str, list[Drawn]]) -> dict[str, list[int]]:
+    return {name: [drawn.token for drawn in answer] for name, answer in undisturbed.items()}
 
 
 @pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda c: f"{c}-1")
@@ -194,10 +213,33 @@ def cut(request, directory, single, tmp_path_factory) -> Iterator[Engine]:
         yield ranks
 
 
-def play(scene: EngineScene) -> None:
+def play(scene: EngineScene, undisturbed: dict[str, list[Drawn]]) -> None:
     scene.play()
+    check_logprobs(scene, undisturbed)
     assert scene.finished == dict.fromkeys(SAMPLINGS, TOKENS)
     assert scene.seen["Start"] == len(SAMPLINGS)
+
+
+def check_logprobs(scene: EngineScene, undisturbed: dict[str, list[Drawn]]) -> None:
+    """Those of the tokens and of the likeliest ones, wherever each was drawn."""
+    asked = {name for name, one in SAMPLINGS.items() if one.logprobs is not None}
+    assert asked & scene.logprobs.keys()
+    for name, told in scene.logprobs.items():
+        assert all((one is not None) == (name in asked) for one in told.values())
+        assert sorted(told) == list(range(TOKENS))
+        for index, drawn in enumerate(undisturbed[name]):
+            assert_near(told[index], drawn.logprobs)
+
+
+def assert_near(got: Logprobs | None, own: Logprobs | None) -> None:
+    if got is None or own is None:
+        assert got is own
+        return
+    assert got.chosen == pytest.approx(own.chosen, abs=NEAR)
+    got_top, own_top = dict(got.top), dict(own.top)
+    assert list(got_top.values()) == pytest.approx(list(own_top.values()), abs=NEAR)
+    for token in got_top.keys() & own_top.keys():
+        assert got_top[token] == pytest.approx(own_top[token], abs=NEAR)
 
 
 def test_the_requests_are_not_all_answered_alike(wanted):
@@ -205,38 +247,44 @@ def test_the_requests_are_not_all_answered_alike(wanted):
     assert all(len(set(tokens)) > 5 for tokens in wanted.values())
 
 
-def test_aggregated_runs_give_the_tokens_of_a_bare_engine(cut, wanted):
+def test_aggregated_runs_give_the_tokens_and_logprobs_of_a_bare_engine(cut, wanted, undisturbed):
     scene = EngineScene({"decode-0": cut}, wanted, seed=1)
     for name in SAMPLINGS:
         scene.ask_for(name, Route("decode-0"))
-    play(scene)
+    play(scene, undisturbed)
 
 
 @pytest.mark.parametrize("there", ["decode-0", "decode-1"])
-def test_disaggregated_runs_give_the_same_tokens(cut, single, wanted, there):
+def test_disaggregated_runs_give_the_same_tokens_and_logprobs(
+    cut, single, wanted, undisturbed, there
+):
     engines = {"decode-0": cut, "decode-1": single}
     (other,) = (name for name in engines if name != there)
     scene = EngineScene(engines, wanted, seed=2)
     scene._roles[other] = Role.PREFILL
     for name in SAMPLINGS:
         scene.ask_for(name, Route(other, there))
-    play(scene)
+    play(scene, undisturbed)
     assert scene.compared == len(SAMPLINGS)
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_requests_that_migrate_five_times_give_the_same_tokens(cut, single, wanted, seed):
+def test_requests_that_migrate_five_times_give_the_same_tokens_and_logprobs(
+    cut, single, wanted, undisturbed, seed
+):
     scene = EngineScene({"decode-0": cut, "decode-1": single}, wanted, seed)
     for number, name in enumerate(SAMPLINGS):
         at, to = ("decode-0", "decode-1") if number % 2 else ("decode-1", "decode-0")
         scene.ask_for(name, Route(at))
         scene.at_token(name, 2, lambda n=name, at=at, to=to: scene.keep_moving(n, at, to))
-    play(scene)
+    play(scene, undisturbed)
     assert scene._moves == dict.fromkeys(SAMPLINGS, MIGRATIONS)
     assert scene.compared == MIGRATIONS * len(SAMPLINGS)
 
 
-def test_branches_that_share_blocks_on_either_side_give_the_same_tokens(cut, single, wanted):
+def test_branches_that_share_blocks_on_either_side_give_the_same_tokens_and_logprobs(
+    cut, single, wanted, undisturbed
+):
     engines = {"decode-0": cut, "decode-1": single}
     scene = EngineScene(engines, wanted, seed=5, cache_prefixes=True)
     branches = [name for name in SAMPLINGS if name.startswith("branch")]
@@ -249,5 +297,6 @@ def test_branches_that_share_blocks_on_either_side_give_the_same_tokens(cut, sin
 
     scene.at_token(branches[-1], 2, move_all)
     scene.play()
+    check_logprobs(scene, undisturbed)
     assert scene.finished == dict.fromkeys(branches, TOKENS)
     assert scene._moves == dict.fromkeys(branches, MIGRATIONS)
