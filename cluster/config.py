@@ -112,7 +112,8 @@ class EngineConfig(Section):
     kv_bytes: Count | None = None
     """KV memory of a worker; if not given, 1 GiB on a CPU and what kv_share leaves on a GPU."""
     kv_share: Share = 0.9
-    """Part of a GPU's memory that weights and KV may take."""
+    """Part of a GPU's memory that weights and KV may take: of the worker's share of it, where its
+    pool's resources give it less than a whole GPU."""
     host_slots: Annotated[int, Field(ge=0)] = 0
     """Blocks of host memory that preempted sequences can be swapped to."""
     threads: Count = 1

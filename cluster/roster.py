@@ -41,6 +41,11 @@ class InstanceSpec:
     def workers(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
 
+    @property
+    def gpu_share(self) -> float:
+        """The part of a GPU that each worker has: below 1, others are on it, too."""
+        return min(dict(self.resources).get("GPU", 1.0), 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:

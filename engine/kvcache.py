@@ -28,10 +28,6 @@ TORCH_DTYPES = {
 }
 
 
-def blocks_that_fit(layout: KvLayout, rank: int, kv_bytes: int) -> int:
-    return kv_bytes // layout.block_bytes(rank)
-
-
 class KvCache:
     """One rank's pool, laid out as `KvLayout` says, and its host slots of one block each."""
 

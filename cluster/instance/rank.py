@@ -72,7 +72,7 @@ def load_rank(
         tensor_parallel=spec.tensor_parallel,
         pipeline_parallel=spec.pipeline_parallel,
     )
-    blocks = count_blocks(config, checkpoint, layout, device.type)
+    blocks = count_blocks(config, checkpoint, layout, device.type, spec.gpu_share)
     staging = staging_blocks(config, layout, rank)
     parallel = join(
         rank,
@@ -148,10 +148,15 @@ def make_sampler(checkpoint: Checkpoint) -> Sampler:
     return Sampler(tokenizer.vocab_size, grammars, checkpoint.eos_token_ids)
 
 
-def count_blocks(config: Config, checkpoint: Checkpoint, layout: KvLayout, device: str) -> int:
+def count_blocks(
+    config: Config, checkpoint: Checkpoint, layout: KvLayout, device: str, gpu_share: float = 1.0
+) -> int:
     """The same in every rank: what fits the tightest one, and no more than can be used."""
     most = max(layout.block_bytes(rank) for rank in range(layout.ranks))
-    kv_bytes = config.engine.kv_bytes or _free_bytes(config, checkpoint, layout, device)
+    kv_bytes = config.engine.kv_bytes
+    if kv_bytes is None:
+        on_cpu = device == "cpu"
+        kv_bytes = CPU_KV_BYTES if on_cpu else _free_gpu(config, checkpoint, layout, gpu_share)
     longest = -(-checkpoint.max_length // layout.block_tokens)
     useful = longest * config.engine.decode.max_sequences
     blocks = min(kv_bytes // most, useful)
@@ -161,15 +166,14 @@ def count_blocks(config: Config, checkpoint: Checkpoint, layout: KvLayout, devic
     return int(blocks)
 
 
-def _free_bytes(config: Config, checkpoint: Checkpoint, layout: KvLayout, device: str) -> int:
-    if device == "cpu":
-        return CPU_KV_BYTES
+def _free_gpu(config: Config, checkpoint: Checkpoint, layout: KvLayout, gpu_share: float) -> int:
+    """What the worker's part of its GPU leaves beside weights; neighbours have the rest."""
     import torch
 
     files = checkpoint.directory.glob("*.safetensors")
     weights = sum(path.stat().st_size for path in files) // layout.ranks
     _, total = torch.cuda.mem_get_info()
-    return max(int(total * config.engine.kv_share) - weights - GPU_WORKSPACE_BYTES, 0)
+    return max(int(total * gpu_share * config.engine.kv_share) - weights - GPU_WORKSPACE_BYTES, 0)
 
 
 def free_meeting(host: str) -> str:

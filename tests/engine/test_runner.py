@@ -13,7 +13,7 @@ import torch
 from engine.batch import Batch
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig
-from engine.kvcache import KvCache, blocks_that_fit
+from engine.kvcache import KvCache
 from engine.layout import KvLayout
 from engine.runner import Runner
 from tests.engine import tiny
@@ -87,11 +87,6 @@ def test_another_process_may_map_the_pool() -> None:
     mapped.close()
     kv.close()
     assert kv.fd is None
-
-
-def test_blocks_that_fit_a_budget() -> None:
-    assert LAYOUT.block_bytes(0) == 4 * 2 * 2 * 4 * 8 * 4
-    assert blocks_that_fit(LAYOUT, 0, 3 * LAYOUT.block_bytes(0) - 1) == 2
 
 
 def test_a_cache_of_no_blocks_is_refused() -> None:

@@ -1,0 +1,60 @@
+"""How many blocks a worker makes of the memory that it may take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.config import parse_config
+from cluster.instance.rank import CPU_KV_BYTES, GPU_WORKSPACE_BYTES, count_blocks
+from cluster.roster import InstanceSpec
+from engine.checkpoint import open_checkpoint
+from engine.errors import BadConfig
+from engine.messages import Role
+
+CHECKPOINT = open_checkpoint("demo")
+LAYOUT = CHECKPOINT.layout(block_tokens=16, dtype="bfloat16")
+WEIGHTS = sum(path.stat().st_size for path in CHECKPOINT.directory.glob("*.safetensors"))
+TOTAL = 4 << 30
+
+
+def config(**engine: object) -> object:
+    many = {"decode": {"max_sequences": 1_000_000}}  # so that memory is what bounds the pool
+    return parse_config({"engine": many | engine})
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, TOTAL))
+
+
+def test_a_gpus_pool_is_what_weights_and_room_to_work_leave_of_its_share():
+    for kv_share, gpu_share in ((0.9, 1.0), (0.9, 0.5), (1.0, 0.4)):
+        wanted = int(TOTAL * gpu_share * kv_share) - WEIGHTS - GPU_WORKSPACE_BYTES
+        blocks = count_blocks(config(kv_share=kv_share), CHECKPOINT, LAYOUT, "cuda", gpu_share)
+        assert blocks == wanted // LAYOUT.block_bytes(0)
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    with pytest.raises(BadConfig, match=r"engine\.kv_bytes"):
+        count_blocks(config(), CHECKPOINT, LAYOUT, "cuda", 0.1)
+
+
+@pytest.mark.parametrize(("device", "gpu_share"), [("cpu", 1.0), ("cuda", 0.5)])
+def test_a_size_that_is_given_is_what_a_worker_takes(device, gpu_share):
+    blocks = count_blocks(config(kv_bytes=50 << 20), CHECKPOINT, LAYOUT, device, gpu_share)
+    assert blocks == (50 << 20) // LAYOUT.block_bytes(0)
+
+
+def test_a_cpu_takes_its_own_default():
+    blocks = count_blocks(config(), CHECKPOINT, LAYOUT, "cpu")
+    assert blocks == CPU_KV_BYTES // LAYOUT.block_bytes(0)
+
+
+@pytest.mark.parametrize(
+    ("resources", "share"),
+    [((), 1.0), ((("GPU", 0.5),), 0.5), ((("CPU", 0.1), ("GPU", 2.0)), 1.0)],
+)
+def test_a_worker_has_the_part_of_a_gpu_that_its_resources_say(resources, share):
+    spec = InstanceSpec("decode-0", Role.DECODE, "cuda", resources=resources)
+    assert spec.gpu_share == share
