@@ -137,7 +137,7 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig(TransferSettings):
-    transport: Literal["auto", "shared_memory", "nixl", "nccl"] = "auto"
+    transport: Literal["auto", "shared_memory", "cuda_ipc", "nixl", "nccl"] = "auto"
     """How KV moves; auto picks the fastest that both sides have."""
     compression: Literal["off", "auto", "int8", "int4"] = "off"
     """Codes KV for the wire where that makes a pull shorter; at the price of exactness."""

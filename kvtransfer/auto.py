@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import TransportError, Unsupported
-from kvtransfer.choose import Offered, choose
-from kvtransfer.shared_memory import SharedMemoryTransport, host_identity
+from kvtransfer.choose import FASTEST_FIRST, Offered, choose
+from kvtransfer.cuda_ipc import CudaIpcTransport, gpu_identity
+from kvtransfer.process_watch import host_identity
+from kvtransfer.shared_memory import SharedMemoryTransport
 from kvtransfer.transport import TransportLimits, decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class AutoMetadata:
     parts: tuple[Part, ...]
 
 
-EVERYWHERE = ("shared_memory", "nixl")
+EVERYWHERE = FASTEST_FIRST
 """What `auto` opens: NCCL is used only when asked for."""
 
 
@@ -52,7 +54,8 @@ class AutoTransport:
         self._preference = preference
         names = among if preference == "auto" else (preference,)
         self._open = open_transports(me, pool, limits or TransportLimits(), names)
-        self._offered = Offered(host_identity(), pool.device, tuple(sorted(self._open)))
+        device = pool.device if pool.device == "cpu" else gpu_identity(pool.device)
+        self._offered = Offered(host_identity(), device, tuple(sorted(self._open)))
         self._used: dict[str, Transport] = {}
 
     def metadata(self, peer: str) -> bytes:
@@ -125,6 +128,8 @@ def open_transports(
 def _open(name: str, me: str, pool: Pool, limits: TransportLimits) -> Transport:
     if name == "shared_memory":
         return SharedMemoryTransport(me, pool, limits)
+    if name == "cuda_ipc":
+        return CudaIpcTransport(me, pool, limits)
     if name == "nixl":
         from kvtransfer.nixl import NixlTransport
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import select
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +20,7 @@ from engine.shared_file import shared_file
 from kvtransfer.copier import Copier
 from kvtransfer.copying import copy_routine
 from kvtransfer.one_sided import OneSided
+from kvtransfer.process_watch import ProcessWatch, host_identity, started_ticks
 from kvtransfer.transport import (
     Pool,
     TransportLimits,
@@ -47,21 +46,6 @@ class SharedPool:
     nbytes: int
 
 
-def host_identity() -> str:
-    """The same for processes that see each other under /proc, and for no others."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-
-
-def started_ticks(pid: int) -> int:
-    """When a process started; with its pid, its name for as long as the host is up."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise PeerLost(f"process {pid} is gone") from error
-    return int(stat.rpartition(")")[2].split()[19])
-
-
 def shared_pool(nbytes: int) -> Pool:
     """Fresh zeroed memory that other processes of the host can map."""
     fd, memory = shared_file(nbytes)
@@ -75,33 +59,22 @@ class PeerPool:
         if not (0 < found.pid < 1 << 31 and 0 <= found.fd < 1 << 31 and found.nbytes > 0):
             raise BadMessage(f"no such pool: {found}")
         self.nbytes = found.nbytes
-        try:
-            self._pidfd = os.pidfd_open(found.pid)
-        except ProcessLookupError as error:
-            raise PeerLost(f"process {found.pid} is gone") from error
+        self.watch = ProcessWatch(found.pid, found.started_ticks)
         try:
             self._memory = _map(found)
         except BaseException:
-            os.close(self._pidfd)
+            self.watch.close()
             raise
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self.address = self._bytes.ctypes.data
-        self._ended = select.poll()
-        self._ended.register(self._pidfd, select.POLLIN)
-
-    def check_alive(self) -> None:
-        if self._ended.poll(0):
-            raise PeerLost("the peer's process has ended")
 
     def close(self) -> None:
-        os.close(self._pidfd)
+        self.watch.close()
         del self._bytes
         self._memory.close()
 
 
 def _map(found: SharedPool) -> mmap.mmap:
-    if started_ticks(found.pid) != found.started_ticks:
-        raise PeerLost(f"process {found.pid} is another one than the peer")
     try:
         fd = os.open(f"/proc/{found.pid}/fd/{found.fd}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -131,7 +104,7 @@ class _Peer:
         self.copier = Copier(name, self._copy_slice, limits)
 
     def _copy_slice(self, part: Copies, pull: SlicedPull) -> None:  # noqa: ARG002  short anyway
-        self._source.check_alive()
+        self._source.watch.check_alive()
         self._copy(self._pool.address, self._source.address, part)
 
     def disconnect(self) -> None:

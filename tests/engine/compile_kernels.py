@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine import triton_decode, triton_draw, triton_layer, triton_prefill, triton_scaled
+from kvtransfer import triton_copy
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"tables": "*i32", "bounds": "*i32", "contexts": "*i32"}
@@ -44,6 +46,7 @@ ROWS = {
     "heats": "*fp64",
 }
 EIGHT_BITS = {"weight": "*fp8e4nv", "factors": "*fp32", "bias": "*bf16"}
+COPIED = {"word_bytes": 8, "word": tl.int64, "chunk": triton_copy.CHUNK_WORDS}
 CHUNKS = {**LAYER, "padded_group": 4, "tile_tokens": 16}
 SINGLE = {**LAYER, **CUT, "rows": 16}
 CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
@@ -60,6 +63,7 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_draw._place_rows, {"block_tokens": 16, "rows": 512}, ROWS),
     (triton_draw._survey, {"tile": triton_draw.TILE}, ROWS),
     (triton_draw._draw, {"tile": triton_draw.TILE, "padded_tiles": 256}, ROWS),
+    (triton_copy._copy, COPIED, {"source": "i64", "target": "i64", "table": "*i64"}),
 ]
 """Kernels, their constants, and types of operands that differ from what the name says elsewhere."""
 

@@ -16,7 +16,8 @@ from kvtransfer.transport import Pool, decode_metadata, encode_metadata
 from tests.kvtransfer.peers import TRANSPORTS, pieces
 
 CPU = Offered("here", "cpu", ("nixl", "shared_memory"))
-GPU = Offered("here", "cuda:0", ("nccl", "nixl"))
+GPU = Offered("here", "cuda:first", ("nccl", "nixl"))
+IPC = Offered("here", "cuda:first", ("cuda_ipc", "nixl"))
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,9 @@ GPU = Offered("here", "cuda:0", ("nccl", "nixl"))
         (GPU, replace(GPU, device="cuda:1"), "nixl", "CUDA IPC"),
         (GPU, replace(GPU, host="there"), "nixl", "different hosts"),
         (CPU, GPU, "nixl", "lies on a GPU"),
+        (IPC, IPC, "cuda_ipc", "one GPU"),
+        (IPC, replace(IPC, device="cuda:second"), "nixl", "CUDA IPC"),
+        (IPC, GPU, "nixl", "CUDA IPC"),
     ],
 )
 def test_auto_picks_the_fastest_that_joins_the_two(local, remote, name, why):
@@ -46,6 +50,9 @@ def test_what_the_config_asks_for_is_used():
         (CPU, replace(CPU, host="there"), "shared_memory", "different hosts"),
         (GPU, GPU, "shared_memory", "lies on a GPU"),
         (CPU, CPU, "nccl", "between GPUs only"),
+        (CPU, CPU, "cuda_ipc", "pools on one GPU only"),
+        (IPC, replace(IPC, host="there"), "cuda_ipc", "pools on one GPU only"),
+        (IPC, GPU, "cuda_ipc", "the other rank has not opened it"),
         (GPU, GPU, "nccl", "two ranks on one GPU"),
         (CPU, replace(CPU, transports=()), "nixl", "the other rank has not opened it"),
         (replace(CPU, transports=()), CPU, "auto", "shared_memory: this rank .*; nixl: this"),
