@@ -10,5 +10,5 @@ void linear(const LinearArgs &args) {
 }
 
 void attention(const AttentionArgs &args) {
-    args.dtype == kBfloat16 ? attention_of<Vectors, bf16>(args) : attention_of<Vectors, float>(args);
+    args.dtype == kBfloat16 ? attention_of<bf16>(args) : attention_of<float>(args);
 }

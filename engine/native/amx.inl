@@ -66,17 +66,7 @@ inline void store_sums(const TileBlock &block) {
 }
 
 // Rows: the panel is met once and streams by. Panel: it stays in L1, and rows pass that by.
-enum Reuse { kReuseRows, kReusePanel, kReuseBoth };
-
-template <Reuse reuse>
-inline void load_rows_4(const bf16 *a, int64_t a_bytes) {
-    if (reuse == kReusePanel) _tile_stream_loadd(4, a, a_bytes); else _tile_loadd(4, a, a_bytes);
-}
-
-template <Reuse reuse>
-inline void load_rows_5(const bf16 *a, int64_t a_bytes) {
-    if (reuse == kReusePanel) _tile_stream_loadd(5, a, a_bytes); else _tile_loadd(5, a, a_bytes);
-}
+enum Reuse { kReuseRows, kReusePanel };
 
 // Lines of weights that will be met once: into L2 long before, into L1 shortly before. They are
 // spread over a step, since a burst of them would hold up what computes.
@@ -111,16 +101,16 @@ inline void stream_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, 
     if (two_tiles) _tile_dpbf16ps(3, 5, 7);
 }
 
-template <bool two_tiles, Reuse reuse>
+template <bool two_tiles>
 inline void resident_step(const TileBlock &block, const bf16 *a, int64_t a_bytes, const bf16 *panel, const bf16 *next) {
     for (int64_t line = 0; line < block.next_lines; line++) __builtin_prefetch(next + line * kLine, 0, kIntoL2);
     _tile_loadd(6, panel, 64);
     _tile_loadd(7, panel + kTile, 64);
-    load_rows_4<reuse>(a, a_bytes);
+    _tile_stream_loadd(4, a, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if (!two_tiles) return;
-    load_rows_5<reuse>(a + block.tile_stride, a_bytes);
+    _tile_stream_loadd(5, a + block.tile_stride, a_bytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
@@ -135,7 +125,7 @@ inline void multiply_block(const TileBlock &block) {
         if (reuse == kReuseRows)
             stream_step<two_tiles>(block, a, a_bytes, panel, {block.ahead(step, kFarSteps / 2, 2 * kTile), block.ahead(step, kNearSteps / 2, 2 * kTile)});
         else
-            resident_step<two_tiles, reuse>(block, a, a_bytes, panel, next);
+            resident_step<two_tiles>(block, a, a_bytes, panel, next);
         a += block.step_stride, panel += 2 * kTile, next += block.next_lines * kLine;
     }
     store_sums<two_tiles>(block);
@@ -214,15 +204,4 @@ struct Tiles {
     }
     Tiles(const Tiles &) = delete;
     ~Tiles() { _tile_release(); }
-
-    // Reads and writes whole tiles of rows; A and C have room for them.
-    static void multiply(const bf16 *a, int64_t lda, int64_t rows, const bf16 *packed, int64_t depth, int64_t columns,
-                         float *c, int64_t ldc, bool accumulate) {
-        for (int64_t n = 0; n < columns; n += kPanel, packed += depth * kPanel)
-            for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-                TileBlock block{a + row * lda, lda, kStep, kTileRows * lda, packed, depth / kStep,
-                                c + row * ldc + n, ldc, accumulate, nullptr, 0};
-                multiply_rows<kReuseBoth>(block, ceil_div(rows - row, kTileRows));
-            }
-    }
 };

@@ -4,10 +4,6 @@
 // A, zero in the rows of other heads. Sums run in the order of attend_tile, so that a token attends
 // alike here and there.
 
-constexpr int64_t kRunTokens = 16;  // of a block, met together
-constexpr int64_t kTileRuns = kTileTokens / kRunTokens;
-constexpr int64_t kTileSteps = kTileTokens / kStep;
-constexpr int64_t kColumns = 4 * 16;      // of values, whose sums stay in tiles together
 constexpr int64_t kFetchedElements = 32;  // of a run, a cache line of them
 
 // A token's KV heads whose query heads share a tile.
@@ -104,13 +100,6 @@ inline void straighten(float *sums) {
     _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(low, second, high));
 }
 
-// Two rows of weights as pairs of bf16.
-inline __m512i pair_up(Vec even, Vec odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                           19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v)));
-}
-
 // A share while its tiles pass.
 struct Decoding {
     const Task<bf16> &task;
@@ -192,28 +181,13 @@ struct Decoding {
         alignas(64) uint32_t pairs[kTileTokens / 2 * 16] = {};
         Vec parts[16];
         for (Vec &part : parts) part = splat(0.f);
-        for (int64_t run = 0; run < tile.runs(); run++) weigh_run(scores + run * 16 * kRunTokens, peak, parts, pairs + run * 128, fetching);
+        for (int64_t run = 0; run < tile.runs(); run++)
+            weigh_run(scores + run * 16 * kRunTokens, peak, parts, pairs + run * 128, [&] { fetching.pay(2 * kWeightCycles); });
         place_weights(pairs);
         Vec shrink = power_of_two(before - peak);
         store(task.maxima, peak);
         store(task.sums, fma(load(task.sums), shrink, sum_up(parts)));
         shrink_outputs(shrink);
-    }
-
-    static void weigh_run(const float *scores, Vec peak, Vec (&parts)[16], uint32_t *pairs, Fetching &fetching) {
-        for (int i = 0; i < 16; i += 2) {
-            Vec even = power_of_two(load(scores + i * 16) - peak), odd = power_of_two(load(scores + (i + 1) * 16) - peak);
-            parts[i] = parts[i] + even, parts[i + 1] = parts[i + 1] + odd;
-            _mm512_store_si512(pairs + i / 2 * 16, pair_up(even, odd));
-            fetching.pay(2 * kWeightCycles);
-        }
-    }
-
-    // In the order of `sum` over lanes.
-    static Vec sum_up(Vec (&parts)[16]) {
-        for (int half = 8; half > 0; half /= 2)
-            for (int i = 0; i < half; i++) parts[i] = parts[i] + parts[i + half];
-        return parts[0];
     }
 
     void place_weights(const uint32_t *pairs) const {
@@ -384,7 +358,7 @@ std::vector<Share> shares_of(const AttentionArgs &args, const std::vector<int64_
 void attention_tiles(const AttentionArgs &args) {
     constexpr int64_t tasks_a_thread = 4;  // sequences differ in length
     auto decodes = [&](int64_t sequence) { return tokens_of(args, sequence) == 1 && group_of(args) <= 16; };
-    attend_sequences<Tiles, bf16>(args, [&](int64_t sequence) { return !decodes(sequence); });
+    attend_sequences<bf16>(args, attend_prompt, [&](int64_t sequence) { return !decodes(sequence); });
     std::vector<int64_t> decoding;
     for (int64_t s = 0; s < args.sequences; s++)
         if (decodes(s)) decoding.push_back(s);

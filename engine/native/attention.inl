@@ -222,7 +222,7 @@ void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64
 }
 
 // Whole passes over all rows: what one pass stores has left the core before the next loads it.
-template <class Engine, class T>
+template <class T>
 void attend_tile(const Task<T> &task, const Softmax &softmax, int64_t tile, const T *keys, const T *values) {
     auto scores = static_cast<float *>(scratch(kScores, kTaskRows * kTileTokens * sizeof(float)));
     auto weights = static_cast<T *>(scratch(kWeights, kTaskRows * kTileTokens * sizeof(T)));
@@ -230,41 +230,49 @@ void attend_tile(const Task<T> &task, const Softmax &softmax, int64_t tile, cons
     while (task.positions[first] < tile) first++;
     first = first / 16 * 16;
     int64_t rows = task.rows - first;
-    Engine::multiply(task.queries + first * task.depth, task.depth, rows, keys, task.depth, kTileTokens,
-                     scores + first * kTileTokens, kTileTokens, false);
+    multiply(task.queries + first * task.depth, task.depth, rows, keys, task.depth, kTileTokens,
+             scores + first * kTileTokens, kTileTokens, false);
     weigh_rows(task, softmax, tile, first, scores, weights);
-    Engine::multiply(weights + first * kTileTokens, kTileTokens, rows, values, kTileTokens, task.depth,
-                     task.outputs + first * task.depth, task.depth, true);
+    multiply(weights + first * kTileTokens, kTileTokens, rows, values, kTileTokens, task.depth,
+             task.outputs + first * task.depth, task.depth, true);
 }
 
-template <class Engine, class T>
-void attend(const Task<T> &task) {
-    [[maybe_unused]] Engine engine;
-    const KvView &kv = task.args.kv;
-    Softmax softmax = softmax_of(task.args);
-    T *keys = static_cast<T *>(scratch(kKeys, kTileTokens * task.depth * sizeof(T)));
-    T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
-    start(task);
-    int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens, end = task.positions[task.rows - 1] + 1;
+// Calls body(tile, rows) for each tile that a row sees, bringing the next one in meanwhile.
+template <class T, class Body>
+void each_tile(const Task<T> &task, Body body) {
+    int64_t dim = task.args.kv.head_dim, end = task.positions[task.rows - 1] + 1;
+    int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens;
     TileRows<T> here, next;
     find_rows(task, tile, next);
-    fetch_rows(next, kv.head_dim);
+    fetch_rows(next, dim);
     for (; tile < end; tile += kTileTokens) {
         here = next;
         if (tile + kTileTokens < end) {
             find_rows(task, tile + kTileTokens, next);
-            fetch_rows(next, kv.head_dim);
+            fetch_rows(next, dim);
         }
-        pack_keys(here.keys, kv.head_dim, task.depth, keys);
-        pack_values(here.values, kv.head_dim, task.depth, values);
-        attend_tile<Engine>(task, softmax, tile, keys, values);
+        body(tile, here);
     }
+}
+
+template <class T>
+void attend(const Task<T> &task) {
+    int64_t dim = task.args.kv.head_dim;
+    Softmax softmax = softmax_of(task.args);
+    T *keys = static_cast<T *>(scratch(kKeys, kTileTokens * task.depth * sizeof(T)));
+    T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
+    start(task);
+    each_tile(task, [&](int64_t tile, const TileRows<T> &rows) {
+        pack_keys(rows.keys, dim, task.depth, keys);
+        pack_values(rows.values, dim, task.depth, values);
+        attend_tile(task, softmax, tile, keys, values);
+    });
     finish(task);
 }
 
 // The sequences for which `wanted` holds.
-template <class Engine, class T, class Wanted>
-void attend_sequences(const AttentionArgs &args, Wanted wanted) {
+template <class T, class Wanted>
+void attend_sequences(const AttentionArgs &args, void (*attend_task)(const Task<T> &), Wanted wanted) {
     int64_t group = group_of(args), tasks = 0;
     auto pieces = [&](int64_t sequence) {
         return wanted(sequence) ? ceil_div(tokens_of(args, sequence) * group, kTaskRows) : 0;
@@ -284,11 +292,11 @@ void attend_sequences(const AttentionArgs &args, Wanted wanted) {
         int64_t positions[kTaskRows];
         auto outputs = static_cast<float *>(scratch(kOutput, room * depth * sizeof(float)));
         auto queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
-        attend<Engine, T>({args, sequence, index % args.kv.kv_heads, 1, first, rows, depth, queries, outputs, maxima, sums, positions});
+        attend_task({args, sequence, index % args.kv.kv_heads, 1, first, rows, depth, queries, outputs, maxima, sums, positions});
     });
 }
 
-template <class Engine, class T>
+template <class T>
 void attention_of(const AttentionArgs &args) {
-    attend_sequences<Engine, T>(args, [](int64_t) { return true; });
+    attend_sequences<T>(args, attend<T>, [](int64_t) { return true; });
 }

@@ -21,6 +21,8 @@ namespace amx {
 #include "attention.inl"
 #include "amx.inl"
 #include "amx_linear.inl"
+#include "amx_softmax.inl"
+#include "amx_prompt.inl"
 #include "amx_decode.inl"
 
 void linear(const LinearArgs &args) {
@@ -29,7 +31,7 @@ void linear(const LinearArgs &args) {
 }
 
 void attention(const AttentionArgs &args) {
-    args.dtype == kBfloat16 ? attention_tiles(args) : attention_of<Vectors, float>(args);
+    args.dtype == kBfloat16 ? attention_tiles(args) : attention_of<float>(args);
 }
 }  // namespace amx
 

@@ -71,12 +71,9 @@ void multiply_panel(Panel<T> p, int64_t rows) {
         dispatch_rows(p, rows < kMaxRows ? rows : kMaxRows, std::make_integer_sequence<int, kMaxRows>());
 }
 
-// The plain engine; the AMX one has the same shape.
-struct Vectors {
-    template <class T>
-    static void multiply(const T *a, int64_t lda, int64_t rows, const T *packed, int64_t depth, int64_t columns,
-                         float *c, int64_t ldc, bool accumulate) {
-        for (int64_t n = 0; n < columns; n += kPanel, packed += panel_elements(packed, depth))
-            multiply_panel<T>({a, lda, packed, depth, c + n, ldc, accumulate}, rows);
-    }
-};
+template <class T>
+void multiply(const T *a, int64_t lda, int64_t rows, const T *packed, int64_t depth, int64_t columns, float *c, int64_t ldc,
+              bool accumulate) {
+    for (int64_t n = 0; n < columns; n += kPanel, packed += panel_elements(packed, depth))
+        multiply_panel<T>({a, lda, packed, depth, c + n, ldc, accumulate}, rows);
+}
