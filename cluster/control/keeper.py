@@ -49,7 +49,7 @@ class Keeper:
 
     def __init__(self, config: Config, network: Network, note: Note, clock: Clock) -> None:
         self._config, self._note, self._clock = config, note, clock
-        self._launcher = Launcher(config, network)
+        self._launcher = Launcher(config, network, note)
         self._heartbeats = Heartbeats(config.limits.silence_s)
         self._gateways = Heartbeats(config.limits.gateway_silence_s)
         self._budgets: dict[str, RestartBudget] = {}

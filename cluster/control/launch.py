@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
     from cluster.config import Config
+    from cluster.control.balancing import Note
     from cluster.instance.leading import Network
     from cluster.roster import InstanceSpec
 
@@ -37,6 +38,11 @@ PROGRESS_S = 0.2
 GROUP_PREFIX = "tandem-"
 GONE_POLL_S = 0.05
 GONE_S = 120.0
+OBSTACLES = {
+    "NO_RESOURCES": "others use what it wants",
+    "INFEASIBLE": "no node has what it wants",
+}
+"""What Ray finds in the way of a placement group, at its first attempt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -141,9 +147,28 @@ def stage_bundles(spec: InstanceSpec) -> list[dict[str, float]]:
     return [stage] * spec.pipeline_parallel
 
 
+async def placed(group: PlacementGroup, spec: InstanceSpec, note: Note) -> None:
+    """Returns once the group has its place. What is in the way is told as soon as it is known, and
+    waited for: others may end, or a node may join."""
+    ready = asyncio.ensure_future(group.ready())
+    told = ""
+    try:
+        while not ready.done():
+            found = await asyncio.to_thread(placement_group_table, group)
+            obstacle = OBSTACLES.get(found["stats"]["scheduling_state"], told)
+            if obstacle != told:
+                told = obstacle
+                wants = ", ".join(f"{name}={amount:g}" for name, amount in spec.resources)
+                note("instance", spec.name, "has no place", reason=told, wants=wants)
+            await asyncio.wait([ready], timeout=PROGRESS_S)
+        await ready
+    finally:
+        ready.cancel()
+
+
 class Launcher:
-    def __init__(self, config: Config, network: Network) -> None:
-        self._config, self._network = config, network
+    def __init__(self, config: Config, network: Network, note: Note) -> None:
+        self._config, self._network, self._note = config, network, note
 
     async def launch(self, instance: Launched) -> None:
         """Fills `instance` in as it comes up; on failure nothing of it is left."""
@@ -166,7 +191,7 @@ class Launcher:
             instance.group = placement_group(
                 bundles, strategy=strategy, name=group_name(spec.name), lifetime="detached"
             )
-            await instance.group.ready()
+            await placed(instance.group, spec, self._note)
         instance.stage = "starting"
         for rank in range(spec.workers):
             instance.workers.append(self._actor(instance, rank))

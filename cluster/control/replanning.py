@@ -52,10 +52,10 @@ class Replanning:
         settings = DriftSettings(least_requests=self.settings.least_requests)
         self.profiler = Profiler(self.settings.window_s, settings)
 
-    def wants_plan(self, requests: Sequence[Shape], now: float) -> bool:
-        """Whether what ended since the last look makes another plan due."""
+    def wants_plan(self, requests: Sequence[Shape], now: float, *, planning: bool) -> bool:
+        """Whether what ended since the last look makes another plan due; not while one is made."""
         self.profiler.add(requests, now)
-        if now < self.due_s:
+        if planning or now < self.due_s:
             return False
         found = self.profiler.drifted(now)
         if found:

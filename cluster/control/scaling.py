@@ -213,9 +213,8 @@ class Scaling:
     def _plan_again(self, in_force: _InForce, ended: tuple[Shape, ...]) -> None:
         """Starts a plan when one is due; while it is made, the loop goes on."""
         replanning = in_force.replanning
-        if replanning is None or not replanning.wants_plan(ended, self._clock.now()):
-            return
-        if self._planning is None or self._planning.done():
+        planning = self._planning is not None and not self._planning.done()
+        if replanning and replanning.wants_plan(ended, self._clock.now(), planning=planning):
             self._planning = asyncio.create_task(self._plan(in_force, replanning))
 
     async def _plan(self, in_force: _InForce, replanning: Replanning) -> None:

@@ -7,7 +7,7 @@ import pytest
 from cluster.config import Config, LimitsConfig
 from cluster.control import keeper, launch
 from cluster.control.keeper import Keeper
-from cluster.control.launch import Launched, Launcher
+from cluster.control.launch import Launched, Launcher, placed
 from cluster.control.recovery import Recovered
 from cluster.roster import InstanceSpec, Kind, Member, Roster
 from engine.clock import VirtualClock
@@ -18,10 +18,26 @@ SPEC = InstanceSpec("decode-0", Role.DECODE, "cpu", 1, 1, (("impossible", 1.0),)
 
 
 class Group:
-    """A placement group that Ray finds no room for."""
+    """A placement group that Ray finds no room for until it is told to."""
+
+    def __init__(self) -> None:
+        self.stands = asyncio.Event()
 
     async def ready(self) -> None:
-        await asyncio.Event().wait()
+        await self.stands.wait()
+
+
+class Table:
+    """What Ray says of a group, look by look; once there is no more to say, it stands."""
+
+    def __init__(self, *states: str) -> None:
+        self._states = iter(states)
+
+    def __call__(self, group: Group) -> dict[str, object]:
+        state = next(self._states, "FINISHED")
+        if state == "FINISHED":
+            group.stands.set()
+        return {"stats": {"scheduling_state": state}}
 
 
 @pytest.fixture
@@ -32,15 +48,35 @@ def removed(monkeypatch):
         raise InstanceLost("no such worker")
 
     monkeypatch.setattr(launch, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(launch, "placement_group_table", Table(*["NO_RESOURCES"] * 1000))
     monkeypatch.setattr(launch, "remove_placement_group", groups.append)
     monkeypatch.setattr(launch, "find_worker", nobody)
     return groups
 
 
+def silent(*_, **__) -> None: ...
+
+
+async def placed_by(table: Table, monkeypatch) -> list[str]:
+    """What is told until the group stands."""
+    told: list[str] = []
+    monkeypatch.setattr(launch, "placement_group_table", table)
+    monkeypatch.setattr(launch, "PROGRESS_S", 0.0)
+    await placed(Group(), SPEC, lambda *_, **fields: told.append(fields["reason"]))
+    return told
+
+
+async def test_what_keeps_an_instance_from_its_place_is_told_at_once_and_once(monkeypatch):
+    nowhere, busy = "no node has what it wants", "others use what it wants"
+    assert await placed_by(Table("QUEUED"), monkeypatch) == []
+    states = ("QUEUED", "INFEASIBLE", "QUEUED", "INFEASIBLE", "NO_RESOURCES")
+    assert await placed_by(Table(*states), monkeypatch) == [nowhere, busy]
+
+
 async def test_an_instance_without_a_place_is_given_up_in_words_and_its_group_removed(removed):
     config = Config(limits=LimitsConfig(start_s=0.001))
     with pytest.raises(DeadlineExceeded, match=r"still placing after 0\.001 s .*impossible"):
-        await Launcher(config, None).launch(Launched(SPEC))
+        await Launcher(config, None, silent).launch(Launched(SPEC))
     assert len(removed) == 1
 
 

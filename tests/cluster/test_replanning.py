@@ -130,6 +130,15 @@ async def test_what_was_applied_is_the_new_normal():
     assert scene.notes("plan")[-1] == "applied"
 
 
+async def test_a_drift_is_told_once_however_long_its_plan_takes():
+    scene = Scene("apply")
+    await scene.go_on(SHORT, 110)
+    await scene.go_on(LONG, 1200)
+    assert scene.notes("plan") == ["drifted"]
+    await scene.settle()
+    assert scene.notes("plan") == ["drifted", "applied"]
+
+
 async def test_a_new_policy_ignores_what_was_planned_for_the_old_one():
     scene = Scene("apply")
     await scene.go_on(SHORT, 110)
