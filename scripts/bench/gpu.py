@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 16
 LONGEST_TOKENS = 16384
+STEPS_AHEAD = 32
+"""Half of the steps that sequences take while they are timed: about their context, in the mean."""
 GREEDY = Draw(Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True), 0, 0, ())
 KNOWN_SHAPES = SHAPES | {
     "8b": Shape("8b", 4096, 32, 32, 8, 128, 14336, 128256, "llama", tied=False),
@@ -275,16 +277,13 @@ class Bench:
     def steps(self, shape: Shape) -> None:
         sizes, dtype = self.sizes, str(self.dtype).removeprefix("torch.")
         cases = list(step_cases(shape, sizes, dtype))
-        if all(name in self.records.of for name, *_ in cases):
+        if all(case.name in self.records.of for case in cases):
             return
-        most = max(batch * blocks_for(context, BLOCK_TOKENS) for batch, context in sizes.steps)
+        most = max(batch * table_blocks(context) for batch, context in sizes.steps)
         blocks = max(most, blocks_for(max(sizes.step_prompts), BLOCK_TOKENS))
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
-            write_checkpoint(shape, dtype, directory)
-            config = json.loads((directory / "config.json").read_text())
-            longer = config | {"max_position_embeddings": LONGEST_TOKENS}
-            (directory / "config.json").write_text(json.dumps(longer))
+            write_model(shape, dtype, directory)
             runner = Runner(
                 open_checkpoint(scratch),
                 sampler=Sampler(shape.vocab),
@@ -293,16 +292,57 @@ class Bench:
                 block_tokens=BLOCK_TOKENS,
             )
         runner.kv.memory.zero_()
-        for name, batch, moved, flops in cases:
-            self.records.measure(name, partial(self._step, runner, batch, moved, flops))
+        for case in cases:
+            self.records.measure(case.name, partial(self._step, runner, case))
 
-    def _step(self, runner: Runner, batch: Batch, moved: float, flops: float) -> Figures:
-        time_s = time_of([partial(runner.execute, batch)], self.sizes.calls, self.device)
+    def _step(self, runner: Runner, case: StepCase) -> Figures:
+        time_s = time_of([case.work(runner)], self.sizes.calls, self.device)
         return {
             "time_s": time_s,
-            "of_bandwidth": moved / time_s / self.limits.bytes_s,
-            "of_peak": flops / time_s / self.limits.flops_s,
+            "of_bandwidth": case.moved / time_s / self.limits.bytes_s,
+            "of_peak": case.flops / time_s / self.limits.flops_s,
         }
+
+
+@dataclass(frozen=True)
+class StepCase:
+    name: str
+    work: Callable[[Runner], Callable[[], object]]
+    """What a runner is asked for, again and again."""
+    moved: float
+    """Bytes that it must read."""
+    flops: float
+
+
+class Decoding:
+    """Sequences that go on by what they draw, as the decode scheduler has them."""
+
+    def __init__(self, runner: Runner, count: int, context: int) -> None:
+        self._runner, self._at, self._place = runner, context - STEPS_AHEAD, 0
+        each = table_blocks(context)
+        self._tables = [tuple(range(i * each, (i + 1) * each)) for i in range(count)]
+        self._tokens = [1] * count
+
+    def __call__(self) -> None:
+        draw, held = replace(GREEDY, position=self._place), self._at // BLOCK_TOKENS + 1
+        chunks = tuple(
+            Chunk(str(i), (token,), self._at, table[:held], draw)
+            for i, (token, table) in enumerate(zip(self._tokens, self._tables, strict=True))
+        )
+        self._tokens = [one.token for one in self._runner.execute(Batch(chunks)).drawn]
+        self._at, self._place = self._at + 1, self._place + 1
+
+
+def table_blocks(context: int) -> int:
+    return blocks_for(context + STEPS_AHEAD, BLOCK_TOKENS)
+
+
+def write_model(shape: Shape, dtype: str, directory: Path) -> None:
+    """A checkpoint of random weights that takes the longest prompts of these benches."""
+    write_checkpoint(shape, dtype, directory)
+    config = json.loads((directory / "config.json").read_text())
+    longer = config | {"max_position_embeddings": LONGEST_TOKENS}
+    (directory / "config.json").write_text(json.dumps(longer))
 
 
 def backends(device: torch.device) -> dict[str, Any]:
@@ -313,22 +353,22 @@ def backends(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def step_cases(shape: Shape, sizes: Sizes, dtype: str) -> Iterator[tuple[str, Batch, float, float]]:
-    """A name, a batch, the bytes it must read and the operations it takes."""
+def step_cases(shape: Shape, sizes: Sizes, dtype: str) -> Iterator[StepCase]:
     for count, context in sizes.steps:
-        each = blocks_for(context, BLOCK_TOKENS)
-        chunks = [
-            Chunk(str(i), (1,), context - 1, tuple(range(i * each, (i + 1) * each)), GREEDY)
-            for i in range(count)
-        ]
         name = f"step {shape.name} decode batch={count} context={context}"
         moved, flops = shape.step_bytes(dtype, count, context), shape.flops(count, context, count)
-        yield name, Batch(tuple(chunks)), moved, flops
+        work = partial(Decoding, count=count, context=context)
+        yield StepCase(name, work, moved, flops)
     for prompt in sizes.step_prompts:
         table = tuple(range(blocks_for(prompt, BLOCK_TOKENS)))
         batch = Batch((Chunk("p", (1,) * prompt, 0, table, GREEDY),))
         name = f"step {shape.name} prefill tokens={prompt}"
-        yield name, batch, shape.step_bytes(dtype, 1, prompt), shape.flops(prompt, prompt / 2, 1)
+        moved, flops = shape.step_bytes(dtype, 1, prompt), shape.flops(prompt, prompt / 2, 1)
+        yield StepCase(name, partial(_again, batch), moved, flops)
+
+
+def _again(batch: Batch, runner: Runner) -> Callable[[], object]:
+    return partial(runner.execute, batch)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,24 @@ import pytest
 
 import engine
 
-SCRIPT = Path(engine.__file__).parent.parent / "scripts" / "bench" / "gpu.py"
+BENCHES = Path(engine.__file__).parent.parent / "scripts" / "bench"
+SMALL = ("--small", "--shapes", "tiny")
 
 
-def run(output: Path) -> list[dict[str, float | str]]:
-    options = ["--device", "cpu", "--small", "--shapes", "tiny", "--output", str(output)]
-    subprocess.run([sys.executable, SCRIPT, *options], check=True, capture_output=True)
+@pytest.fixture(autouse=True)
+def _interpreted() -> None:
+    pytest.importorskip("triton", "3.9", reason="older interpreters do not run on numpy 2.4")
+
+
+def run(
+    output: Path, script: str = "gpu.py", options: tuple[str, ...] = SMALL
+) -> list[dict[str, float | str]]:
+    command = [sys.executable, str(BENCHES / script), "--device", "cpu", "--output", str(output)]
+    subprocess.run([*command, *options], check=True, capture_output=True)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
 def test_it_checks_and_times_every_case_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    pytest.importorskip("triton", "3.9", reason="older interpreters do not run on numpy 2.4")
     output = tmp_path / "figures.jsonl"
     figures = run(output)
     cases = [str(line["case"]).split()[0] for line in figures]
@@ -33,3 +40,19 @@ def test_it_checks_and_times_every_case_and_goes_on_where_it_stopped(tmp_path: P
     again = run(output)
     assert again[:-2] == figures[:-2]
     assert [line["case"] for line in again] == [line["case"] for line in figures]
+
+
+def test_transformers_own_steps_and_prompts_stand_beside(tmp_path: Path) -> None:
+    machine, *figures = run(tmp_path / "figures.jsonl", "gpu_peer.py")
+    assert float(machine["bytes_s"]) > 0
+    cases = [str(line["case"]).split()[:3] for line in figures]
+    assert cases == [["transformers", "tiny", kind] for kind in ["decode"] * 2 + ["prefill"] * 2]
+    assert all(float(line["time_s"]) != 0 for line in figures)
+
+
+def test_a_prompts_hand_off_is_timed_alone_and_during_its_prefill(tmp_path: Path) -> None:
+    options = ("--shape", "tiny", "--tokens", "256", "--rounds", "2")
+    alone, overlapped = run(tmp_path / "figures.jsonl", "gpu_handoff.py", options)
+    assert alone["case"] == "handoff tiny tokens=256 over=shared_memory"
+    assert float(alone["of_copy"]) > 0
+    assert float(overlapped["with_handoff_s"]) > float(overlapped["wait_s"]) >= 0
