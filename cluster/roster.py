@@ -36,6 +36,8 @@ class InstanceSpec:
     pipeline_parallel: int = 1
     resources: tuple[tuple[str, float], ...] = ()
     """What Ray reserves for each worker."""
+    sm_share: float | None = None
+    """The part of a GPU's multiprocessors that each worker is kept to."""
 
     @property
     def workers(self) -> int:

@@ -46,6 +46,7 @@ def _spec(config: Config, ground: Ground, role: Role, pool: PoolShape, name: str
         pool.tensor_parallel,
         pool.pipeline_parallel,
         tuple(sorted(resources.items())),
+        pool.sm_share,
     )
 
 

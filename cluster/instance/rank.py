@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.instance.gpu_share import limit_multiprocessors
 from cluster.instance.mover import RankMover, rank_name
 from engine.errors import BadConfig
 
@@ -52,6 +53,8 @@ def load_rank(
 ) -> LoadedRank:
     """Loads this rank's weights; with several ranks all must call it, to meet at `meeting`."""
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
+    if spec.sm_share is not None:
+        limit_multiprocessors(spec.sm_share, spec.device, os.environ)
     import torch
 
     from cluster.instance.comparing import Comparing
