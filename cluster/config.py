@@ -51,8 +51,8 @@ class PoolShape(Section):
     resources: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     """What Ray reserves for each worker, such as CPU, GPU or a custom resource."""
     sm_share: Share | None = None
-    """Part of a GPU's multiprocessors that each worker is kept to by NVIDIA's MPS, whose daemon must
-    run on the node; for workers whose resources give them less than a whole GPU."""
+    """Part of a GPU's multiprocessors that each worker is kept to by NVIDIA's MPS, whose daemon
+    must run on the node; for workers whose resources give them less than a whole GPU."""
 
     @property
     def workers(self) -> int:

@@ -33,7 +33,7 @@ SAMPLINGS = (
     Sampling(temperature=0.0),
     Sampling(temperature=0.8, seed=11),
     Sampling(temperature=0.0, repetition_penalty=1.7, logprobs=2),
-    Sampling(temperature=1.0, top_p=0.5, seed=3),
+    Sampling(temperature=1.0, top_p=1e-6, seed=3),
     Sampling(temperature=1.3, seed=-4),
 )
 """What the device draws, and what the host must."""
