@@ -13,6 +13,12 @@ gateway: {journal: {reroute_s: 600}}
 """Patient with a slow machine: only what hangs does not answer for so long."""
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/ray" in str(item.path):
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """One prefill and two decode instances of the built-in model, shared by the tests."""
