@@ -98,7 +98,7 @@ def altering(engines: dict[str, Engine]) -> Altering:
 
 
 def play(engines: dict[str, Engine], route: Route, **roles: Role) -> ComparingScene:
-    wanted = {NAME: alone(engines["decode-0"], ask(NAME))}
+    wanted = {NAME: [drawn.token for drawn in alone(engines["decode-0"], ask(NAME))]}
     scene = ComparingScene(engines, wanted, seed=1)
     for name, node in scene.nodes.items():
         node.instance.set_role(roles.get(name.replace("-", "_"), node.instance.role))
