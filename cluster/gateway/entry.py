@@ -28,7 +28,7 @@ class JournalSettings:
     vanish_s: float = 3.0
     """How long a live owner may go without listing the request among its sequences."""
     reroute_s: float = 30.0
-    """How long a request may wait for an instance that can take it."""
+    """How long a request may wait for an instance that can take it, once it is its turn."""
     early_tokens: int = 512
     """Tokens held per request while an earlier one is missing."""
     tombstones: int = 10_000
@@ -94,7 +94,8 @@ class Entry:
     evidence_s: float = 0.0
     """When an owner was last known to work on it."""
     stuck_since_s: float = 0.0
-    """Since when it has waited for a route or, while `early` holds any, for the next token."""
+    """Since when it has waited for a route, its turn aside, or, while `early` holds any, for the
+    next token."""
     resumed_from: int | None = None
     """The epoch a Resume replaced, until a token shows that the Resume arrived."""
     voided: int = 0

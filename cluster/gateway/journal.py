@@ -289,6 +289,8 @@ class Journal:
     def _check(self, entry: Entry, now: float) -> list[Action]:
         settings = self.settings
         if entry.owner is None:
+            if not self.may_restart(entry.id):
+                entry.stuck_since_s = now
             if now - entry.stuck_since_s > settings.reroute_s:
                 return self._fail(entry, DeadlineExceeded("no instance could take the request"))
             return []

@@ -463,3 +463,22 @@ def test_suspects_go_one_at_a_time():
     for index in range(16):
         journal.token("mixed-0", Token("a", 3, index, 1), 0.0)
     assert journal.may_restart("b")
+
+
+def test_waiting_behind_another_suspect_does_not_count_against_the_time_for_a_route():
+    journal = Journal(JournalSettings(reroute_s=5.0, gap_s=1000.0))
+    for name in ("a", "b"):
+        journal.open(replace(REQUEST, id=name, sampling=Sampling(max_tokens=50)), ALONE, 0.0)
+    journal.lost("mixed-0", 0.0)
+    journal.restart("a", ALONE, 0.0)
+    journal.restart("b", ALONE, 0.0)
+    journal.lost("mixed-0", 0.0)
+    journal.load(EchoInstance("mixed-0").load(), 0.0)
+    journal.restart("a", ALONE, 0.0)
+    assert journal.tick(100.0) == []
+    for index in range(16):
+        journal.token("mixed-0", Token("a", 3, index, 1), 100.0)
+    assert journal.tick(104.0) == []
+    (failure,) = journal.tick(106.0)
+    assert failure.request_id == "b"
+    assert isinstance(failure.error, DeadlineExceeded)
