@@ -70,6 +70,13 @@ class Member:
     spec: InstanceSpec | None = None
     seats: tuple[Seat, ...] = ()
 
+    @property
+    def stage_nodes(self) -> str:
+        """Where its stages lie, one after another: alike for instances that lie side by side."""
+        if self.spec is None:
+            return ""
+        return " ".join(seat.node for seat in self.seats[:: self.spec.tensor_parallel])
+
 
 @dataclass(frozen=True, slots=True)
 class Roster:

@@ -13,6 +13,7 @@ class InstanceView:
 
     load: Load
     node: str = ""
+    """Of each of its stages, one after another."""
     device: str = "cpu"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1

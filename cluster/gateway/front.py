@@ -203,7 +203,7 @@ class Front:
 
     async def joined(self, member: Member) -> None:
         log.info("member joined member=%s", member.name)
-        self.gateway.joined(member.name)
+        self.gateway.joined(member.name, member.stage_nodes)
 
     def lost(self, member: Member) -> None:
         self.gateway.receive(CONTROLLER, Lost(member.name))

@@ -200,9 +200,10 @@ class Gateway:
             case _:
                 self._act(self._journal.receive(sender, message, now), now)
 
-    def joined(self, name: str) -> None:
-        """An instance has come, perhaps under the name of one that was lost."""
-        self._sightings.joined(name)
+    def joined(self, name: str, node: str = "") -> None:
+        """An instance has come, perhaps under the name of one that was lost; `node` tells where
+        its stages lie."""
+        self._sightings.joined(name, node)
 
     def _load(self, load: Load, now: float) -> None:
         if not self._sightings.heard(load, now):

@@ -36,6 +36,7 @@ class Sightings:
         self._loads: dict[str, Load] = {}
         self._heard_s: dict[str, float] = {}
         self._gone: set[str] = set()
+        self._nodes: dict[str, str] = {}
         self._view: View | None = None
         self._least_tokens = 0
         """What the smallest pool of the view holds."""
@@ -49,22 +50,26 @@ class Sightings:
         self._view = None
         return True
 
-    def joined(self, name: str) -> None:
+    def joined(self, name: str, node: str) -> None:
         """Another instance may bear the name of one that is gone."""
         self._gone.discard(name)
+        self._nodes[name] = node
+        self._view = None
 
     def lost(self, name: str) -> bool:
         """Whether the instance was known."""
         self._view = None
         self._gone.add(name)
         self._heard_s.pop(name, None)
+        self._nodes.pop(name, None)
         return self._loads.pop(name, None) is not None
 
     def view(self, now: float) -> View:
         """The same object until somebody is heard or lost."""
         if self._view is None:
             ordered = sorted(self._loads.items())
-            self._view = View(now, tuple(InstanceView(load) for _, load in ordered))
+            seen = [InstanceView(load, self._nodes.get(name, "")) for name, load in ordered]
+            self._view = View(now, tuple(seen))
             sizes = (load.total_blocks * load.block_tokens for load in self._loads.values())
             self._least_tokens = min(sizes, default=0)
         return self._view

@@ -16,7 +16,7 @@ from placement.line import Line
 from placement.routing.prefixes import PrefixIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from engine.messages import Load
     from engine.request import Request
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SEQUENCES_OF_FIXED_COST = 16
 """A step's cost is mostly fixed: about as much as this many sequences add to it."""
+DEAREST_CROSSING = 1.0
+"""In TPOT targets: a request's KV crosses between nodes only once, so that a partner elsewhere that
+is much less loaded is worth it however long that takes."""
 
 
 class Policy(str, Enum):
@@ -43,6 +46,10 @@ class RouterSettings:
     """Prefill speed assumed until the first answers tell it."""
     handoff_s: float = 0.01
     """What a hand-off adds before the second token, against decoding where it was prefilled."""
+    crossing_token_s: float = 0.0
+    """How much longer a prompt token's KV takes to another node than within one. With it a decode
+    instance is preferred whose stages lie on the nodes of the prefilling one's, unless another is
+    much less loaded; a plan whose pools stay together sets it."""
     local_prompt_tokens: int = 512
     """The longest uncached prompt that a decode instance may prefill itself."""
     local_slack: float = 0.3
@@ -87,6 +94,7 @@ class _Instance:
         "line",
         "load",
         "name",
+        "node",
         "prefills",
         "speed",
         "total_blocks",
@@ -95,6 +103,7 @@ class _Instance:
 
     def __init__(self, load: Load, typical: Line) -> None:
         self.name = load.instance
+        self.node = ""
         self.speed = Line(0.0)
         self.line = typical
         """What predicts its TTFT: its own speed once that has been measured."""
@@ -176,6 +185,7 @@ class _Ask:
         return cost if left >= 0 else cost + 10.0
 
 
+_Priced = tuple[float, _Instance]
 _Choice = tuple[float, _Instance, _Instance | None]
 
 
@@ -261,9 +271,10 @@ class Router:
             load = seen.load
             instance = self._instances.get(load.instance)
             if instance is None:
-                self._instances[load.instance] = _Instance(load, self._typical)
+                instance = self._instances[load.instance] = _Instance(load, self._typical)
             elif instance.load is not load:
                 instance.refresh(load)
+            instance.node = seen.node
         if len(self._instances) > len(view.instances):
             for gone in self._instances.keys() - {seen.load.instance for seen in view.instances}:
                 del self._instances[gone]
@@ -336,20 +347,40 @@ class Router:
         ]
         prefills = [(ask.ttft_s(one), one) for one in usable if not one.decodes]
         if costs and prefills:
-            cost, decode = min(costs, key=_cost)
-            ttft_s, prefill = min(prefills, key=_cost)
-            cost += self.settings.handoff_s / ask.slo.tpot_s
-            choices.append((cost + ttft_s / target_s, prefill, decode))
-            choices += self._local(ask, costs, ttft_s * self.settings.local_ttft_share)
+            first, then = min(prefills, key=_cost), min(costs, key=_cost)
+            choices.append(self._pair(ask, first, then))
+            if self._crossing(ask, first[1], then[1]):
+                choices += self._beside(ask, prefills, costs)
+            choices += self._local(ask, costs, first[0] * self.settings.local_ttft_share)
         choices = choices or self._alone(ask, usable)
         if not choices:
             return None
-        _, first, partner = min(choices, key=_cost)
-        return self._route(ask, first, partner)
+        _, prefill, decode = min(choices, key=_cost)
+        return self._route(ask, prefill, decode)
 
-    def _local(
-        self, ask: _Ask, costs: list[tuple[float, _Instance]], below_s: float
-    ) -> list[_Choice]:
+    def _pair(self, ask: _Ask, first: _Priced, then: _Priced) -> _Choice:
+        """A hand-off, of these costs for the first token and for those after it."""
+        (ttft_s, prefill), (cost, decode) = first, then
+        cost += self.settings.handoff_s / ask.slo.tpot_s + self._crossing(ask, prefill, decode)
+        return cost + ttft_s / ask.slo.ttft_s, prefill, decode
+
+    def _beside(
+        self, ask: _Ask, prefills: list[_Priced], costs: list[_Priced]
+    ) -> Iterator[_Choice]:
+        """The best pair on each node that has any."""
+        thens = _by_node(costs)
+        for node, firsts in _by_node(prefills).items():
+            if node in thens:
+                yield self._pair(ask, min(firsts, key=_cost), min(thens[node], key=_cost))
+
+    def _crossing(self, ask: _Ask, prefill: _Instance, decode: _Instance) -> float:
+        """What it costs that the KV leaves its node."""
+        if prefill.node == decode.node:
+            return 0.0
+        longer_s = self.settings.crossing_token_s * ask.prompt_tokens
+        return min(longer_s / ask.slo.tpot_s, DEAREST_CROSSING)
+
+    def _local(self, ask: _Ask, costs: list[_Priced], below_s: float) -> list[_Choice]:
         """Decode instances that would give a short prompt's first token sooner."""
         longest, slack = self.settings.local_prompt_tokens, self.settings.local_slack
         if ask.prompt_tokens > longest and not ask.cached:
@@ -383,6 +414,13 @@ class Router:
 def _cost(choice: tuple[float, *tuple[object, ...]]) -> float:
     """Ties go to the first, and views are in order of id."""
     return choice[0]
+
+
+def _by_node(priced: list[_Priced]) -> dict[str, list[_Priced]]:
+    found: dict[str, list[_Priced]] = {}
+    for one in priced:
+        found.setdefault(one[1].node, []).append(one)
+    return found
 
 
 def _rotated(instances: list[_Instance], turn: int) -> list[_Instance]:

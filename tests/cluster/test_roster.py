@@ -1,4 +1,14 @@
-from cluster.roster import Changes, Kind, Member, Roster, RosterBook, changes, next_name
+from cluster.roster import (
+    Changes,
+    InstanceSpec,
+    Kind,
+    Member,
+    Roster,
+    RosterBook,
+    Seat,
+    changes,
+    next_name,
+)
 from engine.messages import Role
 
 
@@ -68,3 +78,10 @@ def test_names_count_up_and_gaps_are_filled():
     assert next_name(Role.DECODE, []) == "decode-0"
     assert next_name(Role.DECODE, ["decode-0", "decode-2"]) == "decode-1"
     assert next_name(Role.DECODE, ["decode-0", "prefill-1"]) == "decode-1"
+
+
+def test_a_member_tells_on_which_node_each_of_its_stages_lies():
+    spec = InstanceSpec("decode-0", Role.DECODE, "cpu", tensor_parallel=2, pipeline_parallel=2)
+    seats = tuple(Seat(rank, 1, node, "cpu") for rank, node in enumerate("aabb"))
+    assert Member("decode-0", Kind.INSTANCE, "1", "", spec, seats).stage_nodes == "a b"
+    assert member("gateway-0", kind=Kind.GATEWAY).stage_nodes == ""

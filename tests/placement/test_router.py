@@ -61,6 +61,57 @@ def test_a_cached_prefix_outweighs_a_short_queue():
     assert (again.prefill, again.cached_tokens) == ("prefill-1", 576)
 
 
+def side_by_side(*loads: Load) -> View:
+    """prefill-0 beside decode-0 on node-0, prefill-1 beside decode-1 on node-1."""
+    seen = view(*loads).instances
+    return View(0.0, tuple(replace(one, node=f"node-{one.id[-1]}") for one in seen))
+
+
+def crossing(seconds: float) -> Router:
+    return Router(RouterSettings(crossing_token_s=seconds))
+
+
+def test_where_kv_is_slow_to_leave_a_node_the_pair_on_one_is_preferred():
+    seen = side_by_side(
+        load("prefill-0", queued_tokens=200), load("decode-0"),
+        load("prefill-1"), load("decode-1", step_s=0.022),
+    )  # fmt: skip
+    assert chosen(Router(), seen) == ("prefill-1", "decode-0")
+    assert chosen(crossing(1e-4), seen) == ("prefill-1", "decode-1")
+
+
+def test_both_ends_of_a_hand_off_count_in_which_node_it_stays_on():
+    seen = side_by_side(
+        load("prefill-0", queued_tokens=50), load("decode-0"),
+        load("prefill-1"), load("decode-1", free_blocks=500),
+    )  # fmt: skip
+    assert chosen(crossing(1e-4), seen) == ("prefill-0", "decode-0")
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 1e-4, 1e-1])
+@pytest.mark.parametrize("much", [{"free_blocks": 0}, {"step_s": 0.15}])
+def test_a_full_or_overloaded_partner_is_passed_over_however_slow_the_network_is(seconds, much):
+    seen = side_by_side(load("prefill-0"), load("decode-0", **much), load("decode-1"))
+    assert chosen(crossing(seconds), seen) == ("prefill-0", "decode-1")
+
+
+def test_where_no_instances_lie_side_by_side_or_nobody_knows_nothing_changes():
+    loads = [load("prefill-0", queued_tokens=9), load("prefill-1"), load("decode-0"),
+             load("decode-2", free_blocks=500)]  # fmt: skip
+    apart = View(0.0, tuple(replace(one, node=one.id) for one in view(*loads).instances))
+    for seen in (apart, view(*loads)):
+        assert chosen(crossing(1e-4), seen) == chosen(Router(), seen) == ("prefill-1", "decode-0")
+
+
+def test_an_instance_that_comes_back_on_another_node_is_known_to_be_there():
+    router = crossing(1e-4)
+    seen = side_by_side(load("prefill-0"), load("decode-0"), load("decode-1"))
+    assert chosen(router, seen) == ("prefill-0", "decode-0")
+    swapped = {"decode-0": "node-1", "decode-1": "node-0"}
+    moved = [replace(one, node=swapped.get(one.id, one.node)) for one in seen.instances]
+    assert chosen(router, View(1.0, tuple(moved))) == ("prefill-0", "decode-1")
+
+
 def test_tenants_do_not_share_prefixes():
     seen = view(load("mixed-0"), load("mixed-1"))
     router = Router()
