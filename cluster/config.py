@@ -85,6 +85,12 @@ class PoolsConfig(Section):
         pool: PoolConfig = getattr(self, role.value)
         return pool
 
+    @property
+    def all_shapes(self) -> tuple[PoolShape, ...]:
+        """Of instances that there are from the start."""
+        pools = (self.prefill, self.decode, self.mixed)
+        return tuple(shape for pool in pools for shape in pool.shapes if shape.instances)
+
     @model_validator(mode="after")
     def _serves_both_phases(self) -> Self:
         prefill, decode = self.prefill.all_instances, self.decode.all_instances
@@ -117,6 +123,10 @@ class EngineConfig(Section):
     kv_share: Share = 0.9
     """Part of a GPU's memory that weights and KV may take: of the worker's share of it, where its
     pool's resources give it less than a whole GPU."""
+    share_weights: bool = False
+    """Whether workers of one GPU read one copy of the weights, which a process of its own keeps
+    while any of them runs; where every pool gives its workers less than a whole GPU and cuts the
+    model alike."""
     host_slots: Annotated[int, Field(ge=0)] = 0
     """Blocks of host memory that preempted sequences can be swapped to."""
     threads: Count = 1
@@ -286,6 +296,22 @@ class Config(Section):
             raise ValueError("engine.kv_dtype must be auto where device is cpu")
         if self.engine.kv_dtype != "auto" and self.transfer.compression != "off":
             raise ValueError("engine.kv_dtype must be auto where transfer.compression codes KV")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_weights_are_alike(self) -> Self:
+        if not self.engine.share_weights:
+            return self
+        if self.device == "cpu":
+            raise ValueError("engine.share_weights must be false where device is cpu")
+        shapes = self.pools.all_shapes
+        if any(shape.resources.get("GPU", 1.0) >= 1.0 for shape in shapes):
+            raise ValueError("engine.share_weights needs every pool's resources.GPU to be below 1")
+        if len({(shape.tensor_parallel, shape.pipeline_parallel) for shape in shapes}) > 1:
+            raise ValueError(
+                "engine.share_weights needs tensor_parallel and pipeline_parallel to be the same in"
+                " every pool"
+            )
         return self
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,8 +15,8 @@ from engine.errors import BadConfig
 from engine.kernels import NativeOps, cpu_ops
 from engine.kvcache import TORCH_DTYPES, KvCache
 from engine.layer_reports import DeviceReports, LayerReports
-from engine.model.decoder import Decoder
-from engine.model.weights import Loader
+from engine.model.loading import RankWeights
+from engine.model.storage import OwnPieces
 from engine.ops import TorchOps
 from engine.packing import pack
 from engine.parallel import ALONE, Parallel
@@ -31,12 +30,11 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.clock import Clock
     from engine.layout import KvLayout
+    from engine.model.storage import Storage
     from engine.ops import Ops, WholeSteps
 
 log = logging.getLogger(__name__)
 
-META = torch.device("meta")
-"""Where a model is built of shapes alone, to count the bytes it would read."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_PIECE_BYTES, KEPT_BYTES = 32 << 20, 64 << 20
 
@@ -104,10 +102,6 @@ def _ignore(_layer: int) -> None:
     pass
 
 
-def _tell(progress: Callable[[int, int], None], all_bytes: int, read_bytes: int) -> None:
-    progress(read_bytes, all_bytes)
-
-
 class Runner:
     """One rank of a model. On the last stage's first tensor rank `execute` draws tokens."""
 
@@ -128,10 +122,11 @@ class Runner:
         deterministic: bool = False,
         ops: Ops | None = None,
         clock: Clock | None = None,
+        storage: Storage | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`kv_dtype` is the model's where it is not given. `progress` is told of the weights'
-        bytes read so far, and of all this rank reads."""
+        """`kv_dtype` is the model's where it is not given; `storage` is for the weights. `progress`
+        is told of their bytes read so far, and of all this rank reads."""
         self.device = torch.device(device)
         parallel.check(checkpoint.config)
         name = resolve_dtype(dtype, checkpoint.config.dtype, self.device)
@@ -146,7 +141,9 @@ class Runner:
         self.kv = KvCache(
             self.layout, parallel.rank, blocks=blocks, device=self.device, host_slots=host_slots
         )
-        self._decoder = self._load(ops, TORCH_DTYPES[name], progress)
+        self._storage = storage or OwnPieces(self.device)
+        weights = RankWeights(checkpoint, parallel, TORCH_DTYPES[name], self.kv)
+        self._decoder = weights.load(ops, self._storage, progress)
         checkpoint.release()
         self._whole_steps: WholeSteps | None = None
         if self._decoder.whole and isinstance(sampler, Sampler):
@@ -162,18 +159,6 @@ class Runner:
         self._sampler, self._clock = sampler, clock or SystemClock()
         log.info("runner ready device=%s dtype=%s ops=%s blocks=%d", device, name, ops.name, blocks)
 
-    @torch.inference_mode()
-    def _load(
-        self, ops: Ops, dtype: torch.dtype, progress: Callable[[int, int], None] | None
-    ) -> Decoder:
-        report = None
-        if progress is not None:
-            counting = Loader(self.checkpoint, self.parallel, TorchOps(), META, dtype)
-            Decoder(counting, self.kv)
-            report = partial(_tell, progress, counting.read_bytes)
-        loader = Loader(self.checkpoint, self.parallel, ops, self.device, dtype, progress=report)
-        return Decoder(loader, self.kv)
-
     def execute(
         self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
     ) -> StepResult:
@@ -185,6 +170,7 @@ class Runner:
             drawn = self._pass(batch, report) if batch.chunks else ()
         if not batch.chunks:
             self.parallel.await_ranks()
+        self._storage.check_alive()
         return StepResult(drawn, self._clock.now() - start_s)
 
     def _pass(self, batch: Batch, report: Callable[[int], None]) -> tuple[Drawn, ...]:

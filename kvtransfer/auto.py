@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from engine.errors import TransportError, Unsupported
 from kvtransfer.choose import FASTEST_FIRST, Offered, choose
-from kvtransfer.cuda_ipc import CudaIpcTransport, gpu_identity
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.cuda_memory import gpu_identity
 from kvtransfer.process_watch import host_identity
 from kvtransfer.shared_memory import SharedMemoryTransport
 from kvtransfer.transport import TransportLimits, decode_metadata, encode_metadata

@@ -7,14 +7,14 @@ once it has ended.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import BadMessage, TransportError, Unsupported
 from kvtransfer.copier import Copier
+from kvtransfer.cuda_memory import HANDLE_BYTES, CudaMemory
 from kvtransfer.one_sided import OneSided
 from kvtransfer.process_watch import ProcessWatch, host_identity, started_ticks
 from kvtransfer.transport import TransportLimits, decode_metadata, encode_metadata
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 1 << 30
 """Copied within a millisecond, which is soon enough for a fence; smaller ones pay for launches."""
-HANDLE_BYTES = 64
-LAZY_PEER_ACCESS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,48 +65,16 @@ class Gpu(Protocol):
         ...
 
 
-class _Handle(ctypes.Structure):
-    _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
-
-
-class CudaGpu:
-    """A real one, through CUDA's driver."""
+class CudaGpu(CudaMemory):
+    """A real one."""
 
     def __init__(self, device: str) -> None:
         import torch
 
         if find_spec("triton") is None:
             raise Unsupported("cuda_ipc: Triton is not installed")
-        try:
-            self._driver: Any = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise Unsupported(f"cuda_ipc: {error}") from error
-        self._device = torch.device(device)
+        super().__init__(device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-    @property
-    def identity(self) -> str:
-        return gpu_identity(str(self._device))
-
-    def export(self, address: int) -> tuple[bytes, int]:
-        start, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
-        self._call(
-            "cuMemGetAddressRange_v2",
-            ctypes.byref(start),
-            ctypes.byref(size),
-            ctypes.c_uint64(address),
-        )
-        self._call("cuIpcGetMemHandle", ctypes.byref(handle), start)
-        return bytes(handle), address - start.value
-
-    def open(self, handle: bytes) -> int:
-        start, given = ctypes.c_uint64(), _Handle.from_buffer_copy(handle)
-        flags = ctypes.c_uint(LAZY_PEER_ACCESS)
-        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(start), given, flags)
-        return start.value
-
-    def close(self, start: int) -> None:
-        self._call("cuIpcCloseMemHandle", ctypes.c_uint64(start))
 
     def copy(self, target_address: int, source_address: int, copies: Copies) -> None:
         import torch
@@ -118,22 +84,6 @@ class CudaGpu:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             copy_pieces(target_address, source_address, copies, self._device)
             self._stream.synchronize()
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        import torch
-
-        with torch.cuda.device(self._device):
-            torch.cuda.mem_get_info()  # gives a thread that is new to CUDA this device's context
-            code = getattr(self._driver, name)(*arguments)
-        if code:
-            raise TransportError(f"cuda_ipc: {name} fails with CUDA error {code}")
-
-
-def gpu_identity(device: str) -> str:
-    """A GPU's own name: processes may each number theirs from 0."""
-    import torch
-
-    return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
 
 
 class _Peer:

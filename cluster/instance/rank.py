@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.config import Config
+    from cluster.instance.borrowed_weights import Borrowed
     from cluster.instance.coded import Coder
     from cluster.roster import InstanceSpec
     from engine.batch import Executor
     from engine.checkpoint import Checkpoint
     from engine.layout import KvLayout
+    from engine.parallel import Parallel
     from engine.runner import Runner
     from engine.sampler import Sampler
     from kvtransfer.transport import Transport
@@ -84,6 +86,7 @@ def load_rank(
         init_method=meeting,
         device=device,
     )
+    weights = borrowed(config, spec, checkpoint, parallel, dtype=dtype, progress=progress)
     runner = Runner(
         checkpoint,
         sampler=make_sampler(checkpoint),
@@ -97,7 +100,8 @@ def load_rank(
         layer_groups=config.transfer.layer_groups,
         threads=config.engine.threads,
         deterministic=config.engine.deterministic,
-        progress=progress,
+        storage=None if weights is None else weights.storage(),
+        progress=progress if weights is None else None,
     )
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
@@ -115,6 +119,36 @@ def load_rank(
         comparing=comparing,
     )
     return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
+
+
+def borrowed(
+    config: Config,
+    spec: InstanceSpec,
+    checkpoint: Checkpoint,
+    parallel: Parallel,
+    *,
+    dtype: str,
+    progress: Callable[[int, int], None],
+) -> Borrowed | None:
+    """Weights that a GPU's workers share, until the process ends; None where each has its own."""
+    if not config.engine.share_weights:
+        return None
+    if spec.device == "cpu":
+        raise BadConfig("engine.share_weights", "true", "is for workers on GPUs")
+    import torch
+
+    from cluster.instance.borrowed_weights import borrow_weights
+    from cluster.instance.weight_memory import GpuMemory
+
+    return borrow_weights(
+        checkpoint,
+        config.engine.max_length,
+        parallel,
+        dtype=dtype,
+        shared=GpuMemory(torch.device(spec.device)),
+        device=spec.device,
+        progress=progress,
+    )
 
 
 def staging_blocks(config: Config, layout: KvLayout, rank: int) -> int:
@@ -170,11 +204,14 @@ def count_blocks(
 
 
 def _free_gpu(config: Config, checkpoint: Checkpoint, layout: KvLayout, gpu_share: float) -> int:
-    """What the worker's part of its GPU leaves beside weights; neighbours have the rest."""
+    """What the worker's part of its GPU leaves beside weights, of which it bears no more than that
+    part where neighbours read them, too."""
     import torch
 
     files = checkpoint.directory.glob("*.safetensors")
     weights = sum(path.stat().st_size for path in files) // layout.ranks
+    if config.engine.share_weights:
+        weights = int(weights * gpu_share)
     _, total = torch.cuda.mem_get_info()
     return max(int(total * gpu_share * config.engine.kv_share) - weights - GPU_WORKSPACE_BYTES, 0)
 

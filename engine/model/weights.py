@@ -10,12 +10,14 @@ import torch
 from engine.errors import BadCheckpoint
 from engine.model.config import NormKind
 from engine.model.scaling import STORED, STORED_NAME, factors_of
+from engine.model.storage import OwnPieces
 from engine.scaled import ScaledWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from engine.checkpoint import Checkpoint
+    from engine.model.storage import Storage
     from engine.ops import Ops
     from engine.parallel import Parallel
 
@@ -95,12 +97,15 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        storage: Storage | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`progress` is told the bytes read so far. On the meta device they are only counted."""
+        """`progress` is told the bytes read so far. On the meta device, and where the storage is
+        filled already, they are only counted."""
         self.config, self.names = checkpoint.config, checkpoint.names
         self.parallel, self.ops = parallel, ops
         self.device, self.dtype = device, dtype
+        self._storage = storage or OwnPieces(device)
         self._tensors, self._progress = checkpoint.tensors, progress
         self.read_bytes = 0
 
@@ -177,7 +182,8 @@ class Loader:
         count = max(0, present.stop - present.start)
         if count:
             self._read_matrix(name, (rows, width), (present, slice(None)), table[:count])
-        table[count:] = 0
+        if not self._storage.filled:
+            table[count:] = 0
         return table
 
     def scale(self, names: Sequence[str]) -> float:
@@ -201,12 +207,14 @@ class Loader:
         """Norm weights are kept in fp32, their offset added."""
         config = self.config
         width = config.hidden if width is None else width
-        weight = self._vector(name + ".weight", width).add_(config.norm_offset)
+        weight = self._vector(name + ".weight", width)
+        if not self._storage.filled:
+            weight += config.norm_offset
         bias = self._vector(name + ".bias", width) if config.norm is NormKind.LAYER else None
         return Norm(self.ops, weight, bias, config.norm_eps)
 
     def _vector(self, name: str, size: int) -> torch.Tensor:
-        vector = torch.empty(size, dtype=torch.float32, device=self.device)
+        vector = self._storage.take((size,), torch.float32)
         self._read_vector(name, size, slice(None), vector)
         return vector
 
@@ -230,11 +238,10 @@ class Loader:
         return factors.to(self.device)
 
     def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._storage.take(shape, self.dtype)
 
     def _matrix(self, outputs: int, inputs: int, *, scaled: bool) -> torch.Tensor:
-        dtype = STORED if scaled else self.dtype
-        return torch.empty((outputs, inputs), dtype=dtype, device=self.device)
+        return self._storage.take((outputs, inputs), STORED if scaled else self.dtype)
 
     def _read_vector(self, name: str, size: int, take: slice, into: torch.Tensor) -> None:
         self._read(name, (size,), (take,), into)
@@ -266,7 +273,7 @@ class Loader:
         if (stored == STORED_NAME) != (into.dtype == STORED):
             rule = f"must be {STORED_NAME} with factors beside it, or neither"
             raise BadCheckpoint(name, stored, rule)
-        if not into.is_meta:
+        if not (into.is_meta or self._storage.filled):
             self._tensors.read(name, cut, into)
         self.read_bytes += into.nbytes
         if self._progress is not None:

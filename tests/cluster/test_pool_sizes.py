@@ -35,6 +35,15 @@ def test_a_gpus_pool_is_what_weights_and_room_to_work_leave_of_its_share():
         assert blocks == wanted // LAYOUT.block_bytes(0)
 
 
+def test_weights_that_workers_share_are_borne_in_parts():
+    half = {"resources": {"GPU": 0.5}}
+    many = {"decode": {"max_sequences": 1_000_000}, "share_weights": True}
+    settings = parse_config({"engine": many, "pools": {"prefill": half, "decode": half}})
+    wanted = int(TOTAL * 0.5 * 0.9) - int(WEIGHTS * 0.5) - GPU_WORKSPACE_BYTES
+    blocks = count_blocks(settings, CHECKPOINT, LAYOUT, "cuda", 0.5)
+    assert blocks == wanted // LAYOUT.block_bytes(0)
+
+
 def test_a_share_that_leaves_nothing_is_refused():
     with pytest.raises(BadConfig, match=r"engine\.kv_bytes"):
         count_blocks(config(), CHECKPOINT, LAYOUT, "cuda", 0.1)

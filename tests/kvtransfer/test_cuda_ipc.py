@@ -11,7 +11,8 @@ import pytest
 from engine.errors import BadMessage, PeerLost, TransportError, Unsupported
 from kvtransfer.auto import open_transports
 from kvtransfer.copying import copy_by_memmove
-from kvtransfer.cuda_ipc import HANDLE_BYTES, CudaIpcTransport, IpcPool
+from kvtransfer.cuda_ipc import CudaIpcTransport, IpcPool
+from kvtransfer.cuda_memory import HANDLE_BYTES
 from kvtransfer.process_watch import started_ticks
 from kvtransfer.transport import Pool, TransportLimits, decode_metadata, encode_metadata
 from tests.kvtransfer.peers import pattern, pieces
