@@ -179,10 +179,10 @@ def test_the_requests_seen_become_a_workload_that_the_planner_reads(tmp_path):
 async def test_the_planner_is_the_plan_command_in_a_process_of_its_own(tmp_path):
     policy = parse_policy(POLICY + REPLAN % "apply")
     seen = Profiled((Shape(60, 8),) * 80, 80.0)
-    config = Config.model_validate({"slo": {"ttft_s": 2.0, "tpot_s": 0.2}})
+    config = Config.model_validate({"slo": {"ttft_s": 0.05, "tpot_s": 0.003}})
     planned = await PlannerProcess(config).plan(seen, policy)
     assert sum(planned.instances.values()) >= 1
     assert planned.reason
-    strict = Config.model_validate({"slo": {"ttft_s": 1e-6, "tpot_s": 0.2}})
+    strict = Config.model_validate({"slo": {"ttft_s": 1e-6, "tpot_s": 0.003}})
     with pytest.raises(PlannerFailed, match="ttft_s"):
         await PlannerProcess(strict).plan(seen, policy)
