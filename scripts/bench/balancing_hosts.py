@@ -1,11 +1,11 @@
 """A skewed load on two or three real hosts with small KV pools, with balancing off and on.
 
     python scripts/bench/balancing_hosts.py [--instances 2] [--blocks 96] [--rate 2.8]
-        [--seconds 60] [--routers default] [--seed 0] [--json]
+        [--seconds 60] [--routers default] [--seeds 0] [--json]
 
 The hosts, the engine, the journal, the router and the balancer are those of the cluster; the same
 requests come at the same moments with balancing off and on. A few of them draw hundreds of tokens,
-which nobody knows beforehand.
+which nobody knows beforehand. The requests of all seeds are judged together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,11 @@ def main() -> None:
         write_model(options.shape, Path(directory) / "model")
         for router in options.routers:
             for balance in (False, True):
-                figures = asyncio.run(run(options, Path(directory), router, balance=balance))
-                rows.append({"router": router, "balancing": balance, **figures})
+                seen = [
+                    asyncio.run(run(options, Path(directory), router, seed, balance=balance))
+                    for seed in options.seeds
+                ]
+                rows.append({"router": router, "balancing": balance, **figures_of(seen)})
                 if not options.json:
                     show(rows[-1], first=len(rows) == 1)
     if options.json:
@@ -72,13 +76,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2.8)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--routers", nargs="+", default=["default"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def skewed(options: argparse.Namespace) -> list[Coming]:
-    generator = np.random.default_rng(options.seed)
+def skewed(options: argparse.Namespace, seed: int) -> list[Coming]:
+    generator = np.random.default_rng(seed)
     count = int(options.rate * options.seconds)
     moments = np.cumsum(generator.exponential(1.0 / options.rate, count))
     found = []
@@ -90,6 +94,18 @@ def skewed(options: argparse.Namespace) -> list[Coming]:
         )
         found.append(Coming(at_s, Request(f"r{number}", tuple(prompt.tolist()), sampling, SLO)))
     return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of each request of one run; the longest gap is that between two of its tokens."""
+
+    ttft_s: list[float]
+    queue_s: list[float]
+    tpot_s: list[float]
+    gap_s: list[float]
+    outcomes: list[str]
+    preemptions: int
 
 
 class BalancedGateway(Gateway):
@@ -173,9 +189,9 @@ class BalancedGateway(Gateway):
 
 
 async def run(
-    options: argparse.Namespace, directory: Path, router: str, *, balance: bool
-) -> dict[str, Any]:
-    sockets = directory / f"{router}-{balance}"
+    options: argparse.Namespace, directory: Path, router: str, seed: int, *, balance: bool
+) -> Seen:
+    sockets = directory / f"{router}-{seed}-{balance}"
     sockets.mkdir()
     plans = [
         HostPlan(
@@ -192,7 +208,7 @@ async def run(
     hosts = start(plans, gateway.link.address)
     gateway.meet(hosts)
     await gateway.until(lambda: gateway.knows(len(hosts)))
-    coming = skewed(options)
+    coming = skewed(options, seed)
     async with asyncio.TaskGroup() as tasks:
         looking = tasks.create_task(look(gateway))
         asking = tasks.create_task(ask_all(gateway, coming))
@@ -201,7 +217,7 @@ async def run(
     preemptions = sum(host.preemptions() for host in hosts)
     stop(hosts)
     gateway.link.close()
-    return figures_of(gateway, coming) | {"preemptions": preemptions}
+    return seen_of(gateway, coming, preemptions)
 
 
 async def look(gateway: BalancedGateway) -> None:
@@ -225,23 +241,37 @@ def all_ended(gateway: BalancedGateway, coming: list[Coming]) -> bool:
     )
 
 
-def figures_of(gateway: BalancedGateway, coming: list[Coming]) -> dict[str, Any]:
+def seen_of(gateway: BalancedGateway, coming: list[Coming], preemptions: int) -> Seen:
     names = [one.request.id for one in coming]
     arrived = {name: gateway.streams[name].arrived_s for name in names}
     began_s = {name: gateway.streams[name].stamps["prefill_started_s"] for name in names}
-    ttft = [arrived[name][0] - gateway.sent_s[name] for name in names]
-    queue = [began_s[name] - gateway.sent_at_s[name] for name in names]
-    tpot = [(at[-1] - at[0]) / (len(at) - 1) for at in arrived.values() if len(at) > 1]
+    return Seen(
+        ttft_s=[arrived[name][0] - gateway.sent_s[name] for name in names],
+        queue_s=[began_s[name] - gateway.sent_at_s[name] for name in names],
+        tpot_s=[(at[-1] - at[0]) / (len(at) - 1) for at in arrived.values() if len(at) > 1],
+        gap_s=[max(b - a for a, b in pairwise(at)) for at in arrived.values() if len(at) > 1],
+        outcomes=gateway.outcomes,
+        preemptions=preemptions,
+    )
+
+
+def figures_of(runs: list[Seen]) -> dict[str, Any]:
+    def all_of(name: str) -> list[float]:
+        return [value for one in runs for value in getattr(one, name)]
+
+    quantiles = {
+        f"{name}_p{share}_s": float(np.quantile(all_of(f"{name}_s"), share / 100))
+        for name in ("ttft", "tpot", "queue", "gap")
+        for share in (50, 99)
+    }
+    outcomes = [outcome for one in runs for outcome in one.outcomes]
     return {
-        "requests": len(names),
-        "ttft_p50_s": float(np.quantile(ttft, 0.5)),
-        "ttft_p99_s": float(np.quantile(ttft, 0.99)),
-        "tpot_p50_s": float(np.quantile(tpot, 0.5)),
-        "tpot_p99_s": float(np.quantile(tpot, 0.99)),
-        "queue_mean_s": float(np.mean(queue)),
-        "queue_p99_s": float(np.quantile(queue, 0.99)),
-        "migrations": gateway.outcomes.count("committed"),
-        "failed_migrations": len(gateway.outcomes) - gateway.outcomes.count("committed"),
+        "requests": len(all_of("ttft_s")),
+        **quantiles,
+        "queue_mean_s": float(np.mean(all_of("queue_s"))),
+        "preemptions": sum(one.preemptions for one in runs),
+        "migrations": outcomes.count("committed"),
+        "failed_migrations": len(outcomes) - outcomes.count("committed"),
     }
 
 
@@ -249,13 +279,13 @@ def show(row: dict[str, Any], *, first: bool) -> None:
     if first:
         print(
             "router       balancing  ttft p50   ttft p99  tpot p50  tpot p99  queue mean  "
-            "queue p99  preempted  moved (failed)"
+            "queue p99    gap p99  preempted  moved (failed)"
         )
     print(
         f"{row['router']:12} {'on' if row['balancing'] else 'off':9} {row['ttft_p50_s']:9.3f}s "
         f"{row['ttft_p99_s']:9.3f}s {row['tpot_p50_s']:8.4f}s {row['tpot_p99_s']:8.4f}s "
-        f"{row['queue_mean_s']:10.3f}s {row['queue_p99_s']:9.3f}s {row['preemptions']:10} "
-        f"{row['migrations']:6} ({row['failed_migrations']})",
+        f"{row['queue_mean_s']:10.3f}s {row['queue_p99_s']:9.3f}s {row['gap_p99_s']:9.3f}s "
+        f"{row['preemptions']:10} {row['migrations']:6} ({row['failed_migrations']})",
         flush=True,
     )
 
