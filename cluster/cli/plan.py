@@ -179,6 +179,7 @@ def profile(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU worker.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="auto, or float8_e4m3fn on a GPU.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Over all passes; lower quartiles count.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer passes.")] = False,
     neighbours: Annotated[
@@ -200,6 +201,7 @@ def profile(
         found,
         threads=threads,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         rounds=rounds,
         quick=quick,
         neighbours=neighbours,

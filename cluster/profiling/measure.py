@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,20 +13,18 @@ from cluster.config import Config
 from cluster.instance.rank import count_blocks
 from cluster.profiling.copies import copy_times
 from cluster.profiling.neighbours import busy_neighbours
-from cluster.profiling.passes import passes_of, profile_entry, undisturbed
+from cluster.profiling.passes import passes_of
 from cluster.profiling.serving import Serving, measure_serving
-from engine.batch import Batch, Chunk, Draw
-from engine.blocks import blocks_for
+from cluster.profiling.timing import PassTimer, samples_of
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
-from engine.request import Sampling
-from engine.runner import Runner, resolve_dtype
+from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
 from engine.sampler import Sampler
 from placement.latency.catalog import device_names
 from placement.latency.catalog import find_device as find_in_catalog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from multiprocessing.synchronize import Event
 
     from cluster.profiling.passes import Pass
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 MOST_KV_BYTES = 1 << 30
 """Of the pool that is measured; passes that need more are left out."""
 
@@ -53,6 +49,7 @@ class Measuring:
     device: Device
     threads: int = 1
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     rounds: int = 7
     quick: bool = False
     neighbours: int = 0
@@ -94,12 +91,12 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
             "tensor_parallel": 1,
             "pipeline_parallel": 1,
             "kv_capacity_tokens": rank.capacity_tokens,
-            **_samples(passes, rank.run(passes, settings.rounds, stages.alone)),
+            **samples_of(passes, rank.timer.run(passes, settings.rounds, stages.alone)),
         }
         if settings.neighbours:
             with busy_neighbours(settings.neighbours, partial(compute_for_ever, settings)):
-                seconds = rank.run(passes, settings.rounds, stages.beside)
-            run["beside"] = {"neighbours": settings.neighbours, **_samples(passes, seconds)}
+                seconds = rank.timer.run(passes, settings.rounds, stages.beside)
+            run["beside"] = {"neighbours": settings.neighbours, **samples_of(passes, seconds)}
         transfer = copy_times(rank.runner.kv, settings.rounds)
     finally:
         rank.runner.close()
@@ -108,7 +105,8 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     return {
         "model": _name_of(settings.model),
         "device": settings.device.catalog_name,
-        "dtype": layout.dtype,
+        "dtype": rank.dtype,
+        "kv_dtype": layout.dtype,
         "threads": settings.threads,
         "kv_bytes_per_token": layout.block_bytes(0) // layout.block_tokens,
         "runs": [run],
@@ -153,14 +151,7 @@ def _serving(settings: Measuring) -> Serving | None:
 
 def _passes(settings: Measuring, checkpoint: Checkpoint, rank: _Rank) -> list[Pass]:
     grid = passes_of(checkpoint.max_length, quick=settings.quick)
-    return [one for one in grid if rank.holds(one)]
-
-
-def _samples(passes: Sequence[Pass], seconds: Sequence[float]) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {"prefill": [], "decode": [], "mixed": []}
-    for one, lasted_s in zip(passes, seconds, strict=True):
-        found[one.kind].append(profile_entry(one, lasted_s))
-    return found
+    return [one for one in grid if rank.timer.holds(one)]
 
 
 def compute_for_ever(settings: Measuring, begun: Event) -> None:
@@ -170,7 +161,7 @@ def compute_for_ever(settings: Measuring, begun: Event) -> None:
     passes = _passes(settings, checkpoint, rank)
     begun.set()
     while True:
-        rank.run(passes, 1, lambda _: None)
+        rank.timer.run(passes, 1, lambda _: None)
 
 
 def _name_of(model: str) -> str:
@@ -187,52 +178,23 @@ class _Rank:
         config = Config(model=settings.model)
         device = settings.device.torch_name
         dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
-        self._alone = device == "cpu" and settings.threads == 1
-        self._vocab = checkpoint.config.vocab
-        self.layout = checkpoint.layout(block_tokens=config.engine.block_tokens, dtype=dtype)
+        kv_dtype = resolve_kv_dtype(settings.kv_dtype, dtype, torch.device(device))
+        self.dtype = dtype
+        self.layout = checkpoint.layout(block_tokens=config.engine.block_tokens, dtype=kv_dtype)
         most = count_blocks(config, checkpoint, self.layout, device)
         self.capacity_tokens = most * self.layout.block_tokens
         self.blocks = min(most, MOST_KV_BYTES // self.layout.block_bytes(0))
         self.runner = Runner(
             checkpoint,
-            sampler=Sampler(self._vocab),
+            sampler=Sampler(checkpoint.config.vocab),
             device=device,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             blocks=self.blocks,
             block_tokens=self.layout.block_tokens,
             threads=settings.threads,
         )
-
-    def holds(self, one: Pass) -> bool:
-        block_tokens = self.layout.block_tokens
-        return sum(blocks_for(sum(length), block_tokens) for length in one.lengths) <= self.blocks
-
-    def run(
-        self, passes: Sequence[Pass], rounds: int, progress: Callable[[int], None]
-    ) -> list[float]:
-        """Rounds take the passes in turn, so that noise falls on all alike."""
-        seconds: list[list[float]] = [[] for _ in passes]
-        for turn in range(rounds + 1):
-            for number, one in enumerate(passes):
-                lasted_s = self._time(self._batch(one))
-                if turn:  # the first round only warms up
-                    seconds[number].append(lasted_s)
-                progress(turn * len(passes) + number + 1)
-        return [undisturbed(times) for times in seconds]
-
-    def _time(self, batch: Batch) -> float:
-        """On one processor, without the time for which others had it."""
-        began_s = time.process_time()
-        duration_s = self.runner.execute(batch).duration_s
-        return min(duration_s, time.process_time() - began_s) if self._alone else duration_s
-
-    def _batch(self, one: Pass) -> Batch:
-        chunks, given = [], 0
-        for number, (count, start) in enumerate(one.lengths):
-            needed = blocks_for(count + start, self.layout.block_tokens)
-            blocks = tuple(range(given, given + needed))
-            given += needed
-            tokens = tuple((number * 7919 + i * 104_729) % self._vocab for i in range(count))
-            draw = Draw(GREEDY, 0, start + count, ())
-            chunks.append(Chunk(str(number), tokens, start, blocks, draw))
-        return Batch(tuple(chunks))
+        self.timer = PassTimer(
+            *(self.runner, self.blocks, self.layout.block_tokens, checkpoint.config.vocab),
+            alone=device == "cpu" and settings.threads == 1,
+        )

@@ -431,6 +431,8 @@ def test_the_engine_is_measured_and_its_fit_can_be_planned_with(tandem, tmp_path
         (("--device", "tpu"), "device"),
         (("--device", "cpu", "--device-name", "cpu-cores"), "cpu-core"),
         (("--device", "cpu", "--dtype", "int3"), "dtype"),
+        (("--device", "cpu", "--kv-dtype", "int3"), "kv_dtype"),
+        (("--device", "cpu", "--kv-dtype", "float8_e4m3fn"), "kv_dtype"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused(tandem, tmp_path, changed, field):
