@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.errors import BadConfig
 from engine.messages import Role
+from placement.planning.co_location import co_location_from
 
 RAY_TYPES = {
     "a10g": "A10G",
@@ -21,7 +22,9 @@ RAY_TYPES = {
 A_LITTLE = 0.001
 """Of a node or of its accelerator type, which Ray counts as one each: any number of workers may
 ask for it."""
-PLAN_KEYS = ("model", "slo", "hardware", "pools", "predicted", "alternatives", "reason")
+PLAN_KEYS = (
+    *("model", "slo", "hardware", "pools", "co_located", "predicted", "alternatives", "reason"),
+)
 
 
 def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
@@ -37,15 +40,27 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
         if role not in shapes:
             raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
         shapes[role].append(_shape(f"pools[{number}]", pool, gpus))
-    pools = {role: _pool_of(found) for role, found in shapes.items()}
+    pools: dict[str, Any] = {role: _pool_of(found) for role, found in shapes.items()}
     values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
     values |= {"model": plan.get("model", "demo"), "pools": pools}
     values["predicted"] = plan.get("predicted")
+    if plan.get("co_located") is not None:
+        together = co_location_from(plan["co_located"])
+        pools["units"] = together.units
+        routing = _section(_section(values, "gateway"), "routing")
+        routing.setdefault("crossing_token_s", together.crossing_token_s)
     if plan.get("slo"):
         values["slo"] = plan["slo"]
     if devices:
         values.setdefault("device", devices.pop())
     return values
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise BadConfig(name, section, "must be a mapping")
+    return section
 
 
 def _shape(where: str, pool: dict[str, Any], gpus: set[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cluster.cli.plan_table import (
     POOL_COLUMNS,
     RIVAL_COLUMNS,
     figure_rows,
+    placing_of,
     pool_rows,
     rival_rows,
 )
@@ -62,7 +63,7 @@ def plan_report(answer: Answer, found: Plan, progress: Callable[[int, int], None
     )
     text = (
         f"<p>{escape(found.reason)}</p>{_plain_table(POOL_COLUMNS, pool_rows(found))}"
-        f"<p>Drawn below, one copy of each: {_legend(drawn)}.</p>"
+        f"{_small(placing_of(found))}<p>Drawn below, one copy of each: {_legend(drawn)}.</p>"
     )
     details = (
         f"<h2>What it beat</h2>{_plain_table(RIVAL_COLUMNS, rival_rows(found))}"
@@ -86,8 +87,7 @@ def simulation_report(
         _utilisation(busy),
         *_parts([("this plan", outcome)]),
     ]
-    pools = " + ".join(str(pool) for pool in plan.pools)
-    text = f"<p>{escape(pools)}</p>"
+    text = f"<p>{escape(plan.deployed)}</p>"
     foot = _small("Simulated by the schedulers that serve, in virtual time.")
     details = f"<h2>Figures</h2>{_figures('simulated', figures)}{foot}"
     return page(f"Simulation of {plan.model}", text, plots, details)

@@ -31,8 +31,18 @@ def pool_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
         yield (pool.role.value, *map(str, sizes), pool.cut.device)
 
 
+def placing_of(plan: Plan) -> str:
+    """Where the pools' instances have to lie."""
+    if plan.co_located is None:
+        return ""
+    parts = ", ".join(
+        f"{pool.instances // plan.co_located.units} {pool.role.value}" for pool in plan.pools
+    )
+    return f"side by side on the same nodes, in each of {plan.co_located.units} units: {parts}"
+
+
 def pools_table(plan: Plan) -> Table:
-    table = Table(*POOL_COLUMNS, title=f"Plan: {plan.model}")
+    table = Table(*POOL_COLUMNS, title=f"Plan: {plan.model}", caption=placing_of(plan))
     for row in pool_rows(plan):
         table.add_row(*row)
     return table
@@ -71,10 +81,9 @@ RIVAL_COLUMNS = (
 def rival_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     """In as many copies as the question takes."""
     for other in plan.alternatives:
-        pools = " + ".join(str(pool) for pool in other.pools)
         rates = (f"{other.goodput_rps:.3f}", f"{other.goodput_rps_per_gpu:.3f}")
         prices = (f"{other.cost_per_hour:.2f}", f"{other.power_w:.0f}")
-        yield (other.kind, pools, str(other.token_budget), *rates, *prices, other.limit)
+        yield (other.kind, str(other), str(other.token_budget), *rates, *prices, other.limit)
 
 
 def alternatives_table(plan: Plan) -> Table:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from engine.messages import Role
 from engine.slo import Slo
 from placement.planning.goodput import RESOLUTION, STRIDE, find_goodput
+from placement.planning.plan import in_words
 from placement.role import RoleSettings
+from placement.routing.router import RouterSettings
 from placement.simulation.deployment import Deployment
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ class Candidate:
 
     pools: tuple[PoolPlan, ...]
     token_budget: int
-    one_node: bool = False
-    """Whether hand-offs stay within a node."""
+    units: int | None = None
+    """Equal parts, each with the pools' instances side by side, stage by stage on one node, so that
+    KV stays within nodes; None where they may lie anywhere."""
 
     @property
     def kind(self) -> str:
@@ -57,13 +60,20 @@ class Candidate:
 
     def times(self, copies: int) -> Candidate:
         pools = tuple(replace(pool, instances=pool.instances * copies) for pool in self.pools)
-        return replace(self, pools=pools)
+        units = None if self.units is None else self.units * copies
+        return replace(self, pools=pools, units=units)
 
     def cost_per_hour(self, book: CostBook) -> float:
         return sum(pool.instances * book.cost_per_hour(pool.cut) for pool in self.pools)
 
+    def crossing_token_s(self, book: CostBook) -> float:
+        """How much longer a prompt token's KV would take over the network than within a node."""
+        source = next(pool.cut for pool in self.pools if pool.role.prefills)
+        target = next(pool.cut for pool in reversed(self.pools) if pool.role.decodes)
+        return book.crossing_token_s(source, target)
+
     def __str__(self) -> str:
-        return " + ".join(str(pool) for pool in self.pools)
+        return in_words(self.pools, self.units)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,11 +131,13 @@ def score(trial: Trial) -> Scored:
 def deployment_of(
     book: CostBook, candidate: Candidate, target: Target, overheads: Overheads
 ) -> Deployment:
-    """Instances in order of role; apart on nodes of their own unless hand-offs stay within one."""
-    instances, together = [], candidate.one_node or book.hardware.nodes == 1
+    """Instances in order of role; apart on nodes of their own unless they are in a unit."""
+    instances, units = [], 1 if book.hardware.nodes == 1 else candidate.units
     for pool in candidate.pools:
         for number in range(pool.instances):
-            node = "node-0" if together else f"{pool.role.value}-{number}"
+            node = f"{pool.role.value}-{number}"
+            if units is not None:
+                node = f"unit-{number * units // pool.instances}"
             settings = role_settings(candidate.token_budget)
             instances.append(book.instance(pool.cut, pool.role, settings, node))
     return Deployment(
@@ -140,8 +152,12 @@ def deployment_of(
 def deployment_for(plan: Plan, book: CostBook) -> Deployment:
     """What a plan deploys, to be simulated."""
     budget = plan.token_budget or RoleSettings().prefill.token_budget
-    candidate = Candidate(plan.pools, budget)
-    return deployment_of(book, candidate, plan.target, book.overheads)
+    together = plan.co_located
+    candidate = Candidate(plan.pools, budget, None if together is None else together.units)
+    deployment = deployment_of(book, candidate, plan.target, book.overheads)
+    if together is None:
+        return deployment
+    return replace(deployment, router=RouterSettings(crossing_token_s=together.crossing_token_s))
 
 
 def role_settings(token_budget: int) -> RoleSettings:

@@ -32,10 +32,10 @@ class Choice:
         return self.scored.candidate.times(self.copies)
 
     @property
-    def deployed(self) -> tuple[tuple[PoolPlan, ...], int]:
+    def deployed(self) -> tuple[tuple[PoolPlan, ...], int, int | None]:
         """Copies of a small candidate and one large one may come to the same."""
         candidate = self.scored.candidate.times(max(self.copies, 1))
-        return candidate.pools, candidate.token_budget
+        return candidate.pools, candidate.token_budget, candidate.units
 
     @property
     def rate_rps(self) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.latency.model import LatencyModel
     from placement.latency.model_shape import ModelShape
     from placement.latency.profile import Profile
+    from placement.latency.serving_costs import Machine
 
 DECODE_POWER_SHARE = 0.15
 """Arithmetic of a decode step, as a share of peak, beside its memory traffic."""
@@ -92,6 +93,7 @@ class CostBook:
             settings=settings or RoleSettings(),
             crowded=self._crowded(cut),
             neighbours=self._neighbours(cut),
+            machine=self._machine(cut),
         )
 
     @property
@@ -100,10 +102,18 @@ class CostBook:
         ways_s = [one.arrival_s for one in self.profiles.values()]
         busy_s = [one.busy_arrival_s for one in self.profiles.values()]
         known_s = [one for one in busy_s if one is not None]
-        return Overheads(max(ways_s, default=0.0), max(known_s, default=None))
+        handoff_s = max([one.handoff_s for one in self.profiles.values()], default=0.0)
+        return Overheads(max(ways_s, default=0.0), max(known_s, default=None), handoff_s)
 
     def cost_per_hour(self, cut: Cut) -> float:
         return self.group(cut).device.price_per_hour * cut.accelerators
+
+    def crossing_token_s(self, prefill: Cut, decode: Cut) -> float:
+        """How much longer a prompt token's KV takes over the network than within a node."""
+        lanes = min(prefill.accelerators, decode.accelerators)
+        within, across = self.group(prefill).link, self.hardware.network
+        longer = max(1 / across.bytes_per_s - 1 / within.bytes_per_s, 0.0)
+        return longer * self.shape.kv_bytes_per_token / lanes
 
     def power_w(self, cut: Cut, busy: float, *, prefills: bool, decodes: bool) -> float:
         """Drawn while busy for this share of the time; a mixed instance is at both by halves."""
@@ -130,6 +140,10 @@ class CostBook:
         profile = self.profiles.get(cut.device)
         run = None if profile is None else profile.run(cut.tensor, cut.pipeline)
         return 1 if run is None else max(run.neighbours, 1)
+
+    def _machine(self, cut: Cut) -> Machine | None:
+        profile = self.profiles.get(cut.device)
+        return None if profile is None else profile.machine(cut.tensor, cut.pipeline)
 
     def _find_latency(self, cut: Cut) -> LatencyModel:
         group = self.group(cut)

@@ -202,7 +202,7 @@ def _budget(choice: Choice) -> int:
 
 
 def _mixable(candidate: Candidate, budget: int) -> bool:
-    return candidate.token_budget == budget and not candidate.one_node
+    return candidate.token_budget == budget and candidate.units is None
 
 
 def _together(mix: Mix, candidates: Sequence[Candidate]) -> Candidate:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placement.planning.choice import Choice, choices_of, ranked, refusal
+from placement.planning.co_location import CoLocation
 from placement.planning.mixes import Mixing
 from placement.planning.phases import check_targets, feasible_cuts, phase_of
 from placement.planning.plan import Alternative, Plan
@@ -19,6 +20,7 @@ from placement.workload import Arrivals
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from placement.planning.candidate import Candidate
     from placement.planning.costbook import CostBook, Cut
     from placement.planning.plan import Target
     from placement.planning.question import Question
@@ -108,6 +110,8 @@ def _slow_copies(book: CostBook, sample: Workload, target: Target) -> Callable[[
 
     def is_slow(prefill: Cut, decode: Cut) -> bool:
         lanes = min(prefill.accelerators, decode.accelerators)
+        if book.hardware.nodes == 1:
+            return False
         copy_s = book.hardware.network.transfer_s(tokens * book.shape.kv_bytes_per_token / lanes)
         return copy_s > SLOW_COPY_SHARE * target.ttft_s
 
@@ -134,7 +138,14 @@ def _write(book: CostBook, question: Question, chosen: Choice, rivals: list[Choi
         alternatives=tuple(_alternative(book, rival) for rival in rivals),
         reason=Reasons(book, question).explain(chosen, rivals),
         token_budget=candidate.token_budget,
+        co_located=_co_location(book, candidate),
     )
+
+
+def _co_location(book: CostBook, candidate: Candidate) -> CoLocation | None:
+    if candidate.units is None:
+        return None
+    return CoLocation(candidate.units, candidate.crossing_token_s(book))
 
 
 def _predicted(book: CostBook, chosen: Choice) -> dict[str, Any]:
@@ -165,6 +176,7 @@ def _alternative(book: CostBook, rival: Choice) -> Alternative:
         copies.power_w,
         rival.scored.goodput.limit,
         copies.candidate.token_budget,
+        copies.candidate.units,
     )
 
 

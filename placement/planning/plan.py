@@ -9,9 +9,11 @@ import yaml
 
 from engine.errors import BadConfig, unknown_name
 from engine.messages import Role
+from placement.planning.co_location import CoLocation, check_units, co_location_from
 from placement.planning.costbook import Cut
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 PLAN_KEYS = (
@@ -20,6 +22,7 @@ PLAN_KEYS = (
     "slo",
     "hardware",
     "pools",
+    "co_located",
     "engine",
     "migration",
     "predicted",
@@ -52,6 +55,14 @@ class PoolPlan:
         return f"{self.instances} {self.role.value} ({self.cut})"
 
 
+def in_words(pools: Iterable[PoolPlan], units: int | None = None) -> str:
+    """Pools, and whether their instances lie side by side."""
+    text = " + ".join(str(pool) for pool in pools)
+    if units is None:
+        return text
+    return f"{text} side by side in {units} unit{'' if units == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What share of requests should meet which TTFT and TPOT."""
@@ -82,6 +93,11 @@ class Alternative:
     """What keeps it from serving more."""
     token_budget: int
     """Prompt tokens of a batch."""
+    units: int | None = None
+    """Those of a co-located one."""
+
+    def __str__(self) -> str:
+        return in_words(self.pools, self.units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +111,16 @@ class Plan:
     reason: str = ""
     token_budget: int | None = None
     """Prompt tokens of a batch, where one was chosen."""
+    co_located: CoLocation | None = None
 
     @property
     def accelerators(self) -> int:
         return sum(pool.accelerators for pool in self.pools)
+
+    @property
+    def deployed(self) -> str:
+        """Its pools in words."""
+        return in_words(self.pools, None if self.co_located is None else self.co_located.units)
 
     def to_yaml(self) -> str:
         content: dict[str, Any] = {
@@ -107,6 +129,8 @@ class Plan:
             "hardware": self.hardware,
             "pools": [_pool_entry(pool) for pool in self.pools],
         }
+        if self.co_located is not None:
+            content["co_located"] = _rounded(asdict(self.co_located))
         if self.token_budget is not None:
             content["engine"] = {"prefill": {"token_budget": self.token_budget}}
         content["predicted"] = _rounded(self.predicted)
@@ -144,15 +168,26 @@ def plan_from(content: object) -> Plan:
     )
     prefill = (content.get("engine") or {}).get("prefill") or {}
     budget = prefill.get("token_budget")
+    read = tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools))
     return Plan(
         model=str(content.get("model", "demo")),
         target=target,
-        pools=tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools)),
+        pools=read,
         hardware=content.get("hardware") or {},
         predicted=content.get("predicted") or {},
         reason=str(content.get("reason", "")),
         token_budget=None if budget is None else _whole("engine.prefill.token_budget", budget),
+        co_located=_read_co_location(content.get("co_located"), read),
     )
+
+
+def _read_co_location(raw: object, pools: Sequence[PoolPlan]) -> CoLocation | None:
+    if raw is None:
+        return None
+    together = co_location_from(raw)
+    shapes = ((pool.instances, pool.cut.pipeline) for pool in pools)
+    check_units("co_located.units", together.units, shapes)
+    return together
 
 
 def _read_pool(where: str, raw: object) -> PoolPlan:
@@ -201,7 +236,7 @@ def _pool_entry(pool: PoolPlan) -> dict[str, Any]:
 def _alternative_entry(other: Alternative) -> dict[str, Any]:
     return {
         "kind": other.kind,
-        "pools": ", ".join(str(pool) for pool in other.pools),
+        "pools": str(other),
         "goodput_rps": round(other.goodput_rps, 4),
         "goodput_rps_per_gpu": round(other.goodput_rps_per_gpu, 4),
         "cost_per_hour": round(other.cost_per_hour, 4),

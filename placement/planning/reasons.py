@@ -46,9 +46,19 @@ class Reasons:
             parts.append(self._against_splitting(winner, best.pop(DISAGGREGATED, None)))
         parts.append(f"{winner.candidate} {self._achieves(winner)}.")
         parts += [self._comparison(winner, best[name]) for name in NAMES if name in best]
+        if winner.candidate.units is not None:
+            parts.append(self._why_together(winner))
         limit = winner.scored.goodput.limit
         parts.append(f"Beyond its goodput the first thing to give way is {limit}.")
         return " ".join(parts)
+
+    def _why_together(self, winner: Choice) -> str:
+        crossing_s = winner.candidate.crossing_token_s(self._book) * 1000
+        network = self._book.hardware.network.name
+        return (
+            f"KV stays within nodes: over {network} that of 1000 prompt tokens would take "
+            f"{crossing_s * 1e3:.3g} ms longer."
+        )
 
     def _against_splitting(self, winner: Choice, split: Choice | None) -> str:
         if split is None:

@@ -69,16 +69,18 @@ class Search:
 
     def copies(self, candidate: Candidate) -> int:
         """How many fit the fleet."""
-        if candidate.one_node and candidate.accelerators > self._node_size(candidate):
-            return 0
+        if candidate.units is not None:
+            return self._units(candidate)
         used = candidate.by_device
         return min(self._hardware.group(name).devices // n for name, n in used.items())
 
-    def _node_size(self, candidate: Candidate) -> int:
-        """Of the stages of each instance, one lies on each node."""
-        stages = max(pool.cut.pipeline for pool in candidate.pools)
-        device = candidate.pools[0].cut.device
-        return self._hardware.group(device).devices_per_node * stages
+    def _units(self, candidate: Candidate) -> int:
+        """Each stage of a unit takes a part of one node, and what is left of a node may be too
+        little for another."""
+        cut = candidate.pools[0].cut
+        group = self._hardware.group(cut.device)
+        of_a_stage = candidate.accelerators // cut.pipeline
+        return group.devices_per_node // of_a_stage * group.nodes // cut.pipeline
 
     def _devices(self, device: str) -> int:
         return self._hardware.group(device).devices
@@ -94,7 +96,7 @@ class Search:
     def _high_affinity(self) -> Iterable[Prospect]:
         """Each phase's best cuts, independently, in the ratios that balance them."""
         for prefill, decode in product(self._prefills, self._decodes):
-            yield from self._balanced(prefill, decode, one_node=False)
+            yield from self._balanced(prefill, decode, together=False)
 
     def _low_affinity(self) -> Iterable[Prospect]:
         """Both phases of a stage within one node, so that KV crosses its fast links only."""
@@ -102,9 +104,9 @@ class Search:
             same = prefill.cut.device == decode.cut.device
             aligned = same and prefill.cut.pipeline == decode.cut.pipeline
             if aligned and self._is_slow(prefill.cut, decode.cut):
-                yield from self._balanced(prefill, decode, one_node=True)
+                yield from self._balanced(prefill, decode, together=True)
 
-    def _balanced(self, prefill: Phase, decode: Phase, *, one_node: bool) -> Iterable[Prospect]:
+    def _balanced(self, prefill: Phase, decode: Phase, *, together: bool) -> Iterable[Prospect]:
         most = range(1, MOST_INSTANCES + 1)
         ratios = [
             (n, m)
@@ -113,16 +115,16 @@ class Search:
         ]
         rates: dict[Prospect, float] = {}
         for n, m in ratios:
-            prospect = self._pair(prefill, n, decode, m, one_node=one_node)
+            prospect = self._pair(prefill, n, decode, m, together=together)
             if self.copies(prospect.candidate) > 0:
                 rates[prospect] = min(n * prefill.prefill_rps, m * decode.decode_rps)
         by_fleet = sorted(rates, key=lambda p: -rates[p] * self.copies(p.candidate))
         by_share = sorted(rates, key=lambda p: -rates[p] / p.candidate.accelerators)
         yield from dict.fromkeys([*by_share[:KEPT_RATIOS], *by_fleet[:1]])
 
-    def _pair(self, prefill: Phase, n: int, decode: Phase, m: int, *, one_node: bool) -> Prospect:
+    def _pair(self, prefill: Phase, n: int, decode: Phase, m: int, *, together: bool) -> Prospect:
         pools = (PoolPlan(Role.PREFILL, n, prefill.cut), PoolPlan(Role.DECODE, m, decode.cut))
-        return self._prospect(Candidate(pools, max(self._budgets), one_node))
+        return self._prospect(Candidate(pools, max(self._budgets), 1 if together else None))
 
     def _hybrids(self, pairs: list[Prospect]) -> Iterable[Prospect]:
         """The best split pools with one instance turned mixed, or one mixed instance more."""
@@ -146,7 +148,7 @@ class Search:
             if not pools:
                 continue
             mixed = Candidate(
-                (*pools, PoolPlan(Role.MIXED, 1, cut)), min(self._budgets), candidate.one_node
+                (*pools, PoolPlan(Role.MIXED, 1, cut)), min(self._budgets), candidate.units
             )
             if mixed.accelerators <= LARGEST_UNIT:
                 yield self._prospect(mixed)
