@@ -22,6 +22,7 @@ from engine.errors import BadConfig
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
 from placement.balancing.balancer import BalancerSettings
+from placement.planning.co_location import check_units
 from placement.routing.admission import AdmissionSettings
 from placement.routing.router import RouterSettings
 from prefill.scheduler import PrefillSettings
@@ -80,6 +81,10 @@ class PoolsConfig(Section):
     """Instances that draw the tokens after the first."""
     mixed: PoolConfig = Field(default_factory=lambda: PoolConfig(instances=0))
     """Instances that do both."""
+    units: Count | None = None
+    """Equal parts into which the instances of all pools are divided. Those of a part lie side by
+    side, of every stage on one node, so that their KV stays within nodes; without it, they lie
+    wherever there is room."""
 
     def of(self, role: Role) -> PoolConfig:
         pool: PoolConfig = getattr(self, role.value)
@@ -96,6 +101,18 @@ class PoolsConfig(Section):
         prefill, decode = self.prefill.all_instances, self.decode.all_instances
         if not self.mixed.all_instances and not (prefill and decode):
             raise ValueError("needs a prefill and a decode instance, or a mixed one")
+        return self
+
+    @model_validator(mode="after")
+    def _units_are_equal(self) -> Self:
+        if self.units is None:
+            return self
+        shapes = self.all_shapes
+        check_units(
+            "pools.units", self.units, [(one.instances, one.pipeline_parallel) for one in shapes]
+        )
+        if any(one.resources.get("CPU") == 0 and not any(one.resources.values()) for one in shapes):
+            raise ValueError("with units every pool must ask Ray for something: resources")
         return self
 
 

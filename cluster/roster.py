@@ -26,6 +26,16 @@ class Kind(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """In a unit, whose instances lie side by side: those of every stage on one node."""
+
+    unit: str
+    number: int
+    stage: tuple[tuple[str, float], ...]
+    """What Ray reserves for all that the unit runs of a stage."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceSpec:
     """What the controller wants to exist."""
 
@@ -38,6 +48,14 @@ class InstanceSpec:
     """What Ray reserves for each worker."""
     sm_share: float | None = None
     """The part of a GPU's multiprocessors that each worker is kept to."""
+    place: Place | None = None
+    """Where it is to stand beside others; it keeps it when it is started anew or changes roles."""
+
+    @property
+    def stage_resources(self) -> dict[str, float]:
+        """Of all workers of a stage."""
+        each = ((name, amount) for name, amount in self.resources if amount > 0)
+        return {name: amount * self.tensor_parallel for name, amount in each}
 
     @property
     def workers(self) -> int:

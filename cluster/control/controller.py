@@ -118,8 +118,7 @@ class Controller:
 
     def units(self) -> tuple[Unit, ...]:
         """Every instance that takes accelerators now or is about to."""
-        wanted = {spec.name: spec for spec in self._keeper.roster.desired}
-        specs = wanted | {name: one.spec for name, one in self._keeper.instances.items()}
+        wanted = {spec.name for spec in self._keeper.roster.desired}
         return tuple(
             Unit(
                 name,
@@ -128,7 +127,7 @@ class Controller:
                 self._phase(name, wanted),
                 self._keeper.loads.get(name),
             )
-            for name, spec in sorted(specs.items())
+            for name, spec in sorted(self._specs().items())
         )
 
     def _phase(self, name: str, wanted: Collection[str]) -> Phase:
@@ -137,10 +136,23 @@ class Controller:
         return Phase.READY if name in self._keeper.loads else Phase.STARTING
 
     def grow(self, role: Role) -> str:
-        taken = [*self._keeper.instances, *(spec.name for spec in self._keeper.roster.desired)]
-        spec = pool_spec(self._config, self._ground, role, next_name(role, taken))
-        self._keeper.desire((*self._keeper.roster.desired, spec))
-        return spec.name
+        (name,) = self._start(role, 1)
+        return name
+
+    def _start(self, role: Role, count: int) -> tuple[str, ...]:
+        """So many instances more."""
+        others, started = self._specs(), list[InstanceSpec]()
+        for _ in range(count):
+            name = next_name(role, others)
+            others[name] = pool_spec(self._config, self._ground, role, name, others.values())
+            started.append(others[name])
+        self._keeper.desire((*self._keeper.roster.desired, *started))
+        return tuple(spec.name for spec in started)
+
+    def _specs(self) -> dict[str, InstanceSpec]:
+        """Of every instance that is or should be."""
+        specs = {spec.name: spec for spec in self._keeper.roster.desired}
+        return specs | {name: one.spec for name, one in self._keeper.instances.items()}
 
     def retire(self, name: str) -> None:
         launched = self._keeper.instances.get(name)
@@ -174,8 +186,7 @@ class Controller:
         if self._keeper.fatal is not None:
             raise self._keeper.fatal
         await self._recovered.wait()
-        specs = {spec.name: spec for spec in self._keeper.roster.desired}
-        specs |= {name: instance.spec for name, instance in self._keeper.instances.items()}
+        specs = self._specs()
         return tuple(
             InstanceReport(
                 specs[name],
@@ -202,13 +213,7 @@ class Controller:
             for name in surplus:
                 self.retire(name)
             return Scaled((), surplus)
-        started: list[InstanceSpec] = []
-        for _ in range(instances - len(wanted)):
-            taken = [*self._keeper.instances, *(s.name for s in self._keeper.roster.desired)]
-            name = next_name(role, [*taken, *(spec.name for spec in started)])
-            started.append(pool_spec(self._config, self._ground, role, name))
-        self._keeper.desire((*self._keeper.roster.desired, *started))
-        return Scaled(tuple(spec.name for spec in started), ())
+        return Scaled(self._start(role, instances - len(wanted)), ())
 
     async def apply_policy(self, policy: PolicyText) -> list[str]:
         """From now on the autoscaler follows this policy; what changes, a line each."""
@@ -274,7 +279,8 @@ class Controller:
             CONTROLLER, self._network.bind(CONTROLLER), self._network.key, self._config.limits.links
         )
         me = Member(CONTROLLER, Kind.CONTROLLER, uuid.uuid4().hex, self._link.address)
-        found = await recover(initial_specs(self._config, self._ground), self._clock.now())
+        wanted = initial_specs(self._config, self._ground)
+        found = await recover(wanted, self._keeper.groups, self._clock.now())
         async with asyncio.TaskGroup() as tasks:
             self._keeper.begin(found, me, self._link, tasks, self._scaling)
             self._recovered.set()

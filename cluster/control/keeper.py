@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from cluster.actors import answer
 from cluster.control.launch import Launched, Launcher
 from cluster.control.liveness import Heartbeats, RestartBudget
+from cluster.control.placing import Groups
 from cluster.roster import Kind, Roster, RosterBook
 from engine.errors import BadInput, NotFound, TandemError
 from placement.view import InstanceView, View
@@ -56,6 +57,7 @@ class Keeper:
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._ending = False
+        self.groups = Groups()
         self.instances: dict[str, Launched] = {}
         self.loads: dict[str, Load] = {}
         self.book = RosterBook(Roster(0))
@@ -97,7 +99,7 @@ class Keeper:
         self.book.desire(() if self._ending else specs)
         for spec in self.roster.desired:
             if spec.name not in self.instances:
-                launched = Launched(spec)
+                launched = Launched(spec, self.groups)
                 self.instances[spec.name] = launched
                 self.spawn(self._keep(launched))
         self.announce()

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util import (
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import NAMESPACE, find_worker, worker_name
+from cluster.control.placing import placed, wants_of
 from cluster.instance.worker import Worker
 from engine.errors import DeadlineExceeded, InstanceLost
 
@@ -28,6 +23,7 @@ if TYPE_CHECKING:
 
     from cluster.config import Config
     from cluster.control.balancing import Note
+    from cluster.control.placing import Groups
     from cluster.instance.leading import Network
     from cluster.roster import InstanceSpec
 
@@ -35,14 +31,8 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.2
 """Between two looks at how far workers are."""
-GROUP_PREFIX = "tandem-"
 GONE_POLL_S = 0.05
 GONE_S = 120.0
-OBSTACLES = {
-    "NO_RESOURCES": "others use what it wants",
-    "INFEASIBLE": "no node has what it wants",
-}
-"""What Ray finds in the way of a placement group, at its first attempt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +40,7 @@ class Launched:
     """An instance's actors and the resources they stand on."""
 
     spec: InstanceSpec
+    groups: Groups
     workers: list[Any] = field(default_factory=list)
     group: PlacementGroup | None = None
     stage: str = "placing"
@@ -89,8 +80,7 @@ class Launched:
             ray.kill(worker)
         for rank in range(self.spec.workers):
             await _until_gone(self.spec.name, rank)
-        if self.group is not None:
-            remove_placement_group(self.group)
+        self.groups.release(self.spec)
 
 
 async def _ended(worker: Any) -> None:
@@ -111,61 +101,6 @@ async def _until_gone(instance: str, rank: int) -> None:
     raise DeadlineExceeded(f"{worker_name(instance, rank)} does not die")
 
 
-def group_name(instance: str) -> str:
-    return f"{GROUP_PREFIX}{instance}"
-
-
-async def remove_groups_but(instances: set[str]) -> None:
-    """Frees what a dead controller reserved for instances that it did not bring up."""
-    kept = {group_name(instance) for instance in instances}
-    names = {group["name"] for group in placement_group_table().values()}
-    left = {name for name in names - kept if name.startswith(GROUP_PREFIX)}
-    for name in sorted(left):
-        await _remove_group(name)
-
-
-async def _remove_group(name: str) -> None:
-    """Returns when the name can be given again; Ray also lists groups that are long gone."""
-    removed = False
-    for _ in range(int(GONE_S / GONE_POLL_S)):
-        try:
-            group = get_placement_group(name)
-        except ValueError:
-            return
-        if not removed:
-            log.warning("leftover removed placement_group=%s", name)
-            remove_placement_group(group)
-            removed = True
-        await asyncio.sleep(GONE_POLL_S)
-    raise DeadlineExceeded(f"placement group {name} is not removed")
-
-
-def stage_bundles(spec: InstanceSpec) -> list[dict[str, float]]:
-    """A bundle per pipeline stage: Ray keeps a bundle on one node, and stages may part."""
-    worker = {name: amount for name, amount in spec.resources if amount > 0}
-    stage = {name: amount * spec.tensor_parallel for name, amount in worker.items()}
-    return [stage] * spec.pipeline_parallel
-
-
-async def placed(group: PlacementGroup, spec: InstanceSpec, note: Note) -> None:
-    """Returns once the group has its place. What is in the way is told as soon as it is known, and
-    waited for: others may end, or a node may join."""
-    ready = asyncio.ensure_future(group.ready())
-    told = ""
-    try:
-        while not ready.done():
-            found = await asyncio.to_thread(placement_group_table, group)
-            obstacle = OBSTACLES.get(found["stats"]["scheduling_state"], told)
-            if obstacle != told:
-                told = obstacle
-                wants = ", ".join(f"{name}={amount:g}" for name, amount in spec.resources)
-                note("instance", spec.name, "has no place", reason=told, wants=wants)
-            await asyncio.wait([ready], timeout=PROGRESS_S)
-        await ready
-    finally:
-        ready.cancel()
-
-
 class Launcher:
     def __init__(self, config: Config, network: Network, note: Note) -> None:
         self._config, self._network, self._note = config, network, note
@@ -178,19 +113,16 @@ class Launcher:
                 await self._launch(instance)
         except TimeoutError:
             await instance.take_down()
-            wanted = dict(instance.spec.resources) if instance.stage == "placing" else ""
-            raise DeadlineExceeded(f"still {instance.stage} after {limit_s:g} s {wanted}") from None
+            wanted = f" (wants {wants_of(instance.spec)})" if instance.stage == "placing" else ""
+            raise DeadlineExceeded(f"still {instance.stage} after {limit_s:g} s{wanted}") from None
         except BaseException:
             await instance.take_down()
             raise
 
     async def _launch(self, instance: Launched) -> None:
         spec = instance.spec
-        if bundles := stage_bundles(spec):
-            strategy = "STRICT_PACK" if spec.pipeline_parallel == 1 else "PACK"
-            instance.group = placement_group(
-                bundles, strategy=strategy, name=group_name(spec.name), lifetime="detached"
-            )
+        instance.group = instance.groups.hold(spec)
+        if instance.group is not None:
             await placed(instance.group, spec, self._note)
         instance.stage = "starting"
         for rank in range(spec.workers):
@@ -238,8 +170,7 @@ async def _watched(work: asyncio.Future[Any], instance: Launched) -> Any:
     return work.result()
 
 
-def adopt(spec: InstanceSpec) -> Launched:
+def adopt(spec: InstanceSpec, groups: Groups) -> Launched:
     """An instance that was up before this controller was."""
     workers = [find_worker(spec.name, rank) for rank in range(spec.workers)]
-    group = get_placement_group(group_name(spec.name)) if stage_bundles(spec) else None
-    return Launched(spec, workers, group, "up")
+    return Launched(spec, groups, workers, groups.adopt(spec), "up")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.actors import NAMESPACE, answer
-from cluster.control.launch import Launched, adopt, remove_groups_but
+from cluster.control.launch import Launched, adopt
+from cluster.control.placing import remove_groups_but
 from cluster.roster import CONTROLLER, Kind, Member, Roster
 from engine.errors import TandemError
 
 if TYPE_CHECKING:
+    from cluster.control.placing import Groups
     from cluster.instance.worker import Description
     from cluster.roster import InstanceSpec
 
@@ -32,7 +34,7 @@ class Recovered:
     instances: tuple[Launched, ...]
 
 
-async def recover(specs: tuple[InstanceSpec, ...], now: float) -> Recovered:
+async def recover(specs: tuple[InstanceSpec, ...], groups: Groups, now: float) -> Recovered:
     """Whole instances are taken over; of others, what is left is removed.
 
     `specs` are wanted only where no survivor remembers what was.
@@ -47,11 +49,11 @@ async def recover(specs: tuple[InstanceSpec, ...], now: float) -> Recovered:
         if description.spec.name not in names:
             log.warning("leftover removed worker=%s", name)
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    await remove_groups_but(names)
+    await remove_groups_but(whole)
     members = tuple(member for member in last.members if _stays(member, names))
     settled = tuple(name for name in last.settled if any(m.name == name for m in members))
     roster = Roster(version, members, last.desired or specs, settled)
-    return Recovered(roster, tuple(adopt(spec) for spec in whole))
+    return Recovered(roster, tuple(adopt(spec, groups) for spec in whole))
 
 
 def _stays(member: Member, instances: set[str]) -> bool:

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.actors import ControllerSync
 from cluster.config import Config
-from cluster.control import launch
+from cluster.control import placing
 from cluster.roster import Kind, Member, Roster
 from engine.errors import DeadlineExceeded, InstanceLost
 
@@ -60,9 +60,9 @@ async def test_a_leftover_group_is_removed_and_told_once_however_long_ray_takes(
         except StopIteration:
             raise ValueError(name) from None
 
-    monkeypatch.setattr(launch, "GONE_POLL_S", 0.001)
-    monkeypatch.setattr(launch, "get_placement_group", get)
-    monkeypatch.setattr(launch, "remove_placement_group", removed.append)
-    await launch._remove_group("tandem-decode-0")
+    monkeypatch.setattr(placing, "GONE_POLL_S", 0.001)
+    monkeypatch.setattr(placing, "get_placement_group", get)
+    monkeypatch.setattr(placing, "remove_placement_group", removed.append)
+    await placing._remove_group("tandem-decode-0")
     assert removed == ["group"]
     assert caplog.text.count("leftover removed placement_group=tandem-decode-0") == 1

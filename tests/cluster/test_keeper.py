@@ -5,9 +5,10 @@ import asyncio
 import pytest
 
 from cluster.config import Config, LimitsConfig
-from cluster.control import keeper, launch
+from cluster.control import keeper, launch, placing
 from cluster.control.keeper import Keeper
-from cluster.control.launch import Launched, Launcher, placed
+from cluster.control.launch import Launched, Launcher
+from cluster.control.placing import Groups, placed
 from cluster.control.recovery import Recovered
 from cluster.roster import InstanceSpec, Kind, Member, Roster
 from engine.clock import VirtualClock
@@ -47,9 +48,9 @@ def removed(monkeypatch):
     def nobody(*_):
         raise InstanceLost("no such worker")
 
-    monkeypatch.setattr(launch, "placement_group", lambda *_, **__: Group())
-    monkeypatch.setattr(launch, "placement_group_table", Table(*["NO_RESOURCES"] * 1000))
-    monkeypatch.setattr(launch, "remove_placement_group", groups.append)
+    monkeypatch.setattr(placing, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(placing, "placement_group_table", Table(*["NO_RESOURCES"] * 1000))
+    monkeypatch.setattr(placing, "remove_placement_group", groups.append)
     monkeypatch.setattr(launch, "find_worker", nobody)
     return groups
 
@@ -60,8 +61,8 @@ def silent(*_, **__) -> None: ...
 async def placed_by(table: Table, monkeypatch) -> list[str]:
     """What is told until the group stands."""
     told: list[str] = []
-    monkeypatch.setattr(launch, "placement_group_table", table)
-    monkeypatch.setattr(launch, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(placing, "placement_group_table", table)
+    monkeypatch.setattr(placing, "LOOK_S", 0.0)
     await placed(Group(), SPEC, lambda *_, **fields: told.append(fields["reason"]))
     return told
 
@@ -76,7 +77,7 @@ async def test_what_keeps_an_instance_from_its_place_is_told_at_once_and_once(mo
 async def test_an_instance_without_a_place_is_given_up_in_words_and_its_group_removed(removed):
     config = Config(limits=LimitsConfig(start_s=0.001))
     with pytest.raises(DeadlineExceeded, match=r"still placing after 0\.001 s .*impossible"):
-        await Launcher(config, None, silent).launch(Launched(SPEC))
+        await Launcher(config, None, silent).launch(Launched(SPEC, Groups()))
     assert len(removed) == 1
 
 
