@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import re
@@ -30,7 +29,6 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +43,7 @@ from cluster.bench.http import parse_target
 from cluster.bench.load import Silent, closed_loop, open_loop
 from cluster.bench.server import Settings, connect
 from placement.workload import Workload
+from scripts.bench.attainment import bounded, crossing, lognormal, quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,10 +131,6 @@ def draw(rate_rps: float, seconds: float, seed: int) -> Workload:
         rows.append((now_s, prompt, output))
     arrival_s, prompts, outputs = zip(*rows, strict=True)
     return Workload(np.array(arrival_s), np.array(prompts), np.array(outputs))
-
-
-def lognormal(rng: random.Random, median: int, sigma: float, low: int, high: int) -> int:
-    return max(low, min(high, round(rng.lognormvariate(math.log(median), sigma))))
 
 
 async def measure(urls: Sequence[str], options: argparse.Namespace) -> None:
@@ -290,7 +285,7 @@ def print_table(runs: list[dict[str, Any]], wanted: float) -> None:
                 print("  " + describe(run, ttft_s, tpot_s))
             points = [(run["rate_rps"], share_met(run, ttft_s, tpot_s)) for run in mine]
             goodput = crossing(points, wanted)
-            print(f"  {name}: goodput {bounded(points, wanted, goodput)} requests/s")
+            print(f"  {name}: goodput {bounded(points, wanted)} requests/s")
             peer = name.split("-")[0]
             best[peer] = max(best.get(peer, 0.0), goodput)
         if best.get("vllm") and best.get("tandem"):
@@ -317,30 +312,6 @@ def describe(run: dict[str, Any], ttft_s: float, tpot_s: float) -> str:
         f"ttft p50/p90 {quantiles(ttfts)} ms  tpot p50/p90 {quantiles(tpots)} ms  "
         f"gaps < 100 ms in {smooth / len(outcomes):6.1%}  requests {len(outcomes)} failed {failed}"
     )
-
-
-def quantiles(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return "/".join(f"{1000 * float(np.quantile(values, q)):.0f}" for q in (0.5, 0.9))
-
-
-def bounded(points: Sequence[tuple[float, float]], wanted: float, goodput: float) -> str:
-    """Only a bound where all rates that were measured hold, or none does."""
-    (lowest, first), (_, last) = points[0], points[-1]
-    if first < wanted:
-        return f"below {lowest:g}"
-    return f"{goodput:.2f}" if last < wanted else f"at least {goodput:g}"
-
-
-def crossing(points: Sequence[tuple[float, float]], wanted: float) -> float:
-    """Where attainment falls through `wanted`, between the rates that were measured."""
-    if points[0][1] < wanted:
-        return 0.0
-    for (low, above), (high, below) in pairwise(points):
-        if below < wanted:
-            return low + (high - low) * (above - wanted) / (above - below)
-    return points[-1][0]
 
 
 if __name__ == "__main__":

@@ -111,9 +111,12 @@ class Records:
         self.of[case] = measure()
         with self._path.open("a") as file:
             file.write(json.dumps({"case": case, **self.of[case]}) + "\n")
-        shown = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-                         for name, value in self.of[case].items())  # fmt: skip
+        shown = " ".join(f"{name}={brief(value)}" for name, value in self.of[case].items())
         print(f"{case}: {shown}", flush=True)
+
+
+def brief(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:.60}"
 
 
 def main() -> None:

@@ -56,3 +56,15 @@ def test_a_prompts_hand_off_is_timed_alone_and_during_its_prefill(tmp_path: Path
     assert alone["case"] == "handoff tiny tokens=256 over=shared_memory"
     assert float(alone["of_copy"]) > 0
     assert float(overlapped["with_handoff_s"]) > float(overlapped["wait_s"]) >= 0
+
+
+def test_two_instances_of_a_device_serve_requests_beside_what_was_predicted(tmp_path: Path) -> None:
+    sizes = ("--shape", "tiny", "--small", "--rates", "8", "--seconds", "0.5")
+    _, *figures = run(tmp_path / "figures.jsonl", "gpu_goodput.py", (*sizes, "--only", "turns"))
+    cases = [str(line["case"]) for line in figures]
+    assert cases == [f"tiny turns {what}" for what in ("passes", "rate=8", "rate=8 predicted")]
+    passes, served, predicted = figures
+    prefill, decode = json.loads(str(passes["runs"]))
+    assert len(prefill["beside"]["decode"]) == len(decode["decode"]) > 0
+    assert served["failed"] == 0
+    assert 0 <= float(predicted["attainment"]) <= 1
