@@ -19,7 +19,6 @@ from engine.errors import BadConfig, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from placement.latency.model import LatencyModel
     from placement.latency.profile import Profile as Measurements
     from placement.latency.profile import Run
     from placement.planning.plan import Plan
@@ -188,6 +187,9 @@ def profile(
     serving: Annotated[
         bool, typer.Option("--serving", help="Measures a server and its clients here, too.")
     ] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Measures passes also over so many workers of this machine.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
@@ -206,6 +208,7 @@ def profile(
         quick=quick,
         neighbours=neighbours,
         serving=serving,
+        tensor_parallel=tensor_parallel,
     )
     with _progress("measuring") as progress:
         document = measure(settings, progress)
@@ -279,17 +282,24 @@ def _both_ways(run: Run) -> Iterator[tuple[float, float]]:
         yield crowded.seconds, alone.seconds
 
 
-def _show_serving(measured: Measurements, instances: int, latency: LatencyModel) -> None:
-    from placement.latency.serving_costs import fit_serving
-
-    served = [one for one in measured.served if one.instances == instances]
-    if not served:
-        return
-    costs = fit_serving(served, latency)
-    print(
-        f"serving from {instances}: {costs.step_s * 1e3:.2f} ms a step, "
-        f"{costs.token_s * 1e6:.0f} us a token, {costs.arrival_s * 1e3:.1f} ms a request"
-    )
+def _show_serving(measured: Measurements) -> None:
+    """What a server adds to passes, in what it takes of its own processor and of others'."""
+    costs, machine = measured.serving, measured.machine(1, 1)
+    if costs is not None:
+        busy_s = measured.busy_arrival_s
+        busier = "" if busy_s is None else f", {busy_s * 1e3:.1f} ms beside busy neighbours"
+        print(
+            f"serving: {costs.step_s * 1e3:.2f} ms a step, {costs.token_s * 1e6:.0f} us a token; "
+            f"a request is {measured.arrival_s * 1e3:.1f} ms on its way{busier}"
+        )
+    if machine is not None:
+        doors = machine.doors
+        print(
+            f"gateway and clients: {doors.step_s * 1e3:.2f} ms of a processor a step, "
+            f"{doors.token_s * 1e6:.0f} us a token, {doors.request_s * 1e3:.2f} ms a request"
+        )
+    if any(one.handed_off for one in measured.served):
+        print(f"hand-off: {measured.handoff_s * 1e3:.1f} ms beside its copy")
 
 
 def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
@@ -302,20 +312,21 @@ def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(document, allow_nan=False))
         return
     measured = profile_from(document)
-    (run,) = measured.runs
+    run, *cut_runs = measured.runs
     fit, report = fit_run(run)
     console = Console()
     console.print(samples_table(run.samples, [fit.step_s(one.step) for one in run.samples]))
     print(f"{measured.model} on {measured.device}: {report}")
+    for cut in cut_runs:
+        print(f"over {cut.tensor_parallel} workers: {fit_run(cut)[1]}")
     if run.crowded_samples:
-        beside, crowded = fit_run(run.beside)
+        _, crowded = fit_run(run.beside)
         slower = [crowded_s / alone_s for crowded_s, alone_s in _both_ways(run)]
         print(
             f"neighbours that compute: {run.neighbours}; passes take {median(slower):.2f} times "
             f"as long in the median; {crowded}"
         )
-        _show_serving(measured, run.neighbours + 1, beside)
-    _show_serving(measured, 1, fit)
+    _show_serving(measured)
     if not measured.transfers:
         print("KV transfer was not measured: it takes two GPUs", file=sys.stderr)
         return

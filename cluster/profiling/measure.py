@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,8 @@ from cluster.profiling.serving import Serving, measure_serving
 from cluster.profiling.timing import PassTimer, samples_of
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
+from engine.parallel import ALONE, join
+from engine.parallel_runner import ParallelRunner, follow
 from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
 from engine.sampler import Sampler
 from placement.latency.catalog import device_names
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
 
     from cluster.profiling.passes import Pass
+    from engine.batch import Executor
     from engine.checkpoint import Checkpoint
+    from engine.parallel import Parallel
 
     Progress = Callable[[int, int], None]
 
@@ -56,6 +63,8 @@ class Measuring:
     """Passes are also measured while so many other instances compute."""
     serving: bool = False
     """Whether a server is measured, too."""
+    tensor_parallel: int = 1
+    """Passes are also measured over so many ranks of this machine."""
 
 
 def find_device(wanted: str, catalog_name: str | None) -> Device:
@@ -82,15 +91,15 @@ def _gpu_name(reported: str) -> str:
 
 def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     """The profile as it is written to a file."""
+    if settings.tensor_parallel > 1 and settings.device.torch_name != "cpu":
+        raise Unsupported("profile --tensor-parallel: several workers are measured on CPUs only")
     serving, checkpoint = _serving(settings), open_checkpoint(settings.model)
     rank = _Rank(settings, checkpoint)
     try:
         passes = _passes(settings, checkpoint, rank)
         stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings, serving)
         run: dict[str, Any] = {
-            "tensor_parallel": 1,
-            "pipeline_parallel": 1,
-            "kv_capacity_tokens": rank.capacity_tokens,
+            **rank.description,
             **samples_of(passes, rank.timer.run(passes, settings.rounds, stages.alone)),
         }
         if settings.neighbours:
@@ -100,6 +109,9 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
         transfer = copy_times(rank.runner.kv, settings.rounds)
     finally:
         rank.runner.close()
+    runs = [run]
+    if settings.tensor_parallel > 1:
+        runs.append(_cut_run(settings, checkpoint, stages.cut))
     layout = rank.layout
     served = [] if serving is None else measure_serving(serving, stages.served)
     return {
@@ -108,8 +120,9 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
         "dtype": rank.dtype,
         "kv_dtype": layout.dtype,
         "threads": settings.threads,
+        "processors": len(os.sched_getaffinity(0)),
         "kv_bytes_per_token": layout.block_bytes(0) // layout.block_tokens,
-        "runs": [run],
+        "runs": runs,
         "transfer": transfer,
         "serving": served,
     }
@@ -122,7 +135,8 @@ class _Stages:
         self, progress: Progress, steps: int, settings: Measuring, serving: Serving | None
     ) -> None:
         self._progress, self._steps = progress, steps
-        self._passes = steps * (2 if settings.neighbours else 1)
+        self._uncut = steps * (2 if settings.neighbours else 1)
+        self._passes = self._uncut + steps * (settings.tensor_parallel > 1)
         self._loops = 0 if serving is None else serving.loops
         self._loop_steps = self._passes // max(self._loops, 1)
 
@@ -135,6 +149,9 @@ class _Stages:
 
     def beside(self, done: int) -> None:
         self._progress(self._steps + done, self._total)
+
+    def cut(self, done: int) -> None:
+        self._progress(self._uncut + done, self._total)
 
     def served(self, done: int) -> None:
         self._progress(self._passes + done * self._loop_steps, self._total)
@@ -164,6 +181,45 @@ def compute_for_ever(settings: Measuring, begun: Event) -> None:
         rank.timer.run(passes, 1, lambda _: None)
 
 
+def _cut_run(
+    settings: Measuring, checkpoint: Checkpoint, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """The same passes over several ranks, of which this process is the first."""
+    size = settings.tensor_parallel
+    with TemporaryDirectory() as directory, ExitStack() as others:
+        meeting = f"file://{directory}/meeting"
+        for number in range(1, size):
+            work = partial(follow_first, settings, number, meeting)
+            others.enter_context(busy_neighbours(1, work))
+        rank = _Rank(settings, checkpoint, _join(settings, 0, meeting))
+        leading = ParallelRunner(rank.runner)
+        try:
+            passes = _passes(settings, checkpoint, rank)
+            seconds = rank.timer_of(leading).run(passes, settings.rounds, progress)
+        finally:
+            leading.close()
+            rank.runner.close()
+    return {**rank.description, **samples_of(passes, seconds)}
+
+
+def follow_first(settings: Measuring, number: int, meeting: str, begun: Event) -> None:
+    """A rank that computes what the first one does."""
+    begun.set()
+    parallel = _join(settings, number, meeting)
+    rank = _Rank(settings, open_checkpoint(settings.model), parallel)
+    follow(rank.runner)
+
+
+def _join(settings: Measuring, number: int, meeting: str) -> Parallel:
+    return join(
+        number,
+        tensor_size=settings.tensor_parallel,
+        stages=1,
+        init_method=meeting,
+        device=torch.device(settings.device.torch_name),
+    )
+
+
 def _name_of(model: str) -> str:
     """As the planner calls the model."""
     path = Path(model).expanduser()
@@ -173,28 +229,41 @@ def _name_of(model: str) -> str:
 class _Rank:
     """A runner whose pool holds every pass at once, its blocks given out from the start."""
 
-    def __init__(self, settings: Measuring, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, settings: Measuring, checkpoint: Checkpoint, parallel: Parallel = ALONE
+    ) -> None:
         torch.set_num_threads(settings.threads)
         config = Config(model=settings.model)
         device = settings.device.torch_name
         dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
         kv_dtype = resolve_kv_dtype(settings.kv_dtype, dtype, torch.device(device))
-        self.dtype = dtype
-        self.layout = checkpoint.layout(block_tokens=config.engine.block_tokens, dtype=kv_dtype)
+        self.dtype, self._vocab = dtype, checkpoint.config.vocab
+        self._alone = device == "cpu" and settings.threads == 1 and parallel.size == 1
+        self.layout = checkpoint.layout(
+            block_tokens=config.engine.block_tokens,
+            dtype=kv_dtype,
+            tensor_parallel=parallel.tensor_size,
+        )
         most = count_blocks(config, checkpoint, self.layout, device)
-        self.capacity_tokens = most * self.layout.block_tokens
+        self.description = {
+            "tensor_parallel": parallel.tensor_size,
+            "pipeline_parallel": 1,
+            "kv_capacity_tokens": most * self.layout.block_tokens,
+        }
         self.blocks = min(most, MOST_KV_BYTES // self.layout.block_bytes(0))
         self.runner = Runner(
             checkpoint,
-            sampler=Sampler(checkpoint.config.vocab),
+            sampler=Sampler(self._vocab),
             device=device,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            parallel=parallel,
             blocks=self.blocks,
             block_tokens=self.layout.block_tokens,
             threads=settings.threads,
         )
-        self.timer = PassTimer(
-            *(self.runner, self.blocks, self.layout.block_tokens, checkpoint.config.vocab),
-            alone=device == "cpu" and settings.threads == 1,
-        )
+        self.timer = self.timer_of(self.runner)
+
+    def timer_of(self, executor: Executor) -> PassTimer:
+        block_tokens = self.layout.block_tokens
+        return PassTimer(executor, self.blocks, block_tokens, self._vocab, alone=self._alone)

@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
+from cluster.bench.load import Silent
 from cluster.bench.run import Bench, Plan
 from cluster.bench.server import Settings
-from cluster.profiling.passes import undisturbed
+from cluster.profiling.processor_time import family_times, spent_between
 from engine.errors import InstanceLost
-from placement.latency.serving_costs import Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from cluster.bench.load import Progress
     from cluster.bench.sample import Sample
+    from cluster.profiling.processor_time import Thread
 
-USERS = (1, 4, 8, 16)
-"""Of each instance, all of whom ask at once."""
-TURNS = 4
-PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64
 STOP_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Users of each instance who all ask at once, again and again."""
+
+    users: int
+    prompt_tokens: int
+    output_tokens: int
+    turns: int
+
+
+LOOPS = (
+    Loop(1, 64, 4, 24),
+    Loop(8, 64, 4, 6),
+    Loop(1, 16, 48, 3),
+    Loop(4, 16, 48, 3),
+    Loop(16, 16, 48, 3),
+)
+"""Short answers tell what a request costs, short prompts what a token does."""
+HANDED_OFF = (Loop(1, 64, 4, 24),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +61,92 @@ class Serving:
     """Servers of so many mixed instances are measured one after another."""
 
     @property
+    def hands_off(self) -> bool:
+        """Whether a prefill instance beside a decode instance is measured, too."""
+        return max(self.instances) > 1
+
+    @property
     def loops(self) -> int:
-        return len(self.instances) * len(USERS)
+        return len(self.instances) * len(LOOPS) + self.hands_off * len(HANDED_OFF)
 
 
 def measure_serving(settings: Serving, progress: Callable[[int], None]) -> list[dict[str, Any]]:
     """As a profile lists them; `progress` is told how many loops are done."""
     entries: list[dict[str, Any]] = []
     for instances in settings.instances:
-        with _server(settings, instances) as url:
-            for users in USERS:
-                samples = asyncio.run(_loop(url, instances * users, len(entries)))
-                entries.append(_entry(instances, users, samples)._asdict())
+        with _server(settings, {"mixed": instances}) as server:
+            for loop in LOOPS:
+                entries.append(server.measure(loop, instances, len(entries)))
+                progress(len(entries))
+    if settings.hands_off:
+        with _server(settings, {"prefill": 1, "decode": 1}) as server:
+            for loop in HANDED_OFF:
+                entry = server.measure(loop, 1, len(entries))
+                entries.append({**entry, "handed_off": True})
                 progress(len(entries))
     return entries
 
 
+@dataclass(frozen=True, slots=True)
+class _Server:
+    url: str
+    process: int
+    computing: int
+    """Threads of its instances, of which passes keep each busy."""
+
+    def measure(self, loop: Loop, instances: int, number: int) -> dict[str, Any]:
+        samples, doors_s = asyncio.run(self._run(loop, instances * loop.users, number))
+        ttft_s = [one.ttft_s for one in samples if one.ttft_s is not None]
+        tpot_s = [one.tpot_s for one in samples if one.tpot_s is not None]
+        if len(tpot_s) < len(samples):
+            raise InstanceLost("the server to be measured failed some requests")
+        return {
+            "instances": instances,
+            "users": loop.users,
+            "prompt_tokens": loop.prompt_tokens,
+            "output_tokens": loop.output_tokens,
+            "ttft_s": median(ttft_s),
+            "tpot_s": median(tpot_s),
+            "requests": len(samples),
+            "doors_s": doors_s,
+        }
+
+    async def _run(self, loop: Loop, users: int, number: int) -> tuple[list[Sample], float]:
+        """What the clients saw, and the processor time that went to all but engines."""
+        recipe = Synthetic(
+            requests=users * loop.turns,
+            prompt_tokens=loop.prompt_tokens,
+            output_tokens=loop.output_tokens,
+        )
+        settings = Settings(prompt_seed=number)
+        plan = Plan(Arrangement(draw(recipe)), concurrency=users, settings=settings)
+        before: dict[Thread, float] = {}
+
+        def begins(_stage: str, _requests: int) -> Progress:
+            """The last stage is the one that counts: those before it warm up."""
+            before.clear()
+            before.update(self._times())
+            return Silent()
+
+        (measured,) = await Bench(plan, begins).run([parse_target(self.url)])
+        return measured.samples, spent_between(
+            before, self._times(), without_busiest=self.computing
+        )
+
+    def _times(self) -> dict[Thread, float]:
+        """Of the server and of its clients, which are here."""
+        own = {(os.getpid(), 0): time.process_time()}
+        return {**own, **family_times(self.process)}
+
+
 @contextmanager
-def _server(settings: Serving, instances: int) -> Iterator[str]:
+def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        named = ", ".join(f"{role}: {{instances: {count}}}" for role, count in pools.items())
         config.write(
             f"model: {settings.model}\ndevice: cpu\n"
             f"engine: {{threads: {settings.threads}, cache_prefixes: false}}\n"
-            f"pools: {{mixed: {{instances: {instances}}}}}\n"
+            f"pools: {{{named}}}\n"
         )
         config.flush()
         command = [sys.executable, "-m", "cluster", "serve", config.name]
@@ -70,7 +155,7 @@ def _server(settings: Serving, instances: int) -> Iterator[str]:
             [*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            yield _url_of(server)
+            yield _Server(_url_of(server), server.pid, sum(pools.values()) * settings.threads)
         finally:
             server.terminate()
             try:
@@ -86,27 +171,3 @@ def _url_of(server: subprocess.Popen[str]) -> str:
         if found:
             return found[1]
     raise InstanceLost(f"the server to be measured ended with status {server.wait()}")
-
-
-async def _loop(url: str, users: int, number: int) -> list[Sample]:
-    recipe = Synthetic(
-        requests=users * TURNS, prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS
-    )
-    plan = Plan(Arrangement(draw(recipe)), concurrency=users, settings=Settings(prompt_seed=number))
-    (measured,) = await Bench(plan).run([parse_target(url)])
-    return measured.samples
-
-
-def _entry(instances: int, users: int, samples: list[Sample]) -> Served:
-    ttft_s = [one.ttft_s for one in samples if one.ttft_s is not None]
-    tpot_s = [one.tpot_s for one in samples if one.tpot_s is not None]
-    if len(tpot_s) < len(samples):
-        raise InstanceLost("the server to be measured failed some requests")
-    return Served(
-        instances,
-        users,
-        PROMPT_TOKENS,
-        OUTPUT_TOKENS,
-        undisturbed(ttft_s),
-        undisturbed(tpot_s),
-    )

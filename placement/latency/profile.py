@@ -5,8 +5,9 @@ each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, 
 `prefill` (tokens, squares, seconds; optionally prompts, context), `decode` (batch, context,
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
-and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s), as clients of a
-server on this machine see it.
+and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s; optionally requests,
+doors_s, handed_off), as clients of a server on this machine see it, whose instances compute on so
+many `threads` of its `processors`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from engine.errors import BadConfig, unknown_name
 from placement.latency.catalog import Link
 from placement.latency.model import LatencyModel, Step
 from placement.latency.robust_fit import Fit, fit_costs
-from placement.latency.serving_costs import Served, WithServing, fit_serving
+from placement.latency.serving_costs import (
+    Machine,
+    Served,
+    ServingCosts,
+    WithServing,
+    fit_doors,
+    fit_serving,
+    handoff_of,
+    way_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,6 +76,9 @@ class Profile:
     transfers: tuple[tuple[float, float], ...] = ()
     """(bytes, seconds)."""
     served: tuple[Served, ...] = ()
+    processors: int | None = None
+    threads: int = 1
+    """Of each rank."""
 
     def run(self, tensor_parallel: int, pipeline_parallel: int) -> Run | None:
         for run in self.runs:
@@ -103,35 +116,54 @@ class Profile:
         run = self.run(tensor_parallel, pipeline_parallel)
         if run is None or not run.crowded_samples:
             return None
-        passes, _ = fit_run(run.beside)
-        served = [one for one in self.served if one.instances == run.neighbours + 1]
-        return WithServing(passes, fit_serving(served, passes)) if served else passes
+        return self._with_serving(fit_run(run.beside)[0])
+
+    def machine(self, tensor_parallel: int, pipeline_parallel: int) -> Machine | None:
+        """What instances share with what serves their tokens; None where that was not measured."""
+        doors = fit_doors(self.served)
+        if doors is None or self.processors is None:
+            return None
+        return Machine(self.processors, self.threads * tensor_parallel * pipeline_parallel, doors)
 
     @property
     def arrival_s(self) -> float:
         """From the client to an instance and back, beyond the passes; 0 where not measured."""
-        alone = self._served_alone
+        alone = self._served_by(1)
         if not alone:
             return 0.0
-        return fit_serving(alone, fit_run(self.runs[0])[0]).arrival_s
+        return way_of(alone, self._with_serving(fit_run(self.runs[0])[0]), None)
 
     @property
     def busy_arrival_s(self) -> float | None:
         """The same while all the neighbours compute; None where that was not measured."""
         run = self.runs[0]
-        served = [one for one in self.served if one.instances == run.neighbours + 1]
+        served = self._served_by(run.neighbours + 1)
         if not (run.crowded_samples and served):
             return None
-        return fit_serving(served, fit_run(run.beside)[0]).arrival_s
+        return way_of(served, self._with_serving(fit_run(run.beside)[0]), self.machine(1, 1))
 
     @property
-    def _served_alone(self) -> list[Served]:
-        return [one for one in self.served if one.instances == 1]
+    def handoff_s(self) -> float:
+        """Of its messages, beyond the copy; 0 where not measured."""
+        served = [one for one in self.served if one.handed_off]
+        return handoff_of(served, self._with_serving(fit_run(self.runs[0])[0]))
+
+    def _served_by(self, instances: int) -> list[Served]:
+        return [one for one in self.served if one.instances == instances and not one.handed_off]
+
+    @property
+    def serving(self) -> ServingCosts | None:
+        """What an instance's own thread does beside its passes; None where not measured."""
+        alone = self._served_by(1)
+        return fit_serving(alone, fit_run(self.runs[0])[0]) if alone else None
+
+    def _with_serving(self, passes: Measured) -> LatencyModel:
+        costs = self.serving
+        return passes if costs is None else WithServing(passes, costs)
 
     def _served_run(self, run: Run) -> tuple[LatencyModel, FitReport]:
         passes, report = fit_run(run)
-        alone = self._served_alone
-        return (WithServing(passes, fit_serving(alone, passes)) if alone else passes), report
+        return self._with_serving(passes), report
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +329,37 @@ def profile_from(content: object) -> Profile:
         _served(f"profile.serving[{i}]", raw)
         for i, raw in enumerate(_mappings("profile.serving", content.get("serving", [])))
     )
-    return Profile(str(content["model"]), str(content["device"]), runs, transfers, served)
+    processors = content.get("processors")
+    return Profile(
+        str(content["model"]),
+        str(content["device"]),
+        runs,
+        transfers,
+        served,
+        None if processors is None else _count("profile", content, "processors"),
+        _count("profile", content, "threads", 1),
+    )
 
 
 def _served(where: str, raw: Mapping[str, Any]) -> Served:
-    counts = [max(int(_number(where, raw, key)), 1) for key in Served._fields[:4]]
-    seconds = [_number(where, raw, key) for key in Served._fields[4:]]
-    if min(seconds) <= 0:
+    ttft_s, tpot_s = (_number(where, raw, key) for key in ("ttft_s", "tpot_s"))
+    if min(ttft_s, tpot_s) <= 0:
         raise BadConfig(where, dict(raw), "needs positive seconds")
-    return Served(*counts, *seconds)
+    return Served(
+        instances=_count(where, raw, "instances"),
+        users=_count(where, raw, "users"),
+        prompt_tokens=_count(where, raw, "prompt_tokens"),
+        output_tokens=_count(where, raw, "output_tokens"),
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        requests=int(_number(where, raw, "requests", 0)),
+        doors_s=_number(where, raw, "doors_s", 0),
+        handed_off=bool(raw.get("handed_off")),
+    )
+
+
+def _count(where: str, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    return max(int(_number(where, raw, key, default)), 1)
 
 
 def _mappings(where: str, value: object) -> list[Mapping[str, Any]]:

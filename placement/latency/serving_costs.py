@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Served(NamedTuple):
-    """Medians of a closed loop whose users all ask at once, as one of them sees it."""
+    """A closed loop whose users all ask at once, as one of them sees it."""
 
     instances: int
     users: int
@@ -29,6 +29,12 @@ class Served(NamedTuple):
     output_tokens: int
     ttft_s: float
     tpot_s: float
+    requests: int = 0
+    """By all users together."""
+    doors_s: float = 0.0
+    """Processor time of gateway and clients, and of all else but passes, for all requests."""
+    handed_off: bool = False
+    """Whether a prefill and a decode instance served it."""
 
     @property
     def contexts(self) -> list[int]:
@@ -38,26 +44,95 @@ class Served(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServingCosts:
-    arrival_s: float
-    """Of a request: to its instance, and its first token's way back."""
+    """Of the instance that serves: its own thread does nothing else meanwhile."""
+
     step_s: float
     token_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class DoorCosts:
+    """Processor time beside an instance, on any processor of its machine."""
+
+    step_s: float
+    token_s: float
+    request_s: float
+
+    def of_step(self, tokens: int, firsts: int) -> float:
+        """For tokens that leave it, so many of them the first ones of requests."""
+        return self.step_s + self.token_s * tokens + self.request_s * firsts
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What an instance shares with its neighbours, and with what serves their tokens."""
+
+    processors: int
+    threads: int
+    """That an instance computes on."""
+    doors: DoorCosts
+
+    def demand(self, step_s: float, tokens: int, firsts: int) -> float:
+        """Processors that an instance with such steps keeps busy, doors and all."""
+        return self.threads + self.doors.of_step(tokens, firsts) / step_s
+
+    def slowed(self, demand: float) -> float:
+        """How many times as long all takes where more processors are asked for than there are."""
+        return max(1.0, demand / self.processors)
+
+
 def fit_serving(served: Sequence[Served], latency: LatencyModel) -> ServingCosts:
-    """What the passes of this latency leave unexplained."""
-    rows = np.array([(1.0, one.users) for one in served])
-    unexplained = np.array([one.tpot_s - latency.decode_s(one.contexts) for one in served])
-    shares = np.array([one.tpot_s for one in served])
+    """What the passes of this latency leave unexplained of steps that go on for long."""
+    longest = max(one.output_tokens for one in served)
+    flowing = [one for one in served if one.output_tokens == longest]
+    rows = np.array([(1.0, one.users) for one in flowing])
+    unexplained = np.array([one.tpot_s - latency.decode_s(one.contexts) for one in flowing])
+    shares = np.array([one.tpot_s for one in flowing])
     fitted = nonnegative_least_squares(rows / shares[:, None], unexplained / shares)
-    step_s, token_s = fitted.tolist()
+    return ServingCosts(*fitted.tolist())
+
+
+def fit_doors(served: Sequence[Served]) -> DoorCosts | None:
+    """None where no processor time was measured."""
+    known = [one for one in served if one.requests and one.doors_s]
+    if not known:
+        return None
+    tokens = [one.requests * one.output_tokens for one in known]
+    rows = np.array(
+        [(all_ / one.users, all_, one.requests) for one, all_ in zip(known, tokens, strict=True)]
+    )
+    seconds = np.array([one.doors_s for one in known])
+    fitted = nonnegative_least_squares(rows / seconds[:, None], np.ones(len(known)))
+    return DoorCosts(*fitted.tolist())
+
+
+def way_of(served: Sequence[Served], latency: LatencyModel, machine: Machine | None) -> float:
+    """A request's way to its instance and its first token's way back, where fewest others go."""
     fewest = min(one.users for one in served)
+    few = [one for one in served if one.users == fewest]
+    shortest = min(one.output_tokens for one in few)
     ways = [
-        one.ttft_s - latency.prefill_s([(one.prompt_tokens, 0)] * one.users) - step_s
-        for one in served
-        if one.users == fewest
+        one.ttft_s
+        - latency.prefill_s([(one.prompt_tokens, 0)] * one.users) * _slowed(one, latency, machine)
+        for one in few
+        if one.output_tokens == shortest
     ]
-    return ServingCosts(max(median(ways), 0.0), step_s, token_s)
+    return max(median(ways), 0.0)
+
+
+def _slowed(one: Served, latency: LatencyModel, machine: Machine | None) -> float:
+    if machine is None:
+        return 1.0
+    demand = machine.demand(latency.decode_s(one.contexts), one.users, 0)
+    return machine.slowed(one.instances * demand)
+
+
+def handoff_of(served: Sequence[Served], latency: LatencyModel) -> float:
+    """How much longer the second token takes after a hand-off, all of it told by the mean."""
+    waits = [
+        (one.tpot_s - latency.decode_s(one.contexts)) * (one.output_tokens - 1) for one in served
+    ]
+    return max(median(waits), 0.0) if waits else 0.0
 
 
 @dataclass(frozen=True)

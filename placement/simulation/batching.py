@@ -39,7 +39,9 @@ class Batching(ABC):
         self.batcher = SteadyBatcher(self.pool, _with_speed(model), world.tpot_s)
         self._pace = Pace(model, model.latency)
         self._crowded_pace = None if model.crowded is None else Pace(model, model.crowded)
-        self._crowd = None if model.crowded is None else world.crowd(model.node)
+        self._machine = model.machine
+        alone = model.crowded is None and model.machine is None
+        self._crowd = None if alone else world.crowd(model.node)
         self._flow = Flow(self.pool)
         self._steady = True
         """Whether all decodes are in the flow; else the batcher decides every step."""
@@ -78,8 +80,8 @@ class Batching(ABC):
     # Between runs.
 
     @property
-    def computes(self) -> bool:
-        return self._run is not None
+    def demand(self) -> float | None:
+        return None if self._run is None else self._run.demand
 
     def between_steps(self, action: Callable[[float], None], now: float) -> None:
         """Once the step under way has ended."""
@@ -150,14 +152,15 @@ class Batching(ABC):
     # Neighbours.
 
     def hurry_or_slow(self, now: float) -> None:
+        """Between two runs the next one will begin at the right pace."""
         run = self._run
-        assert run is not None
-        run.go_on(self._slowed(run.crowded_ratio), now)
-        self._schedule(run)
+        if run is not None:
+            run.go_on(self._slowed(run), now)
+            self._schedule(run)
 
-    def _slowed(self, crowded_ratio: float) -> float:
-        share = 0.0 if self._crowd is None else self._crowd.share(self)
-        return 1.0 + share * (crowded_ratio - 1.0)
+    def _slowed(self, run: Run) -> float:
+        assert self._crowd is not None
+        return self._crowd.slowed(self, run.crowded_ratio, run.demand)
 
     # Starting.
 
@@ -213,10 +216,8 @@ class Batching(ABC):
             first_s += self._swap_s(step)
         growth_s = self._pace.growth_s(decodes) if steps > 1 else 0.0
         run = self._run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
-        if self._crowded_pace is not None:
-            crowded_s = self._crowded_pace.step_s(work, decodes=decodes > 0)
-            run.crowded_ratio = crowded_s / first_s
-            run.go_on(self._slowed(run.crowded_ratio), now)
+        if self._crowd is not None:
+            self._share(run, work, now)
         for chunk in step.prefills:
             if chunk.request_id not in self._started_s:
                 self._started_s[chunk.request_id] = now
@@ -224,6 +225,17 @@ class Batching(ABC):
         if self._fresh:
             self._mark_first_steps(run)
         self._schedule(run)
+
+    def _share(self, run: Run, work: Step, now: float) -> None:
+        """The machine, with its neighbours and with what serves their tokens."""
+        alone_s = run.first_step_s
+        if self._crowded_pace is not None:
+            crowded_s = self._crowded_pace.step_s(work, decodes=run.decodes > 0)
+            run.crowded_ratio = crowded_s / alone_s
+        if self._machine is not None:
+            firsts = work.draws - run.decodes
+            run.demand = self._machine.demand(alone_s, work.draws, firsts)
+        run.go_on(self._slowed(run), now)
 
     def _schedule(self, run: Run) -> None:
         self._run_number += 1

@@ -13,9 +13,12 @@ class Neighbour(Protocol):
     model: InstanceModel
 
     @property
-    def computes(self) -> bool: ...
+    def demand(self) -> float | None:
+        """Processors that it keeps busy; None while it does not compute."""
+        ...
+
     def hurry_or_slow(self, now: float) -> None:
-        """As many compute beside it as `Crowd.share` says from now on."""
+        """As many compute beside it as `Crowd.slowed` says from now on."""
         ...
 
 
@@ -24,6 +27,7 @@ class Crowd:
 
     def __init__(self) -> None:
         self._computing: dict[str, Neighbour] = {}
+        self._demands: dict[str, float] = {}
 
     @property
     def busy_share(self) -> float:
@@ -31,19 +35,25 @@ class Crowd:
         most = 1 + max([one.model.neighbours for one in self._computing.values()], default=1)
         return min(1.0, len(self._computing) / most)
 
-    def share(self, one: Neighbour) -> float:
-        """Of the neighbours that its crowded latency was measured beside."""
+    def slowed(self, one: Neighbour, crowded_ratio: float, demand: float) -> float:
+        """How many times as long a run of this one takes: by the neighbours that its crowded
+        latency was measured beside, and by what is left of the processors."""
         others = len(self._computing) - (one.name in self._computing)
-        return min(1.0, others / one.model.neighbours)
+        times = 1.0 + min(1.0, others / one.model.neighbours) * (crowded_ratio - 1.0)
+        if one.model.machine is None:
+            return times
+        beside = sum(self._demands.values()) - self._demands.get(one.name, 0.0)
+        return times * one.model.machine.slowed(beside + demand)
 
     def settle(self, one: Neighbour, now: float) -> None:
-        """It may have begun to compute, or have nothing to do any more."""
-        if one.computes == (one.name in self._computing):
+        """It may have begun to compute something else, or have nothing to do any more."""
+        demand = one.demand
+        if demand == self._demands.get(one.name):
             return
-        if one.computes:
-            self._computing[one.name] = one
+        if demand is None:
+            del self._computing[one.name], self._demands[one.name]
         else:
-            del self._computing[one.name]
+            self._computing[one.name], self._demands[one.name] = one, demand
         for other in self._computing.values():
             if other is not one:
                 other.hurry_or_slow(now)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.messages import Role
     from placement.latency.catalog import Link
     from placement.latency.model import LatencyModel
+    from placement.latency.serving_costs import Machine
 
 GPU_RESERVE = 0.1
 """Part of an accelerator's memory that is neither weights nor KV."""
@@ -38,6 +39,8 @@ class InstanceModel:
     crowded: LatencyModel | None = None
     """Its passes while `neighbours` others compute on its node; None where none slows it down."""
     neighbours: int = 1
+    machine: Machine | None = None
+    """What those on its node share with what serves their tokens; None where each has its own."""
 
     @property
     def accelerators(self) -> int:

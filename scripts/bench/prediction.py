@@ -183,7 +183,7 @@ def make_plan(
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
         rounds = ["--quick"] if options.quick else []
-        beside = ("--neighbours=1", "--serving")
+        beside = ("--neighbours=1", "--serving", "--tensor-parallel=2")
         tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)

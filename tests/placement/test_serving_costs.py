@@ -9,9 +9,17 @@ import pytest
 from engine.errors import BadConfig
 from placement.latency.model import LatencyModel
 from placement.latency.profile import profile_from
-from placement.latency.serving_costs import Served, WithServing, fit_serving
+from placement.latency.serving_costs import (
+    DoorCosts,
+    Machine,
+    Served,
+    WithServing,
+    fit_doors,
+    fit_serving,
+)
 
 ARRIVAL_S, STEP_S, TOKEN_S = 0.004, 0.0006, 0.0001
+DOORS = DoorCosts(0.0005, 0.0002, 0.003)
 
 
 class Passes(LatencyModel):
@@ -27,12 +35,14 @@ def served(users: int, instances: int = 1, latency: LatencyModel | None = None) 
     context = 64 + 64 // 2
     tpot_s = passes.decode_s([context] * users) + STEP_S + TOKEN_S * users
     ttft_s = passes.prefill_s([(64, 0)] * users) + STEP_S + ARRIVAL_S
-    return Served(instances, users, 64, 64, ttft_s, tpot_s)
+    requests = 3 * users * instances
+    doors_s = DOORS.step_s * requests * 64 / users + requests * DOORS.of_step(64, 1)
+    doors_s -= DOORS.step_s * requests
+    return Served(instances, users, 64, 64, ttft_s, tpot_s, requests, doors_s)
 
 
 def test_what_passes_leave_unexplained_is_found() -> None:
     costs = fit_serving([served(users) for users in (1, 2, 4, 8)], Passes())
-    assert costs.arrival_s == pytest.approx(ARRIVAL_S)
     assert costs.step_s == pytest.approx(STEP_S)
     assert costs.token_s == pytest.approx(TOKEN_S)
 
@@ -40,7 +50,33 @@ def test_what_passes_leave_unexplained_is_found() -> None:
 def test_a_server_quicker_than_its_passes_costs_nothing() -> None:
     quick = [one._replace(tpot_s=0.001, ttft_s=0.001) for one in map(served, (1, 4))]
     costs = fit_serving(quick, Passes())
-    assert (costs.arrival_s, costs.step_s, costs.token_s) == (0.0, 0.0, 0.0)
+    assert (costs.step_s, costs.token_s) == (0.0, 0.0)
+
+
+def test_what_gateway_and_clients_take_is_told_apart_by_steps_tokens_and_requests() -> None:
+    loops = [served(users) for users in (1, 4, 16)]
+    short = served(8)._replace(output_tokens=4)
+    tokens, steps = short.requests * 4, short.requests * 4 / short.users
+    seconds = (steps, tokens, short.requests)
+    costs = (DOORS.step_s, DOORS.token_s, DOORS.request_s)
+    short = short._replace(doors_s=sum(a * b for a, b in zip(seconds, costs, strict=True)))
+    found = fit_doors([*loops, short])
+    assert found is not None
+    assert found.step_s == pytest.approx(DOORS.step_s)
+    assert found.token_s == pytest.approx(DOORS.token_s)
+    assert found.request_s == pytest.approx(DOORS.request_s)
+
+
+def test_gateway_and_clients_cost_nothing_where_they_were_not_measured() -> None:
+    assert fit_doors([served(1)._replace(doors_s=0.0)]) is None
+
+
+def test_a_machine_slows_down_once_more_is_asked_of_it_than_it_has() -> None:
+    machine = Machine(2, 1, DoorCosts(0.0, 0.001, 0.0))
+    one = machine.demand(0.01, 5, 0)
+    assert one == pytest.approx(1.5)
+    assert machine.slowed(one) == 1.0
+    assert machine.slowed(2 * one) == pytest.approx(1.5)
 
 
 def test_serving_lengthens_a_step_by_its_tokens() -> None:
@@ -88,14 +124,28 @@ def test_a_profile_knows_passes_beside_a_neighbour() -> None:
     assert profile.arrival_s == 0.0
 
 
-def test_what_was_served_counts_for_as_many_instances_as_served_it() -> None:
-    both = document()
-    both["serving"].append(served(1, 2)._replace(tpot_s=0.1)._asdict())
-    profile = profile_from(both)
+def test_what_one_instance_costs_to_serve_counts_beside_neighbours_too() -> None:
+    profile = profile_from(document())
     crowded = profile.crowded(1, 1)
     assert profile.arrival_s == pytest.approx(ARRIVAL_S, rel=0.2)
     assert isinstance(crowded, WithServing)
-    assert crowded.decode_s([96]) == pytest.approx(0.1, rel=0.02)
+    assert crowded.costs.token_s == pytest.approx(TOKEN_S, rel=0.2)
+
+
+def test_a_profile_knows_what_is_shared_of_a_machine_of_so_many_processors() -> None:
+    assert profile_from(document()).machine(1, 1) is None
+    machine = profile_from({**document(), "processors": 4, "threads": 2}).machine(2, 1)
+    assert machine is not None
+    assert (machine.processors, machine.threads) == (4, 4)
+    assert machine.doors.token_s > 0.0
+
+
+def test_a_handoff_costs_what_its_second_token_waits_longer() -> None:
+    handed = served(1)._replace(handed_off=True, tpot_s=served(1).tpot_s + 0.01 / 63)
+    both = document()
+    both["serving"].append(handed._asdict())
+    assert profile_from(document()).handoff_s == 0.0
+    assert profile_from(both).handoff_s == pytest.approx(0.01, rel=0.2)
 
 
 def test_the_way_of_a_request_is_longer_where_neighbours_compute() -> None:
@@ -110,7 +160,7 @@ def test_the_way_of_a_request_is_longer_where_neighbours_compute() -> None:
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"serving": [{"instances": 1}]}, "profile.serving[0].users"),
+        ({"serving": [{"instances": 1}]}, "profile.serving[0].ttft_s"),
         ({"serving": [served(1)._replace(ttft_s=-1)._asdict()]}, "profile.serving[0].ttft_s"),
         ({"serving": [served(1)._replace(ttft_s=0)._asdict()]}, "profile.serving[0]"),
         ({"serving": 3}, "profile.serving"),
