@@ -107,8 +107,7 @@ def wants_of(spec: InstanceSpec) -> str:
     """What a place for it must have, in words."""
     if spec.place is None:
         return _listed(spec.resources)
-    together = _listed(spec.place.stage)
-    return f"on one node for each stage of all of {spec.place.unit}: {together}"
+    return f"{_listed(spec.place.stage)} on one node for each stage of {spec.place.unit}"
 
 
 def _listed(resources: Iterable[tuple[str, float]]) -> str:

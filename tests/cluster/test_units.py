@@ -160,7 +160,6 @@ def test_a_new_controller_takes_a_units_group_over_with_whom_it_finds_there(ray_
 
 
 def test_who_waits_for_a_unit_to_find_its_place_is_told_which_and_what_it_wants():
-    assert wants_of(specs_of()["decode-2"]) == (
-        "on one node for each stage of all of unit-1: CPU=4, GPU=4"
-    )
+    wanted = "CPU=4, GPU=4 on one node for each stage of unit-1"
+    assert wants_of(specs_of()["decode-2"]) == wanted
     assert wants_of(specs_of(units=None)["decode-2"]) == "CPU=1, GPU=1"

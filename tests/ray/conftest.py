@@ -6,7 +6,7 @@ from tests.ray.serving import serve
 from tests.ray.streams import read_all
 
 CONFIG = """
-pools: {prefill: {instances: 1}, decode: {instances: 2}}
+pools: {units: 1, prefill: {instances: 1}, decode: {instances: 2}}
 limits: {answer_s: 10, restarts: 1000}
 gateway: {journal: {reroute_s: 600}}
 """
@@ -21,7 +21,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """One prefill and two decode instances of the built-in model, shared by the tests."""
+    """One prefill and two decode instances of the built-in model, shared by the tests. They stand
+    on one placement group; what is started beyond them has its own."""
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "config.yaml").write_text(CONFIG)
     serving = serve(folder / "serve.log", str(folder / "config.yaml"))
