@@ -21,6 +21,7 @@ from cluster.bench.run import Bench, Plan
 from cluster.bench.server import Settings
 from cluster.profiling.processor_time import family_times, spent_between
 from engine.errors import InstanceLost
+from engine.messages import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,7 +143,8 @@ class _Server:
 @contextmanager
 def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        named = ", ".join(f"{role}: {{instances: {count}}}" for role, count in pools.items())
+        counts = [(role.value, pools.get(role.value, 0)) for role in Role]
+        named = ", ".join(f"{role}: {{instances: {count}}}" for role, count in counts)
         config.write(
             f"model: {settings.model}\ndevice: cpu\n"
             f"engine: {{threads: {settings.threads}, cache_prefixes: false}}\n"
