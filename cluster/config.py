@@ -21,7 +21,7 @@ from decode.scheduler import DecodeSettings
 from engine.errors import BadConfig
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
-from placement.balancing.balancer import BalancerSettings
+from placement.balancing.settings import BalancerSettings
 from placement.planning.co_location import check_units
 from placement.routing.admission import AdmissionSettings
 from placement.routing.router import RouterSettings

@@ -7,83 +7,29 @@ counts with the headroom it should find, and a draining instance counts as full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.blocks import blocks_for
 from engine.messages import InstanceState
-from engine.request import SequenceState
-from kvtransfer.transfer import TransferState
 from placement.balancing.recent_moves import RecentMoves
+from placement.balancing.settings import BalancerSettings
+from placement.balancing.standing import (
+    Standing,
+    gave_way,
+    is_new,
+    is_urgent,
+    least_urgent_first,
+    missing_blocks,
+    runs,
+    smallest_first,
+    virtual_blocks,
+    waits_without_kv,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from engine.messages import Load, Running
     from placement.view import View
-
-QUEUED = (SequenceState.WAITING.value, SequenceState.SWAPPED.value, TransferState.OFFERED.value)
-
-
-class BalancerPolicy(str, Enum):
-    """What an instance is judged by."""
-
-    FREENESS = "freeness"
-    TPOT = "tpot"
-
-
-@dataclass(frozen=True, slots=True)
-class BalancerSettings:
-    policy: BalancerPolicy = BalancerPolicy.FREENESS
-    """freeness looks at room alone; tpot also at the step that the profile predicts."""
-    low_steps: float = 128.0
-    """An instance with room for fewer decode steps is relieved ..."""
-    high_steps: float = 256.0
-    """... until it has room for so many; only instances with more are targets."""
-    hole_steps: float = 32.0
-    """Room that an instance keeps which helps another to make a hole for what waits there."""
-    headroom_blocks: int = 64
-    """Room that the urgent requests of an instance should find, shared by them."""
-    urgent_priority: int = 1
-    """From this priority on a request is urgent."""
-    growth_blocks: int = 2
-    """Room that a target must have beyond what moves."""
-    reserve_share: float = 0.02
-    """Part of a target's blocks that moves leave free."""
-    newcomer_share: float = 0.4
-    """Part of a target's blocks that balance moves leave free: filled up evenly by what runs long,
-    all instances would run out at once, and newcomers find room nowhere."""
-    outgoing_moves: int = 4
-    """Moves under way from one instance."""
-    incoming_moves: int = 4
-    """Moves under way to one instance."""
-    link_moves: int = 1
-    """Moves under way from one instance to another."""
-    drain_moves: int = 8
-    """Each of these limits for an instance that is being emptied."""
-    moves_a_minute: int = 2
-    """How often one request may move, drains apart."""
-    patience_s: float = 5.0
-    """A move that shows no effect for so long is taken to have failed."""
-    copy_tokens_s: float = 100_000.0
-    """KV that a link moves, for the cost of a move."""
-    fixed_cost_s: float = 0.02
-    """What any move costs."""
-    least_gain: float = 1.0
-    """Seconds of decoding gained before blocks run out, per second of moving."""
-    tpot_s: float = 0.1
-    """With the tpot policy: the target ..."""
-    act_share: float = 0.95
-    """... an instance whose predicted step exceeds this share of it is relieved ..."""
-    rest_share: float = 0.85
-    """... until it is below this one, and so are targets."""
-    step_s: float = 0.01
-    """With the tpot policy, from `tandem profile`: what a decode step takes at least ..."""
-    step_sequence_s: float = 1e-4
-    """... more for each sequence in it ..."""
-    step_kv_token_s: float = 1e-7
-    """... and for each token of their context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,60 +39,6 @@ class Move:
     target: str
     reason: str
     """drain, role, outgrow, room, defragment, isolate or balance."""
-
-
-@dataclass(slots=True, eq=False)
-class Standing:
-    """An instance as it will be once the moves decided so far are done."""
-
-    load: Load
-    free_blocks: int
-    virtual_blocks: float
-    batch: int
-    leaving: int = 0
-    arriving: int = 0
-    here: dict[str, Running] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.load.instance
-
-    @property
-    def open(self) -> bool:
-        return self.load.state is InstanceState.READY and self.load.role.decodes
-
-    @property
-    def freeness(self) -> float:
-        """Decode steps until the blocks run out; negative where more is asked for than is."""
-        return self.after(0.0, 0)
-
-    def after(self, blocks: float, sequences: int) -> float:
-        """Freeness with so much more, or less, on it."""
-        if self.load.state is not InstanceState.READY:
-            return float("-inf")
-        left = self.load.total_blocks - self.virtual_blocks - blocks
-        return left * self.load.block_tokens / max(self.batch + sequences, 1)
-
-    def waits(self) -> bool:
-        """Whether something waits for room."""
-        return any(_missing(one, self.load) for one in self.here.values())
-
-    def demand(self) -> int:
-        """Blocks that the first of those that wait for room is short of; what gave way is to come
-        back into what is left, not to take it from newcomers elsewhere."""
-        waiting = [one for one in self.here.values() if not _gave_way(one)]
-        missing = (_missing(one, self.load) for one in waiting)
-        wanted = next((blocks for blocks in missing if blocks), 0)
-        return max(wanted - max(self.free_blocks, 0), 0)
-
-
-def virtual_blocks(load: Load, here: Iterable[Running], settings: BalancerSettings) -> float:
-    """Blocks in use, what waits for room, and the headroom of the urgent."""
-    sequences = list(here)
-    used = load.total_blocks - load.free_blocks
-    queued = sum(_missing(one, load) for one in sequences)
-    urgent = any(_urgent(one, settings) for one in sequences)
-    return used + queued + (settings.headroom_blocks if urgent else 0)
 
 
 class Balancer:
@@ -225,8 +117,8 @@ class Balancer:
             draining = source.load.state is InstanceState.DRAINING
             if not draining and source.load.role.decodes:
                 continue
-            for one in _least_urgent(source.here.values()):
-                if not _runs(one) and not (draining and _waits_without_kv(one)):
+            for one in least_urgent_first(source.here.values()):
+                if not runs(one) and not (draining and waits_without_kv(one)):
                     continue
                 target = self._roomiest(one, source, standings, draining=draining)
                 if target is not None and self._recent.may_move(one, now, always=draining):
@@ -241,7 +133,7 @@ class Balancer:
         if not source.open:
             return moves
         for one in list(source.here.values()):
-            if not _runs(one) or self._room_left(one, source) >= self.settings.low_steps:
+            if not runs(one) or self._room_left(one, source) >= self.settings.low_steps:
                 continue
             target = self._larger(one, source, standings)
             if target is not None and self._recent.may_move(one, now, always=True):
@@ -272,7 +164,7 @@ class Balancer:
         if not source.open:
             return moves
         for one in list(source.here.values()):
-            if not _is_new(one) or self._room_for(one, source):
+            if not is_new(one) or self._room_for(one, source):
                 continue
             targets = [
                 target
@@ -319,7 +211,7 @@ class Balancer:
             if not choices:
                 break
             one, target = (
-                min(fitting, key=lambda choice: _smallest(choice[0]))
+                min(fitting, key=lambda choice: smallest_first(choice[0]))
                 if fitting
                 else max(choices, key=lambda choice: choice[0].blocks)
             )
@@ -332,7 +224,7 @@ class Balancer:
             target
             for target in helpers
             if self._room_for(one, target)
-            and not any(_gave_way(other) for other in target.here.values())
+            and not any(gave_way(other) for other in target.here.values())
             and self._within_limits(source, target, draining=False)
             and self._steps_left(one, target) >= self.settings.hole_steps
         ]
@@ -344,14 +236,14 @@ class Balancer:
 
     def _isolate(self, source: Standing, standings: list[Standing], now: float) -> list[Move]:
         """Gives the urgent on an instance their headroom, by moving others away."""
-        urgent = [one for one in source.here.values() if _urgent(one, self.settings)]
+        urgent = [one for one in source.here.values() if is_urgent(one, self.settings)]
         moves: list[Move] = []
         if not source.open or not urgent:
             return moves
         missing = self.settings.headroom_blocks - source.free_blocks
         missing -= self._recent.leaving_blocks(source.name)
         for one in self._movable(source, now):
-            if missing <= 0 or _urgent(one, self.settings):
+            if missing <= 0 or is_urgent(one, self.settings):
                 break
             calm = [other for other in standings if not self._has_urgent(other)]
             target = self._roomiest(one, source, calm)
@@ -389,11 +281,8 @@ class Balancer:
     # Where it may go.
 
     def _movable(self, source: Standing, now: float) -> list[Running]:
-        running = [one for one in source.here.values() if _runs(one)]
-        return [one for one in _least_urgent(running) if self._recent.may_move(one, now)]
-
-    def _largest(self, source: Standing, now: float) -> Running | None:
-        return max(self._movable(source, now), key=lambda one: one.blocks, default=None)
+        running = [one for one in source.here.values() if runs(one)]
+        return [one for one in least_urgent_first(running) if self._recent.may_move(one, now)]
 
     def _roomiest(
         self,
@@ -442,7 +331,7 @@ class Balancer:
         )
 
     def _has_urgent(self, standing: Standing) -> bool:
-        return any(_urgent(one, self.settings) for one in standing.here.values())
+        return any(is_urgent(one, self.settings) for one in standing.here.values())
 
     def _move(
         self, one: Running, source: Standing, target: Standing, reason: str, now: float
@@ -451,8 +340,8 @@ class Balancer:
         blocks = self._needs(one, target)
         self._recent.began(one, source.name, target.name, blocks, now)
         del source.here[one.request_id]
-        source.virtual_blocks -= one.blocks + _missing(one, source.load)
-        if not _waits_without_kv(one):
+        source.virtual_blocks -= one.blocks + missing_blocks(one, source.load)
+        if not waits_without_kv(one):
             source.batch = max(source.batch - 1, 0)
         source.leaving += 1
         target.here[one.request_id] = one
@@ -461,43 +350,3 @@ class Balancer:
         target.batch += 1
         target.arriving += 1
         return move
-
-
-def _runs(one: Running) -> bool:
-    """Decodes: a prompt that is being computed cannot move."""
-    return one.state == SequenceState.RUNNING.value and one.output_tokens > 0
-
-
-def _waits_without_kv(one: Running) -> bool:
-    return one.state == SequenceState.WAITING.value and one.blocks == 0
-
-
-def _is_new(one: Running) -> bool:
-    """Nothing of it has been computed or drawn: wherever it goes it begins alike."""
-    return _waits_without_kv(one) and one.output_tokens == 0
-
-
-def _gave_way(one: Running) -> bool:
-    """It is let in before anything new."""
-    displaced = one.state in (SequenceState.WAITING.value, SequenceState.SWAPPED.value)
-    return displaced and one.blocks == 0 and one.output_tokens > 0
-
-
-def _missing(one: Running, load: Load) -> int:
-    """Blocks that a sequence waits for."""
-    if one.state not in QUEUED:
-        return 0
-    wanted = blocks_for(one.prompt_tokens + one.output_tokens, load.block_tokens)
-    return max(wanted - one.blocks, 0)
-
-
-def _urgent(one: Running, settings: BalancerSettings) -> bool:
-    return one.priority >= settings.urgent_priority
-
-
-def _smallest(one: Running) -> tuple[int, int, str]:
-    return one.priority, one.blocks, one.request_id
-
-
-def _least_urgent(sequences: Iterable[Running]) -> list[Running]:
-    return sorted(sequences, key=_smallest)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.request import SequenceState
-from placement.balancing.balancer import Balancer, BalancerPolicy, BalancerSettings, Standing
+from placement.balancing.balancer import Balancer
+from placement.balancing.settings import BalancerPolicy, BalancerSettings
 
 if TYPE_CHECKING:
     from engine.messages import Running
+    from placement.balancing.standing import Standing
     from placement.latency.model import LatencyModel
 
 AHEAD_S = 10.0

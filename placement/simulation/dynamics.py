@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from placement.balancing.balancer import BalancerSettings
+from placement.balancing.settings import BalancerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -30,7 +30,8 @@ from engine.clock import SystemClock
 from engine.messages import Load, Migrate, Migrated, Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
-from placement.balancing.balancer import Balancer, BalancerSettings
+from placement.balancing.balancer import Balancer
+from placement.balancing.settings import BalancerSettings
 from placement.routing.router import Policy, Router, RouterSettings
 from placement.view import InstanceView, View
 from scripts.bench.two_hosts import Gateway, HostPlan, start, stop, write_model

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import InstanceState, Load, Role, Running
-from placement.balancing.balancer import Balancer, BalancerSettings, virtual_blocks
+from placement.balancing.balancer import Balancer
+from placement.balancing.settings import BalancerSettings
+from placement.balancing.standing import virtual_blocks
 from placement.view import InstanceView, View
 
 BLOCK = 16

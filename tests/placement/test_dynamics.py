@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engine.messages import InstanceState, Role
 from engine.slo import Slo
-from placement.balancing.balancer import BalancerSettings, Move
+from placement.balancing.balancer import Move
+from placement.balancing.settings import BalancerSettings
 from placement.latency.catalog import Link
 from placement.latency.model import LatencyModel
 from placement.routing.router import RouterSettings

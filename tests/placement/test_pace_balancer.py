@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from engine.messages import InstanceState, Load, Role, Running
-from placement.balancing.balancer import Balancer, BalancerPolicy, BalancerSettings
+from placement.balancing.balancer import Balancer
 from placement.balancing.pace_balancer import PaceBalancer, balancer_for, decode_line
+from placement.balancing.settings import BalancerPolicy, BalancerSettings
 from placement.latency.catalog import find_device, find_link, find_model
 from placement.latency.roofline import Roofline
 from placement.view import InstanceView, View

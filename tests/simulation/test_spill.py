@@ -7,7 +7,8 @@ import pytest
 
 from decode.scheduler import DecodeSettings
 from engine.errors import OutOfBlocks
-from placement.balancing.balancer import Balancer, BalancerSettings
+from placement.balancing.balancer import Balancer
+from placement.balancing.settings import BalancerSettings
 from placement.routing.router import Route
 from placement.view import InstanceView, View
 from tests.simulation.scene import Scene
