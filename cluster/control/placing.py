@@ -103,6 +103,15 @@ def stage_bundles(spec: InstanceSpec) -> list[dict[str, float]]:
     return [stage] * spec.pipeline_parallel if stage else []
 
 
+def largest_first(specs: Iterable[InstanceSpec]) -> list[InstanceSpec]:
+    """Small ones might leave a little room on every node, and no node to a large one."""
+
+    def size(spec: InstanceSpec) -> float:
+        return max((sum(stage.values()) for stage in stage_bundles(spec)), default=0.0)
+
+    return sorted(specs, key=size, reverse=True)
+
+
 def wants_of(spec: InstanceSpec) -> str:
     """What a place for it must have, in words."""
     if spec.place is None:
