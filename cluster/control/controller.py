@@ -20,6 +20,7 @@ from cluster.control.keeper import LOOK_S, Keeper
 from cluster.control.pools import Ground, initial_specs, pool_spec
 from cluster.control.recovery import recover
 from cluster.control.replanning import PlannerProcess
+from cluster.control.resharing import Resharing, move_away
 from cluster.control.scaling import PolicyStatus, Scaling, Usage
 from cluster.events import Event, EventLog
 from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, next_name
@@ -31,7 +32,7 @@ from engine.messages import InstanceState, Load, Migrate, Role
 from placement.scaling.signals import Phase, Unit
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from cluster.control.policy_source import PolicyText
     from cluster.instance.leading import Network
@@ -68,6 +69,8 @@ class Controller:
         self._clock = SystemClock()
         self._events = EventLog()
         self._keeper = Keeper(self._config, network, self._note, self._clock)
+        limits = self._config.limits
+        self._resharing = Resharing(self._keeper, self._note, limits.drain_s, limits.start_s)
         self._recovered = asyncio.Event()
         self._balancing = Balancing(
             self._config.migration, self._keeper.view, self._send, self._note
@@ -144,7 +147,8 @@ class Controller:
         others, started = self._specs(), list[InstanceSpec]()
         for _ in range(count):
             name = next_name(role, others)
-            others[name] = pool_spec(self._config, self._ground, role, name, others.values())
+            spec = pool_spec(self._config, self._ground, role, name, others.values())
+            others[name] = self._resharing.of_newcomer(spec)
             started.append(others[name])
         self._keeper.desire((*self._keeper.roster.desired, *started))
         return tuple(spec.name for spec in started)
@@ -178,6 +182,12 @@ class Controller:
             await self.set_role(name, role)
         except TandemError as error:
             self._note("scale", name, "not switched", reason=str(error))
+
+    def sm_shares(self) -> dict[Role, float]:
+        return self._resharing.shares
+
+    def reshare(self, shares: Mapping[Role, float]) -> None:
+        self._keeper.spawn(self._resharing.carry_out(shares))
 
     # For operators.
 
@@ -240,12 +250,7 @@ class Controller:
         launched = self._keeper.up(name)
         self._keeper.unwant(name)
         self._note("instance", name, "draining")
-        limit_s = self._config.limits.drain_s
-        try:
-            await answer(launched.workers[0].drain.remote(), limit_s)
-        except TandemError as error:
-            log.warning("drain incomplete instance=%s error=%s", name, error)
-        launched.condemn("drained")
+        await move_away(launched, self._config.limits.drain_s, "drained")
 
     async def migrate(self, request_id: str, target: str) -> tuple[str, str]:
         """Asks the request's owner to move it; returns the source and the target."""

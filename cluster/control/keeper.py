@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from cluster.actors import answer
 from cluster.control.launch import Launched, Launcher
 from cluster.control.liveness import Heartbeats, RestartBudget
-from cluster.control.placing import Groups
+from cluster.control.placing import Groups, largest_first
 from cluster.roster import Kind, Roster, RosterBook
 from engine.errors import BadInput, NotFound, TandemError
 from placement.view import InstanceView, View
@@ -97,7 +97,7 @@ class Keeper:
         Once all are to go, none is: a role switch may still be under way then.
         """
         self.book.desire(() if self._ending else specs)
-        for spec in self.roster.desired:
+        for spec in largest_first(self.roster.desired):
             if spec.name not in self.instances:
                 launched = Launched(spec, self.groups)
                 self.instances[spec.name] = launched
@@ -112,6 +112,16 @@ class Keeper:
         if launched is None or launched.stage != "up":
             raise NotFound(f"no instance {name} is up")
         return launched
+
+    async def until_up(self, spec: InstanceSpec, within_s: float) -> None:
+        """Returns when the instance is up as `spec` says, or is not wanted so any more, and
+        after a while at the latest."""
+        deadline_s = self._clock.now() + within_s
+        while spec in self.roster.desired and self._clock.now() < deadline_s:
+            launched = self.instances.get(spec.name)
+            if launched is not None and launched.spec == spec and launched.stage == "up":
+                return
+            await self.changed(LOOK_S)
 
     async def all_gone(self) -> None:
         """Stops every instance."""

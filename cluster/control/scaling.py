@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.control.replanning import Replanning
 from cluster.policy_file import parse_policy
 from engine.errors import BadConfig, TandemError
+from engine.messages import Role
 from placement.scaling.allotment import Start, Stop, Switch
 from placement.scaling.autoscaler import Autoscaler
 from placement.scaling.policy import ReplanMode
 from placement.scaling.signals import Observation, Phase
+from placement.scaling.sm_shares import ShareSteering
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from cluster.control.policy_source import PolicyText
     from cluster.control.replanning import Planned, Planner
     from engine.clock import Clock
-    from engine.messages import Role
     from placement.scaling.allotment import Action
     from placement.scaling.drift import Shape
     from placement.scaling.policy import Policy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHARING = {Role.PREFILL, Role.DECODE}
 MOST_SHARES = 10_000
 """Latencies kept between two looks."""
 
@@ -73,6 +75,14 @@ class Fleet(Protocol):
 
     def turn(self, name: str, role: Role) -> None: ...
 
+    def sm_shares(self) -> dict[Role, float]:
+        """Of GPUs' multiprocessors, of the roles all of whose instances are kept to one."""
+        ...
+
+    def reshare(self, shares: Mapping[Role, float]) -> None:
+        """Restarts the roles' instances with these, one after another in this order."""
+        ...
+
 
 @dataclass(slots=True)
 class _InForce:
@@ -81,6 +91,7 @@ class _InForce:
     applied_s: float
     scaler: Autoscaler
     replanning: Replanning | None
+    steering: ShareSteering | None
     told: tuple[Action, ...] = ()
 
 
@@ -145,11 +156,19 @@ class Scaling:
         if policy.replan is not None and self._planner is None:
             raise BadConfig("replan", policy.replan.mode.value, "there is no planner here")
         replanning = None if policy.replan is None else Replanning(policy.replan, self._note)
-        scaler = Autoscaler(policy, self._accelerators)
-        self._in_force = _InForce(policy, version, given.applied_s, scaler, replanning)
+        scaler, steering = Autoscaler(policy, self._accelerators), self._steering(policy)
+        self._in_force = _InForce(policy, version, given.applied_s, scaler, replanning, steering)
         self._applied.set()
         self._note("policy", policy.name, "applied", version=version, dry_run=policy.dry_run)
         return [f"version: {version}", *lines]
+
+    def _steering(self, policy: Policy) -> ShareSteering | None:
+        if policy.sm_shares is None:
+            return None
+        if self._shares() is None:
+            rule = "needs pools.prefill.sm_share and pools.decode.sm_share, in every shape"
+            raise BadConfig("sm_shares", policy.sm_shares.model_dump(), rule)
+        return ShareSteering(policy.sm_shares, policy.look_back_period_s, policy.hysteresis)
 
     def told(self, gateway: str, usage: Usage) -> None:
         """A gateway's report; after its own restart a controller learns the policy from it.
@@ -203,12 +222,30 @@ class Scaling:
         changed = _gist(self._fleet.units()) != _gist(seen.units)
         if self._closed or changed or in_force is not self._in_force:
             return
+        if not decision.actions:
+            self._steer(in_force, seen)
         if in_force.policy.dry_run:
             self._tell(in_force, decision.actions)
             return
         why = {want.role: want.why for want in decision.wants}
         for action in decision.actions:
             self._carry_out(action, why)
+
+    def _shares(self) -> dict[Role, float] | None:
+        """Of multiprocessors, where both roles have one."""
+        shares = self._fleet.sm_shares()
+        return shares if shares.keys() >= SHARING else None
+
+    def _steer(self, in_force: _InForce, seen: Observation) -> None:
+        if in_force.steering is None or (shares := self._shares()) is None:
+            return
+        shift = in_force.steering.decide(seen, shares)
+        if shift is None:
+            return
+        text = "would move shares" if in_force.policy.dry_run else "move shares"
+        self._note("scale", in_force.policy.name, text, shares=str(shift), why=shift.why)
+        if not in_force.policy.dry_run:
+            self._fleet.reshare(dict(shift.shares))
 
     def _plan_again(self, in_force: _InForce, ended: tuple[Shape, ...]) -> None:
         """Starts a plan when one is due; while it is made, the loop goes on."""

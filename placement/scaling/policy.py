@@ -6,37 +6,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from engine.messages import Role
+from placement.scaling.fields import Instances, Positive, PositiveSeconds, Seconds, Section, Steps
 from placement.scaling.schedule import check_cron, is_open
+from placement.scaling.share_policy import SmShares  # noqa: TC001  pydantic reads it
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-Seconds = Annotated[float, Field(ge=0.0, le=31_536_000.0)]
-PositiveSeconds = Annotated[float, Field(gt=0.0, le=31_536_000.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Instances = Annotated[int, Field(ge=0, le=4096)]
-Steps = Annotated[int, Field(ge=1, le=4096)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
 
 
 class SignalName(str, Enum):
@@ -348,6 +326,8 @@ class Policy(Section):
 
     replan: Replan | None = None
     """Without it nobody plans again."""
+    sm_shares: SmShares | None = None
+    """Without it pools keep the sm_share of the config."""
 
     @field_validator("look_back_period_s")
     @classmethod
@@ -382,6 +362,15 @@ class Policy(Section):
         if budget is not None and least > budget:
             raise ValueError(f"min_replicas add up to {least}, above the budget of {budget}")
         return roles
+
+    @field_validator("sm_shares")
+    @classmethod
+    def _roles_keep_their_shares(
+        cls, sm_shares: SmShares | None, given: ValidationInfo
+    ) -> SmShares | None:
+        if sm_shares is not None and given.data.get("role_switch"):
+            raise ValueError("role_switch must be false: what is turned would keep its share")
+        return sm_shares
 
     def at_least(self, counts: Mapping[Role, int]) -> Policy:
         """With other minimums, as far as each role's maximum and the budget allow."""

@@ -8,7 +8,7 @@ from enum import Enum
 from math import ceil
 from typing import TYPE_CHECKING
 
-from placement.scaling.policy import SignalName
+from placement.scaling.policy import LATENCIES, SignalName
 
 if TYPE_CHECKING:
     from engine.messages import Load, Role
@@ -89,13 +89,15 @@ class Window:
 
     def value(self, signal: Signal, role: Role, policy: RolePolicy) -> float | None:
         """None where nothing in the window tells."""
-        match signal.signal:
-            case SignalName.TTFT_ATTAINMENT:
-                return self._attainment([o.ttft_shares for o in self.seen], signal.percentile)
-            case SignalName.TPOT_ATTAINMENT:
-                return self._attainment([o.tpot_shares for o in self.seen], signal.percentile)
-            case _:
-                return self._mean(signal.signal, role, policy)
+        if signal.signal in LATENCIES:
+            return self.latency(signal.signal, signal.percentile)
+        return self._mean(signal.signal, role, policy)
+
+    def latency(self, name: SignalName, percentile: float) -> float | None:
+        """The percentile over its target."""
+        if name is SignalName.TTFT_ATTAINMENT:
+            return self._attainment([o.ttft_shares for o in self.seen], percentile)
+        return self._attainment([o.tpot_shares for o in self.seen], percentile)
 
     def _attainment(self, shares: list[tuple[float, ...]], percentile: float) -> float | None:
         ordered = sorted(share for some in shares for share in some)

@@ -47,6 +47,8 @@ class Fleet:
         self.use = {"prefill-0": 0.5, "decode-0": 0.5} | use
         self.units_here = {name: unit(name) for name in self.use}
         self.notes = []
+        self.shares = {}
+        self.reshared = []
 
     def units(self):
         return tuple(
@@ -64,6 +66,13 @@ class Fleet:
 
     def turn(self, name, role):
         self.units_here[name] = replace(self.units_here[name], role=role)
+
+    def sm_shares(self):
+        return self.shares
+
+    def reshare(self, shares):
+        self.reshared.append(shares)
+        self.shares = {**self.shares, **shares}
 
     def note(self, kind, subject, text, **fields):
         self.notes.append((kind, subject, text))
@@ -239,3 +248,52 @@ def test_a_request_that_ends_between_two_reports_is_told_whole_and_a_failed_one_
     reporter.ended(ended("failed", "error", timeline=Timeline(100.0), slo=slo))
     assert reporter.take(0) == Usage(ttft_shares=(0.5,), prompt_tokens=32, ended=(Shape(16, 1),))
     assert reporter.take(0) == Usage()
+
+
+SHARING = (
+    POLICY.replace("metrics_interval_s", "role_switch: false\nmetrics_interval_s")
+    + "sm_shares: {delay_s: 0, interval_s: 100}\n"
+)
+EVEN = {Role.PREFILL: 0.5, Role.DECODE: 0.5}
+
+
+def sharing(fleet: Fleet, text: str = SHARING) -> Scaling:
+    fleet.shares = dict(EVEN)
+    return scaling(fleet, text)[0]
+
+
+async def test_shares_of_multiprocessors_follow_who_misses_its_target():
+    fleet = Fleet()
+    made = sharing(fleet)
+    made.told("gateway-0", Usage(ttft_shares=(1.5,) * 9, tpot_shares=(0.5,) * 9))
+    await made.look()
+    assert fleet.reshared == [{Role.DECODE: 0.4, Role.PREFILL: 0.6}]
+    assert ("scale", "test", "move shares") in fleet.notes
+    made.told("gateway-0", Usage(ttft_shares=(1.5,) * 9, tpot_shares=(0.5,) * 9))
+    await made.look()
+    assert len(fleet.reshared) == 1, "the next move keeps its distance"
+
+
+async def test_a_dry_run_only_tells_of_shares():
+    fleet = Fleet()
+    made = sharing(fleet, SHARING.replace("name: test", "name: test\ndry_run: true"))
+    made.told("gateway-0", Usage(ttft_shares=(1.5,) * 9, tpot_shares=(0.5,) * 9))
+    await made.look()
+    assert fleet.reshared == []
+    assert ("scale", "test", "would move shares") in fleet.notes
+
+
+async def test_shares_move_only_while_both_roles_have_one():
+    fleet = Fleet()
+    made = sharing(fleet)
+    del fleet.shares[Role.DECODE]
+    made.told("gateway-0", Usage(ttft_shares=(1.5,) * 9, tpot_shares=(0.5,) * 9))
+    await made.look()
+    assert fleet.reshared == []
+
+
+def test_a_policy_that_moves_shares_is_refused_where_nobody_has_any():
+    with pytest.raises(BadConfig, match=r"needs pools\.prefill\.sm_share"):
+        scaling(Fleet(), SHARING)
+    with pytest.raises(BadConfig, match="role_switch must be false"):
+        sharing(Fleet(), SHARING.replace("role_switch: false", "role_switch: true"))
