@@ -126,6 +126,26 @@ async def test_once_all_are_to_go_a_late_wish_brings_nothing_back(monkeypatch, r
     assert removed == []
 
 
+async def test_large_instances_look_for_their_places_before_small_ones(monkeypatch):
+    order = []
+
+    class Ordered(WordlessLauncher):
+        async def launch(self, launched) -> None:
+            order.append(launched.spec.name)
+            await super().launch(launched)
+
+    monkeypatch.setattr(keeper, "Launcher", Ordered)
+    sizes = {"decode-0": 1, "decode-1": 4, "mixed-0": 2, "prefill-0": 8}
+    specs = [
+        InstanceSpec(name, Role(name[:-2]), "cuda", size, resources=(("GPU", 1.0),))
+        for name, size in sizes.items()
+    ]
+    kept = kept_by(silent)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(Recovered(Roster(1, (), tuple(specs)), ()), ME, Link(), tasks, Starts())
+    assert order == ["prefill-0", "decode-1", "mixed-0", "decode-0"]
+
+
 async def test_a_failure_without_words_is_told_by_its_kind_and_keeps_nothing_from_going_on(
     monkeypatch, removed
 ):
