@@ -15,6 +15,7 @@ import ray
 
 from cluster.actors import CONTROLLER_NAME, NAMESPACE, answer
 from cluster.cli.progress import show_progress
+from cluster.collector import spare_what_is_loaded
 from cluster.control.controller import Controller
 from cluster.control.pools import Ground
 from cluster.gateway.companions import Companions
@@ -125,6 +126,7 @@ class _Deployment:
 
     async def _ready(self, front: Front, companions: Companions) -> None:
         await show_progress(self._controller, front.ready)
+        spare_what_is_loaded()
         await front.open_doors()
         await companions.opened()
 

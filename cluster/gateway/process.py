@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from cluster.collector import spare_what_is_loaded
 from cluster.config import Config
 from cluster.gateway.front import Front, gateway_name, read_model
 from cluster.watching.logs import set_up_logging
@@ -44,6 +45,7 @@ class GatewayProcess:
             if over:
                 await self.ended()
                 raise InstanceLost(f"{gateway_name(self._number)} was stopped before it was ready")
+        spare_what_is_loaded()
         await front.open_doors()
         return front.http_url, front.grpc_address
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from cluster.actors import PULL_ANSWER_S, answer, find_worker
+from cluster.collector import spare_what_is_loaded
 from cluster.config import Config
 from cluster.instance.leading import Leading
 from cluster.instance.mover import rank_name
@@ -204,6 +205,7 @@ class Worker:
         return self._leading
 
     def _start(self, work: Awaitable[None]) -> None:
+        spare_what_is_loaded()
         self._work = asyncio.ensure_future(self._until_the_end(work))
 
     async def _until_the_end(self, work: Awaitable[None]) -> None:

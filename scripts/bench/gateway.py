@@ -40,6 +40,7 @@ async def run_gateway(folder: Path) -> None:
     import uvicorn
 
     import engine
+    from cluster.collector import spare_what_is_loaded
     from cluster.doors.both import listen
     from cluster.doors.grpc_door import GrpcDoor
     from cluster.doors.http import HttpDoor
@@ -67,6 +68,7 @@ async def run_gateway(folder: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(gateway.run())
         tasks.create_task(server.serve([listener]))
+        spare_what_is_loaded()
         print(json.dumps({"http": listener.getsockname()[1], "grpc": door.port}), flush=True)
 
 
