@@ -85,6 +85,10 @@ class Arrangement:
     roles: tuple[Role, ...]
     sm_shares: tuple[float | None, ...] = (None, None)
 
+    @property
+    def needs_mps(self) -> bool:
+        return self.sm_shares[0] is not None
+
 
 AGGREGATED = Arrangement("aggregated", (Role.MIXED,))
 TURNS = Arrangement("turns", (Role.PREFILL, Role.DECODE))
@@ -102,8 +106,9 @@ def main() -> None:
         for one in chosen:
             bench.serve(one)
     for one in chosen:
-        bench.predict(one)
-        bench.show(one)
+        if bench.has_served(one):
+            bench.predict(one)
+            bench.show(one)
 
 
 def parse() -> argparse.Namespace:
@@ -137,9 +142,6 @@ def names(text: str) -> list[str]:
 def arrangements(options: argparse.Namespace) -> list[Arrangement]:
     found = [one for one in (AGGREGATED, TURNS) if one.name in options.only]
     if "shares" not in options.only:
-        return found
-    if options.device == "cpu" or shutil.which(MPS_CONTROL) is None:
-        print(f"no shares of multiprocessors: they need a GPU and {MPS_CONTROL}", flush=True)
         return found
     for prefill in options.prefill_shares:
         decode = round(1.0 - prefill, 6)
@@ -205,12 +207,16 @@ class Bench:
 
     def serve(self, one: Arrangement) -> None:
         wanted = [self._case(one, f"rate={rate:g}") for rate in self.options.rates]
-        if any(case not in self.records.of for case in [self._case(one, "passes"), *wanted]):
-            daemon: AbstractContextManager[dict[str, str]] = nullcontext({})
-            if one.sm_shares[0] is not None:
-                daemon = mps_daemon()
-            with daemon as environment:
-                asyncio.run(self._serve(one, self._plans(one, environment)))
+        if all(case in self.records.of for case in [self._case(one, "passes"), *wanted]):
+            return
+        if one.needs_mps and (self.options.device == "cpu" or shutil.which(MPS_CONTROL) is None):
+            print(f"{one.name}: not here, it needs a GPU and {MPS_CONTROL}", flush=True)
+            return
+        daemon: AbstractContextManager[dict[str, str]] = nullcontext({})
+        if one.needs_mps:
+            daemon = mps_daemon()
+        with daemon as environment:
+            asyncio.run(self._serve(one, self._plans(one, environment)))
 
     def _plans(self, one: Arrangement, environment: dict[str, str]) -> list[InstancePlan]:
         dtype = DTYPES[self.options.device]
@@ -248,8 +254,7 @@ class Bench:
                     if case not in self.records.of:
                         load = self._load(rate)
                         samples = await put(gateway, load, self._shape.vocab, self.options.seed)
-                        figures = self._figures(samples)
-                        self.records.measure(case, lambda figures=figures: figures)  # type: ignore[misc]
+                        self.records.measure(case, partial(self._figures, samples))
 
     async def _time_passes(self, instances: Sequence[InstanceProcess]) -> Figures:
         """As a profile's runs, one for each instance."""
@@ -279,6 +284,9 @@ class Bench:
             "ttft_ms_p50_p90": quantiles(ttfts),
             "tpot_ms_p50_p90": quantiles(tpots),
         }
+
+    def has_served(self, one: Arrangement) -> bool:
+        return self._case(one, "passes") in self.records.of
 
     def predict(self, one: Arrangement) -> None:
         """From the times of passes alone, whichever machine they were taken on."""
