@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine import kernels
+from engine.native_library import load_library
+
 PIECE = 128
 SAFETY = 0.99
 """Keeps tokens whose probability rounding might have put just under a bound."""
@@ -25,7 +28,15 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def highest(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum of each row and the lowest index that holds it; NaN if the row has one."""
+    """The maximum of each row and the lowest index that holds it; not finite if NaN is there."""
+    library = load_library() if rows.device.type == "cpu" else None
+    if library is not None and rows.dtype == torch.float32 and rows.stride(1) == 1:
+        return kernels.highest(library, rows)
+    return highest_piece(rows)
+
+
+def highest_piece(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`highest` in plain torch."""
     peaks = piece_maxima(rows)
     maxima, piece = peaks.max(dim=1, keepdim=True)
     inside, _ = _piece(rows, piece, float("-inf"))

@@ -40,6 +40,7 @@ _NORM = Struct("=8qd")
 _ACTIVATION = Struct("=7q")
 _PLACE = Struct("=18qd")
 _ATTENTION = Struct("=19q2d")
+_HIGHEST = Struct("=6q")
 
 
 class PackedWeight(torch.Tensor):
@@ -63,6 +64,24 @@ def cpu_ops(threads: int) -> Ops:
     ops = NativeOps(library, threads, library.instruction_sets[0])
     log.info("native kernels ready instruction_set=%s threads=%d", ops.instruction_set, threads)
     return ops
+
+
+def highest(library: NativeLibrary, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `engine.drawing.highest`, of fp32 rows whose elements lie side by side."""
+    count, columns = rows.shape
+    maxima = torch.empty(count, dtype=torch.float32)
+    places = torch.empty(count, dtype=torch.int64)
+    library.highest(
+        _HIGHEST.pack(
+            rows.data_ptr(),
+            maxima.data_ptr(),
+            places.data_ptr(),
+            count,
+            columns,
+            rows.stride(0),
+        )
+    )
+    return maxima, places
 
 
 class Slabs:

@@ -14,7 +14,7 @@ from engine.errors import Unsupported
 log = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parent
-INTERFACE = 3
+INTERFACE = 4
 """Of the records in engine/native/kernels.h; a library of another was built of other sources."""
 BUILD = "python setup.py build_ext --inplace --force"
 INSTALL = "pip install --force-reinstall --no-deps ."
@@ -51,6 +51,7 @@ class NativeLibrary:
         self.activation = self._kernel("activation")
         self.place = self._kernel("place")
         self.attention = self._kernel("attention")
+        self.highest = self._kernel("highest")
         self._index_of = dict(self._usable())
 
     def _check_interface(self, path: Path) -> None:

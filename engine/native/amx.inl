@@ -24,6 +24,8 @@ struct TileBlock {
     const bf16 *next;    // what comes after the panel: it is brought into L2 meanwhile, if not null
     int64_t next_lines;  // of it, a step
 
+    const bf16 *far = nullptr;  // what a tall block brings into L2, a tile a step
+
     // Where the weights lie that are met so many steps after this one.
     const bf16 *ahead(int64_t step, int64_t steps_ahead, int64_t stride) const {
         int64_t then = step + steps_ahead;
@@ -175,7 +177,8 @@ inline void store_tall(float *c, int64_t ldc) {
     settle_memory();
 }
 
-// `block.panel` is a half: its tiles alternate with those of the other.
+// `block.panel` is a half: its tiles alternate with those of the other. What is met later is fetched
+// in the order in which it lies, half of it with each.
 template <int tiles>
 inline void multiply_tall(const TileBlock &block) {
     constexpr int64_t stride = 2 * kTile;
@@ -183,7 +186,7 @@ inline void multiply_tall(const TileBlock &block) {
     block.accumulate ? load_tall<tiles>(block.c, block.ldc) : clear_sums();
     for (int64_t step = 0; step < block.steps; step++)
         tall_step<tiles>(block, block.a + step * block.step_stride, block.panel + step * stride,
-                         {block.ahead(step, kFarSteps, stride), block.ahead(step, kNearSteps, stride)});
+                         {block.far + step * kTile, block.ahead(step, kNearSteps, stride)});
     store_tall<tiles>(block.c, block.ldc);
 }
 

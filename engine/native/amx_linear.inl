@@ -78,7 +78,7 @@ struct RowBlock {
         for (int64_t half = 0; half < 2; half++) {
             TileBlock part = slab;
             part.panel += half * kTile, part.c += half * 16;
-            part.next = half == 0 ? slab.panel + kTile : next;
+            part.next = half == 0 ? slab.panel + kTile : next, part.far = next + half * steps * kTile;
             tiles == 3 ? multiply_tall<3>(part) : multiply_tall<4>(part);
         }
     }

@@ -40,6 +40,7 @@ void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }
 void tandem_activation(const void *record) { in_use->activation(unpack<ActivationArgs>(record)); }
 void tandem_place(const void *record) { in_use->place(unpack<PlaceArgs>(record)); }
 void tandem_attention(const void *record) { in_use->attention(unpack<AttentionArgs>(record)); }
+void tandem_highest(const void *record) { in_use->highest(unpack<HighestArgs>(record)); }
 
 // Calls kernels one after the other: each call is a CallHeader and the kernel's record.
 void tandem_replay(const void *calls, int64_t bytes) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -35,6 +36,6 @@ void attention(const AttentionArgs &args) {
 }
 }  // namespace amx
 
-const Kernels amx_kernels = {amx::linear, amx::norm, amx::activation, amx::place, amx::attention};
+const Kernels amx_kernels = {amx::linear, amx::norm, amx::activation, amx::place, amx::attention, amx::highest};
 }  // namespace tandem
 #endif

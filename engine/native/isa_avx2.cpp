@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <limits>
 #include <utility>
 
 namespace tandem {
@@ -12,6 +13,6 @@ namespace avx2 {
 #include "all.inl"
 }  // namespace avx2
 
-const Kernels avx2_kernels = {avx2::linear, avx2::norm, avx2::activation, avx2::place, avx2::attention};
+const Kernels avx2_kernels = {avx2::linear, avx2::norm, avx2::activation, avx2::place, avx2::attention, avx2::highest};
 }  // namespace tandem
 #endif

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <limits>
 #include <utility>
 
 namespace tandem {
@@ -12,6 +13,6 @@ namespace avx512 {
 #include "all.inl"
 }  // namespace avx512
 
-const Kernels avx512_kernels = {avx512::linear, avx512::norm, avx512::activation, avx512::place, avx512::attention};
+const Kernels avx512_kernels = {avx512::linear, avx512::norm, avx512::activation, avx512::place, avx512::attention, avx512::highest};
 }  // namespace tandem
 #endif

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <limits>
 #include <utility>
 
 #define TANDEM_HAVE_DPBF16
@@ -14,6 +15,6 @@ namespace avx512_bf16 {
 #include "all.inl"
 }  // namespace avx512_bf16
 
-const Kernels avx512_bf16_kernels = {avx512_bf16::linear, avx512_bf16::norm, avx512_bf16::activation, avx512_bf16::place, avx512_bf16::attention};
+const Kernels avx512_bf16_kernels = {avx512_bf16::linear, avx512_bf16::norm, avx512_bf16::activation, avx512_bf16::place, avx512_bf16::attention, avx512_bf16::highest};
 }  // namespace tandem
 #endif

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 namespace tandem {
@@ -10,5 +11,5 @@ namespace scalar {
 #include "all.inl"
 }  // namespace scalar
 
-const Kernels scalar_kernels = {scalar::linear, scalar::norm, scalar::activation, scalar::place, scalar::attention};
+const Kernels scalar_kernels = {scalar::linear, scalar::norm, scalar::activation, scalar::place, scalar::attention, scalar::highest};
 }  // namespace tandem

@@ -13,7 +13,7 @@ enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
 
 // The records below arrive from Python as packed bytes: every field is eight bytes wide. Whoever
 // changes one counts the interface up, here and in engine/native_library.py.
-constexpr int64_t kInterface = 3;
+constexpr int64_t kInterface = 4;
 
 struct LinearArgs {
     const void *x;       // [rows, in_features], rows x_stride elements apart
@@ -77,6 +77,13 @@ struct AttentionArgs {
     double soft_cap;  // 0: none
 };
 
+struct HighestArgs {
+    const float *rows;  // [count, columns], rows row_stride elements apart
+    float *maxima;      // [count], not finite if the row holds NaN
+    int64_t *places;    // [count], the first of equals
+    int64_t count, columns, row_stride;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     void (*linear)(const LinearArgs &);
@@ -84,6 +91,7 @@ struct Kernels {
     void (*activation)(const ActivationArgs &);
     void (*place)(const PlaceArgs &);
     void (*attention)(const AttentionArgs &);
+    void (*highest)(const HighestArgs &);
 };
 
 extern const Kernels scalar_kernels;

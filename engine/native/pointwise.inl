@@ -116,3 +116,41 @@ void place(const PlaceArgs &args) {
         for (int64_t token = begin; token < end; token++) body(args, token);
     });
 }
+
+// --- the highest of a row --------------------------------------------------------------------
+
+constexpr int64_t kPeakPiece = 1024;  // that the highest is looked for in again, to tell its place
+
+// Adds up to NaN in `sound` what is NaN, or endless.
+inline float peak_of(const float *x, int64_t n, Vec &sound) {
+    const Vec least = splat(-INFINITY), zero = splat(0.f), finite = splat(std::numeric_limits<float>::lowest());
+    Vec peak = least;
+    for (int64_t i = 0, left; (left = n - i) > 0; i += 16) {
+        Vec here = left < 16 ? keep(load(x + i, left), 0, left, -INFINITY) : load(x + i);
+        peak = larger(peak, here);
+        sound = fma(larger(finite, here), zero, sound);  // a NaN stands second, and stays
+    }
+    return largest(peak);
+}
+
+void highest_of(const HighestArgs &args, int64_t row) {
+    const float *x = args.rows + row * args.row_stride;
+    Vec sound = splat(0.f);
+    float best = -INFINITY;
+    int64_t place = 0;
+    for (int64_t i = 0; i < args.columns; i += kPeakPiece) {
+        int64_t left = args.columns - i;
+        float peak = peak_of(x + i, left < kPeakPiece ? left : kPeakPiece, sound);
+        if (peak > best) best = peak, place = i;
+    }
+    bool whole = best == INFINITY || sum(sound) == 0;
+    for (; whole && x[place] != best; place++) {}
+    args.maxima[row] = whole ? best : NAN;
+    args.places[row] = place;
+}
+
+void highest(const HighestArgs &args) {
+    parallel_ranges(args.count, rows_a_task(args.columns), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) highest_of(args, row);
+    });
+}

@@ -11,8 +11,10 @@ import torch
 from numpy.random import _pcg64
 
 import engine.native_library as native
+from engine import kernels
 from engine.attention import AttentionShape, KvLayer
 from engine.batch import Chunk
+from engine.drawing import highest_piece
 from engine.errors import Unsupported
 from engine.kernels import NativeOps, PackedWeight, cpu_ops
 from engine.ops import Activation, QkNorm, Rotary, TorchOps
@@ -278,6 +280,34 @@ def test_a_cache_of_another_dtype_is_left_to_torch(ops: NativeOps) -> None:
     query, shape = torch.randn(1, 2, 32).bfloat16(), AttentionShape(0.2)
     wanted = TorchOps().paged_attention(query, second_layer(pool), packed, shape)
     assert torch.equal(ops.paged_attention(query, second_layer(pool), packed, shape), wanted)
+
+
+# --- the highest of a row ----------------------------------------------------------------------
+
+COLUMNS = (1, 15, 16, 100, 1024, 1025, 5000)
+
+
+def highest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    assert LIBRARY is not None
+    return kernels.highest(LIBRARY, rows)
+
+
+@pytest.mark.usefixtures("ops")
+def test_the_first_of_the_highest_is_told_as_torch_tells_it() -> None:
+    for columns in COLUMNS:
+        rows = (4 * torch.randn(7, columns + 3)).round()[:, :columns]
+        rows[3], rows[4, ::2] = float("-inf"), float("-inf")
+        for got, wanted in zip(highest(rows), highest_piece(rows), strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.usefixtures("ops")
+def test_a_row_with_nan_or_without_end_has_no_finite_highest() -> None:
+    for columns in COLUMNS:
+        rows = torch.randn(4, columns)
+        rows[1, columns // 2], rows[2, columns - 1] = float("nan"), float("inf")
+        maxima, _ = highest(rows)
+        assert maxima.isfinite().tolist() == [True, False, False, True]
 
 
 # --- loading -----------------------------------------------------------------------------------
