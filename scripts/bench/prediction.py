@@ -13,8 +13,10 @@ prompts to one server, so prefixes are not cached: later rates would find their 
 The profile also tells what passes cost beside a busy neighbour, and what serving adds to them,
 since the generator and the gateway share the two cores with the instances. How far a figure would
 lie from itself, were it measured again over as many requests, is printed beside it (a block
-bootstrap). With a folder the stages may run one by one, and a rate that was measured is not
-measured again. Rates during which other processes computed are measured again.
+bootstrap), and so is how far off the prediction would be for a machine as fast as this one was
+while that rate was driven: what else runs on a virtual machine's host slows it down by half for
+seconds. With a folder the stages may run one by one, and a rate that was measured is not measured
+again. Rates during which other processes computed are measured again.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+from machine_speed import watched
 from shapes import SHAPES, write_checkpoint
 
 if TYPE_CHECKING:
@@ -60,8 +63,9 @@ STOP_S = 60
 DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
 STAGES = ["prepare", "measure", "report"]
+PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
 WORKLOAD, PLAN, RATES, MEASURED = "load.csv", "plan.yaml", "rates.json", "measured.jsonl"
-SAMPLES = "samples.csv"
+SAMPLES, SPEED = "samples.csv", "speed.json"
 
 
 @dataclass(frozen=True)
@@ -179,12 +183,14 @@ def checkpoint(folder: Path, model: str) -> str:
 def make_plan(
     folder: Path, model: str, workload: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    fleet, profile, plan = (folder / name for name in ("fleet.yaml", "profile.json", PLAN))
+    fleet, profile, plan = (folder / name for name in ("fleet.yaml", PROFILE, PLAN))
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
         rounds = ["--quick"] if options.quick else []
         beside = ("--neighbours=1", "--serving", "--tensor-parallel=2")
-        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
+        with watched() as speed:
+            tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
+        (folder / SPEED).write_text(json.dumps(speed.undisturbed_s))
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
     made = tandem("plan", "--model", model, *given, *targets, "-o", plan, "--json")
@@ -225,13 +231,14 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
     if not plan.exists():
         return
     slo = yaml.safe_load(plan.read_text())["slo"]
+    profiled_s = json.loads((folder / SPEED).read_text())
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
     with serving(plan) as url:
         for rate in rates:
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
-            others, figures = undisturbed(bench, most_tries)
-            line = {"deployment": deployment, "rate_rps": rate, "others": others}
+            others, slower, figures = undisturbed(bench, most_tries, profiled_s)
+            line = {"deployment": deployment, "rate_rps": rate, "others": others, "slower": slower}
             line["sampling"] = sampling_errors(samples)
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(figures)}) + "\n")
@@ -255,14 +262,18 @@ def sampling_errors(samples: Path) -> dict[str, float]:
     return errors
 
 
-def undisturbed(work: Callable[[], str], most_tries: int) -> tuple[float, str]:
-    """What came of it, and how many cores others took meanwhile; again if that was too much."""
-    tries: list[tuple[float, str]] = []
+def undisturbed(
+    work: Callable[[], str], most_tries: int, profiled_s: float
+) -> tuple[float, float, str]:
+    """What came of it, how many cores others took meanwhile, and how many times as slow as when it
+    was profiled the machine was; again if the others took too much."""
+    tries: list[tuple[float, float, str]] = []
     while len(tries) < most_tries and (not tries or tries[-1][0] > DISTURBED_CORES):
         began_s, before_s = time.monotonic(), foreign_s()
-        text = work()
+        with watched() as speed:
+            text = work()
         others = (foreign_s() - before_s) / (time.monotonic() - began_s)
-        tries.append((max(others, 0.0), text))
+        tries.append((max(others, 0.0), speed.mean_s / profiled_s, text))
     return min(tries)
 
 
@@ -314,12 +325,31 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def compare(folder: Path) -> Iterator[Row]:
+def slowed(folder: Path, times: float) -> Path:
+    """The profile as it would be of a machine that takes so many times as long for everything."""
+    document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
+
+    def lengthened(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: lengthened(one, name) for name, one in value.items()}
+        if isinstance(value, list):
+            return [lengthened(one) for one in value]
+        return value * times if key in ("seconds", "ttft_s", "tpot_s", "doors_s") else value
+
+    path.write_text(json.dumps(lengthened(document)))
+    return path
+
+
+def compare(folder: Path, *, at_speed: bool) -> Iterator[Row]:
+    """By the profile as it is, or at the speed that the machine had while each rate was driven."""
     for one in read_measured(folder):
         deployment, rate, measured = one["deployment"], one["rate_rps"], one["figures"]
         plan = folder / f"{deployment}.yaml"
         given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-        predicted = json.loads(tandem("simulate", "--plan", plan, *given))
+        profile = folder / PROFILE
+        if at_speed:
+            profile = slowed(folder, one["slower"])
+        predicted = json.loads(tandem("simulate", "--plan", plan, "--profile", profile, *given))
         for name, point in FIGURES:
             values = (predicted[name][point], measured[name][point])
             figure = f"{name} {point}"
@@ -363,34 +393,45 @@ def tandem(*arguments: object) -> str:
 
 
 def report(folder: Path, *, as_json: bool) -> None:
-    plan, rows = yaml.safe_load((folder / PLAN).read_text()), list(compare(folder))
+    plan, measured = yaml.safe_load((folder / PLAN).read_text()), read_measured(folder)
     planned = {pool["role"]: pool["instances"] for pool in plan["pools"]}
+    rows, at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
-    others = max(one["others"] for one in read_measured(folder))
+    others, slower = (max(one[key] for one in measured) for key in ("others", "slower"))
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
-        print(json.dumps({**document, "rows": [{**asdict(row), "off": row.off} for row in rows]}))
+        lists = {"rows": rows, "rows_at_speed": at_speed}
+        entries = {key: [{**asdict(r), "off": r.off} for r in one] for key, one in lists.items()}
+        print(json.dumps({**document, "slower": slower, **entries}))
         return
     print(plan["reason"])
-    for row in rows:
+    for row, then in zip(rows, at_speed, strict=True):
         sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
         print(
             f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
-            f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%}"
-            f"{sampling}"
+            f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%} "
+            f"off_at_speed={then.off:+.1%}{sampling}"
         )
+    print(summary("as profiled", rows))
+    print(summary("at the speed that the machine had meanwhile", at_speed))
+    print(f"planned={planned} expected_better={expected} measured_better={better}")
+    print(
+        f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
+        f"the machine was up to {slower:.2f} times as slow as when it was profiled"
+    )
+
+
+def summary(which: str, rows: list[Row]) -> str:
     latencies = [abs(row.off) for row in rows if row.figure != "attainment"]
     shares = [abs(row.off) for row in rows if row.figure == "attainment"]
     within = sum(off <= LATENCY_WITHIN for off in latencies)
     held = sum(off <= ATTAINMENT_WITHIN for off in shares)
-    print(
-        f"latencies off: median {np.median(latencies):.1%}, most {max(latencies):.1%}; "
+    return (
+        f"{which}: latencies off: median {np.median(latencies):.1%}, most {max(latencies):.1%}; "
         f"{within} of {len(latencies)} within {LATENCY_WITHIN:.0%}; "
         f"attainment off by at most {max(shares) * 100:.1f} points; "
         f"{held} of {len(shares)} within {ATTAINMENT_WITHIN * 100:.0f}"
     )
-    print(f"planned={planned} expected_better={expected} measured_better={better}")
-    print(f"other processes took up to {others:.2f} of {os.cpu_count()} cores")
 
 
 def preferred(rows: list[Row], side: str) -> str:
