@@ -72,7 +72,8 @@ def resolve_kv_dtype(wanted: str, dtype: str, device: torch.device) -> str:
 def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Ops:
     """The fastest operations for a device; `deterministic` ones do not mix a batch's rows."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         return RowwiseOps() if deterministic else cuda_ops()
     _keep_freed_memory()
     ops = cpu_ops(threads)

@@ -115,3 +115,14 @@ def test_without_triton_plain_torch_computes_and_a_warning_says_so(
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
     assert runner.cuda_ops().name == "torch"
     assert "reason=Triton is not installed" in caplog.text
+
+
+def test_a_gpu_that_is_given_without_a_number_is_the_one_that_the_process_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As workers are told of theirs; torch sets no device that has no number."""
+    entered: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", entered.append, raising=False)
+    for device in (GPU, torch.device("cuda", 1)):
+        assert runner.choose_ops(device, 1, deterministic=False).name == "cuda"
+    assert entered == [1]
