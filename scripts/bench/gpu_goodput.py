@@ -59,6 +59,8 @@ MPS_CONTROL = "nvidia-cuda-mps-control"
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
 ATTAINMENT = 0.9
 SIGMA = 0.4
+WARM_UP_REQUESTS = 64
+"""Served before any rate is measured: graphs are made when steps of a size are first needed."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,8 @@ class Bench:
                 self.records.measure(passes, lambda: found)
             serve(instances)
             async with gateway_of(link, self.scratch, self._slo, len(instances)) as gateway:
-                await put(gateway, self._load(1.0).first(2), self._shape.vocab, self.options.seed)
+                warm = self._load(max(self.options.rates)).first(WARM_UP_REQUESTS)
+                await put(gateway, warm, self._shape.vocab, self.options.seed)
                 for rate in self.options.rates:
                     case = self._case(one, f"rate={rate:g}")
                     if case not in self.records.of:
