@@ -120,6 +120,10 @@ def simulate(
     start_s: Annotated[
         float, typer.Option(min=0, help="With a policy: until a started instance serves.")
     ] = 60.0,
+    admission: Annotated[
+        bool,
+        typer.Option("--admission", help="Refuse at once what would miss its TTFT, as a gateway."),
+    ] = False,
     profile: Profile = None,
     report: Report = None,
     as_json: Json = False,
@@ -140,6 +144,8 @@ def simulate(
     _check_output("report", report)
     if report is not None and policy is not None:
         raise BadConfig("report", str(report), "draws a plan as it stands: not with --policy")
+    if admission and policy is not None:
+        raise BadConfig("admission", "true", "is for a plan as it stands: not with --policy")
     planned = read_plan_file(plan)
     book = cost_book(planned.model, planned_fleet(planned, profile))
     load = read_workload(workload)
@@ -148,10 +154,12 @@ def simulate(
     deployment = deployment_for(planned, book)
     fleet = None
     if policy is None:
-        outcome = run(deployment, load, dynamics=dynamics_of(plan))
+        outcome = run(deployment, load, dynamics=dynamics_of(plan, admission=admission))
     else:
         outcome, fleet = follow(following(policy, start_s), planned, book, deployment, load)
     figures = outcome.figures()
+    if admission:
+        figures["refused"] = outcome.refused
     if fleet is not None:
         figures["fleet"] = fleet
     if outcome.beyond:

@@ -84,12 +84,17 @@ def read_plan_file(path: Path) -> Plan:
     return plan_from(content)
 
 
-def dynamics_of(path: Path) -> Dynamics:
-    """What a cluster that serves this plan does of itself: its balancer moves requests."""
-    section = read_yaml(path).get("migration") or {}
-    migration = parse_config({"migration": section}).migration
+def dynamics_of(path: Path, *, admission: bool = False) -> Dynamics:
+    """What a cluster that serves this plan does of itself: its balancer moves requests, and where
+    it is asked for its gateway refuses some."""
+    content = read_yaml(path)
+    config = parse_config({key: content.get(key) or {} for key in ("migration", "gateway")})
+    migration = config.migration
     return Dynamics(
-        balance=migration.enabled, balancer=migration.balancer, look_s=migration.interval_s
+        balance=migration.enabled,
+        balancer=migration.balancer,
+        look_s=migration.interval_s,
+        admission=config.gateway.admission if admission else None,
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.messages import Role
+    from placement.routing.admission import AdmissionSettings
     from placement.scaling.policy import Policy
 
 
@@ -48,6 +49,8 @@ class Dynamics:
     patience_s: float = 600.0
     """A request for which no instance is found for so long fails."""
     seed: int = 0
+    admission: AdmissionSettings | None = None
+    """A gateway's, which refuses what would miss its TTFT target; None lets everybody in."""
 
 
 @dataclass(slots=True)

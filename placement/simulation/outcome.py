@@ -50,6 +50,8 @@ class Outcome:
     preemptions: int = 0
     beyond: tuple[str, ...] = ()
     """What was asked of the latency model outside its measurements."""
+    refused: int = 0
+    """Not let in; they count among those that failed."""
     stopped: bool = False
     """Given up early, when attainment could no longer be reached."""
 
@@ -232,7 +234,7 @@ class Ledger:
         self.missed += not late
 
     def outcome(
-        self, busy_s: dict[str, float], preemptions: int, beyond: tuple[str, ...]
+        self, busy_s: dict[str, float], preemptions: int, beyond: tuple[str, ...], refused: int = 0
     ) -> Outcome:
         gaps = np.array(self._gaps, dtype=float).reshape(-1, 2)
         return Outcome(
@@ -245,6 +247,7 @@ class Ledger:
             busy_s=busy_s,
             preemptions=preemptions,
             beyond=beyond,
+            refused=refused,
             stopped=self.hopeless,
             **{name: np.array(values) for name, values in self.moments.items()},
         )

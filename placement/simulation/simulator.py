@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from heapq import heappop, heappush
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from engine.blocks import BlockPool
@@ -20,6 +21,7 @@ from placement.simulation.counted_pool import CountedPool
 from placement.simulation.crowding import Crowd
 from placement.simulation.dynamics import FleetRecord
 from placement.simulation.fleet import SimulatedFleet
+from placement.simulation.gate import Gate
 from placement.simulation.instance import SimulatedInstance
 from placement.simulation.migration import Migrations
 from placement.simulation.outcome import Ledger
@@ -69,6 +71,7 @@ class Simulation:
         self.tpot_s = slo.tpot_s if workload.slo_tpot_s is None else None
         self._events: list[tuple[float, int, Action, Any]] = []
         self._scheduled = 0
+        self._now = 0.0
         self._crowds: dict[str, Crowd] = {}
         self.instances = {
             name: SimulatedInstance(name, model, deployment, self)
@@ -82,6 +85,8 @@ class Simulation:
             settings = replace(settings, prefix_block_tokens=COARSE_BLOCK_TOKENS)
         self._router = Router(settings)
         self.record = FleetRecord()
+        admission = None if dynamics is None else dynamics.admission
+        self._gate = None if admission is None else Gate(self, self._router, admission)
         self._living = None if dynamics is None else _Living(self, deployment, dynamics)
 
     def run(self) -> Outcome:
@@ -96,6 +101,7 @@ class Simulation:
                     self.ledger.look_ahead(due_s, following)
             elif self._events:
                 now, _, action, subject = heappop(self._events)
+                self._now = now
                 action(subject, now)
             else:
                 break
@@ -104,14 +110,23 @@ class Simulation:
         return self._outcome()
 
     def _arrive(self, index: int, now: float) -> None:
+        self._now = now
         request = self._request(index)
         if self._living is not None:
             self._living.fleet.tally.prompt_tokens += len(request.prompt)
         way_s = self._way_s()
         if way_s:
-            self.at(now + way_s, self._dispatch, start_sequence(request, 0))
+            self.at(now + way_s, self._enter, start_sequence(request, 0))
         else:
-            self._dispatch(start_sequence(request, 0), now)
+            self._enter(start_sequence(request, 0), now)
+
+    def _enter(self, sequence: Sequence, now: float) -> None:
+        if self._gate is None:
+            self.send(sequence, now)
+        else:
+            targets = self._workload.slo_ttft_s
+            strict = targets is not None and not isnan(targets[int(sequence.request.id)])
+            self._gate.arrive(sequence, now, strict=strict)
 
     def _way_s(self) -> float:
         """To an instance and back, by how busy the machines are that clients share with them."""
@@ -122,10 +137,13 @@ class Simulation:
         shares = [crowd.busy_share for crowd in self._crowds.values()]
         return overheads.arrival_s + (busy_s - overheads.arrival_s) * sum(shares) / len(shares)
 
-    def _dispatch(self, sequence: Sequence, now: float) -> None:
+    def view(self, now: float) -> View:
+        return View(now, tuple([one.view(now) for one in self.instances.values()]))
+
+    def send(self, sequence: Sequence, now: float) -> None:
+        """To where it is answered, or to wait for an instance."""
         request = sequence.request
-        view = View(now, tuple([one.view(now) for one in self.instances.values()]))
-        route = self._router.choose(request, view)
+        route = self._router.choose(request, self.view(now))
         if route is None:
             self._waiting[request.id] = sequence, now
             return
@@ -162,7 +180,8 @@ class Simulation:
             beyond.update(dict.fromkeys(found))
         busy_s = {one.name: one.busy_s for one in instances}
         preemptions = sum(one.batcher.decode.preemptions for one in instances)
-        return self.ledger.outcome(busy_s, preemptions, tuple(beyond))
+        refused = 0 if self._gate is None else self._gate.refused
+        return self.ledger.outcome(busy_s, preemptions, tuple(beyond), refused)
 
     # What instances tell.
 
@@ -186,6 +205,8 @@ class Simulation:
     def first_token(self, request_id: str, now: float) -> None:
         self.ledger.first_token(int(request_id), now)
         self._router.prefilled(request_id, now)
+        if self._gate is not None:
+            self._gate.prefilled(request_id, now)
         if self._living is not None:
             self._living.fleet.tally.output_tokens += 1
             ttft_share, _ = self.ledger.shares(int(request_id))
@@ -195,6 +216,8 @@ class Simulation:
         index = int(request_id)
         self.ledger.finished(index, now)
         self._router.ended(request_id)
+        if self._gate is not None:
+            self._gate.ended(request_id, now)
         if self._living is not None:
             _, tpot_share = self.ledger.shares(index)
             if tpot_share is not None:
@@ -206,6 +229,8 @@ class Simulation:
         self._waiting.pop(request_id, None)
         self.ledger.failed(int(request_id))
         self._router.ended(request_id)
+        if self._gate is not None:
+            self._gate.ended(request_id, self._now)
 
     def gap(self, seconds: float, count: int) -> None:
         self.ledger.gap(seconds, count)
@@ -222,7 +247,7 @@ class Simulation:
         """It is answered anew, after what was delivered."""
         self._router.ended(sequence.id)
         epoch, output = sequence.epoch + 1, tuple(sequence.output)
-        self._dispatch(start_sequence(sequence.request, epoch, output), now)
+        self.send(start_sequence(sequence.request, epoch, output), now)
 
     # What the fleet asks.
 
@@ -245,7 +270,7 @@ class Simulation:
         """There may be an instance for those that wait for one."""
         waiting, self._waiting = self._waiting, {}
         for sequence, _ in waiting.values():
-            self._dispatch(sequence, now)
+            self.send(sequence, now)
 
     def give_up(self, since_s: float, now: float) -> None:
         """Requests that have waited for an instance since then."""
