@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +25,7 @@ from engine.rowwise import RowwiseOps
 from engine.sampler import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from engine.batch import Batch, Draw, Drawn
     from engine.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_PIECE_BYTES, KEPT_BYTES = 32 << 20, 64 << 20
+MAPPED_BYTES = 1 << 20
+"""What passes through memory while weights are loaded would leave gaps in the heap."""
 
 
 class Draws(Protocol):
@@ -75,7 +78,6 @@ def choose_ops(device: torch.device, threads: int, *, deterministic: bool) -> Op
         if device.index is not None:
             torch.cuda.set_device(device)
         return RowwiseOps() if deterministic else cuda_ops()
-    _keep_freed_memory()
     ops = cpu_ops(threads)
     repeatable = isinstance(ops, NativeOps)
     return RowwiseOps() if deterministic and not repeatable else ops
@@ -91,11 +93,21 @@ def cuda_ops() -> Ops:
     return CudaOps()
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc reuse the memory of activations instead of mapping it afresh for every layer."""
+@contextmanager
+def _gapless_heap(device: torch.device) -> Iterator[None]:
+    """Has glibc map each larger piece for itself, and after that reuse those of activations."""
+    if device.type == "cpu":
+        _keep_freed_memory(MAPPED_BYTES)
+    yield
+    if device.type == "cpu":
+        _keep_freed_memory(KEPT_PIECE_BYTES)
+
+
+def _keep_freed_memory(piece_bytes: int) -> None:
+    """Has glibc reuse the memory of pieces up to a size instead of mapping it afresh."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_PIECE_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, piece_bytes)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
@@ -144,7 +156,8 @@ class Runner:
         )
         self._storage = storage or OwnPieces(self.device)
         weights = RankWeights(checkpoint, parallel, TORCH_DTYPES[name], self.kv)
-        self._decoder = weights.load(ops, self._storage, progress)
+        with _gapless_heap(self.device):
+            self._decoder = weights.load(ops, self._storage, progress)
         checkpoint.release()
         self._whole_steps: WholeSteps | None = None
         if self._decoder.whole and isinstance(sampler, Sampler):
