@@ -2,15 +2,19 @@
 """Goodput beside vLLM: the highest rate at which enough requests meet both targets.
 
     python scripts/bench/goodput.py run SERVER --checkpoint DIR --into DIR --rates 4,5,6
-        [--ttft 1.0] [--tpot 0.04] [--seconds 40] [--vllm PYTHON] [--vllm-args "..."] [--name NAME]
+        [--ttft 1.0] [--tpot 0.04] [--seconds 40] [--rounds 1]
+        [--vllm PYTHON] [--vllm-args "..."] [--name NAME] [+ SERVER --rates 2,3 ...]
     python scripts/bench/goodput.py table --into DIR [--attainment 0.9]
 
 `run` starts one server on the same two cores as its client, puts the same requests to it at each
-rate, writes one file a rate and stops it; `table` puts all files of a folder together. SERVER is
-tandem or vllm, then -mixed (one instance on two threads), -2x1 (two instances of a thread each) or
--split (tandem only: one prefill beside one decode instance). Requests are drawn as Poisson arrivals
-with lognormal lengths: prompts of 256 tokens in the median and at most 1,024, outputs of 64 and at
-most 256. Latencies count from the moment a request was due. No server caches prefixes.
+rate, writes one file a rate and stops it. Servers joined by + take turns, round by round, so that
+a machine whose speed drifts drifts for all of them; what is not said of a later one is as for the
+first. vLLM takes long to start and little while idle, so it stays up between its turns; Tandem is
+started for each of its own. `table` puts all files of a folder together. SERVER is tandem or vllm,
+then -mixed (one instance on two threads), -2x1 (two instances of a thread each) or -split (tandem
+only: one prefill beside one decode instance). Requests are drawn as Poisson arrivals with lognormal
+lengths: prompts of 256 tokens in the median and at most 1,024, outputs of 64 and at most 256.
+Latencies count from the moment a request was due. No server caches prefixes.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +62,13 @@ POOLS = {"mixed": {"mixed": 1}, "2x1": {"mixed": 2}, "split": {"prefill": 1, "de
 CORES = {"mixed": ("0,1",), "2x1": ("0", "1")}
 """Of vLLM's processes."""
 VLLM_PORT = 8100
+TOGETHER = "+"
 START_S, STOP_S = 150.0, 30.0
 WARM_UP_REQUESTS, WARM_UP_USERS = 24, 8
 MEASURED_FROM = 100_000
 """Prompts are numbered; the warm-up's are below this."""
+ROUNDS_APART = 1000
+"""Of their seeds, and of the prompts that warm up."""
 GAP_LIMIT_S = 0.1
 
 
@@ -77,42 +85,76 @@ class Outcome:
         return self.tpot_s is None or self.tpot_s <= tpot_s
 
 
+@dataclass
+class Contender:
+    """One of the servers that take turns, and what its requests came to at each rate."""
+
+    options: argparse.Namespace
+    urls: list[str] = field(default_factory=list)
+    """Of one that stays up."""
+    outcomes: dict[float, list[Outcome]] = field(default_factory=lambda: defaultdict(list))
+
+
 def main() -> None:
-    options = parse()
-    if options.action == "table":
-        print_table(read_runs(options.into), options.attainment)
+    first, *others = parse(sys.argv[1:])
+    if first.action == "table":
+        print_table(read_runs(first.into), first.attainment)
         return
-    options.into.mkdir(parents=True, exist_ok=True)
-    peer, shape = options.server.split("-", 1)
-    start = vllm if peer == "vllm" else tandem
-    began_s = time.monotonic()
-    with start(shape, options) as urls:
-        print(f"{options.server}: up after {time.monotonic() - began_s:.0f} s", flush=True)
-        uvloop.run(measure(urls, options))
+    first.into.mkdir(parents=True, exist_ok=True)
+    contenders = [Contender(options) for options in (first, *others)]
+    with ExitStack() as staying:
+        for contender in contenders:
+            if contender.options.server.startswith("vllm"):
+                contender.urls = staying.enter_context(vllm(contender.options))
+        for number in range(first.rounds):
+            for contender in contenders:
+                take_turn(contender, number)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    actions = parser.add_subparsers(dest="action", required=True)
+def take_turn(contender: Contender, number: int) -> None:
+    with ExitStack() as stack:
+        urls = contender.urls or stack.enter_context(tandem(contender.options))
+        uvloop.run(measure(contender, urls, number))
+
+
+def parse(arguments: Sequence[str]) -> list[argparse.Namespace]:
+    """What was said of each server; of a later one it may be little."""
+    apart = [list(group) for joins, group in groupby(arguments, TOGETHER.__eq__) if not joins]
+    found = [parser({}).parse_args(apart[0] if apart else [])]
+    for said in apart[1:]:
+        known = {**vars(found[0]), "port": found[-1].port + len(CORES["2x1"])}
+        found.append(parser(known).parse_args(["run", *said]))
+    return found
+
+
+def parser(known: dict[str, Any]) -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    actions = whole.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run")
     servers = [f"tandem-{shape}" for shape in POOLS] + [f"vllm-{shape}" for shape in CORES]
     run.add_argument("server", choices=servers)
-    run.add_argument("--checkpoint", type=Path, required=True)
-    run.add_argument("--rates", type=lambda text: [float(one) for one in text.split(",")])
+    run.add_argument("--checkpoint", type=Path, required=not known)
     run.add_argument("--ttft", type=float, default=1.0)
     run.add_argument("--tpot", type=float, default=0.04)
     run.add_argument("--seconds", type=float, default=40.0, help="of arrivals, at each rate")
+    run.add_argument("--rounds", type=int, default=1, help="each with requests of its own")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--name", help="what the table calls it; SERVER if not given")
     run.add_argument("--vllm", type=Path, help="the Python of an environment that has vLLM")
-    run.add_argument("--vllm-args", default="", help="added to vLLM's own")
     run.add_argument("--vllm-preload", default="", help="libraries it is to be started with")
+    run.add_argument("--into", type=Path, required=not known)
+    run.set_defaults(**{"port": VLLM_PORT, **known})
+    run.add_argument("--rates", type=rates, required=True)
+    run.add_argument("--name", default=None, help="what the table calls it; SERVER if not given")
+    run.add_argument("--vllm-args", default="", help="added to vLLM's own")
     run.add_argument("--set", action="append", default=[], help="Tandem config, a.b.c=VALUE")
-    run.add_argument("--into", type=Path, required=True)
     table = actions.add_parser("table")
     table.add_argument("--into", type=Path, required=True)
     table.add_argument("--attainment", type=float, default=0.9)
-    return parser.parse_args()
+    return whole
+
+
+def rates(text: str) -> list[float]:
+    return [float(one) for one in text.split(",")]
 
 
 # The load.
@@ -133,15 +175,18 @@ def draw(rate_rps: float, seconds: float, seed: int) -> Workload:
     return Workload(np.array(arrival_s), np.array(prompts), np.array(outputs))
 
 
-async def measure(urls: Sequence[str], options: argparse.Namespace) -> None:
+async def measure(contender: Contender, urls: Sequence[str], number: int) -> None:
+    """One round; each rate's file holds all rounds so far."""
+    options = contender.options
     servers = [await connect(parse_target(url, None), Settings()) for url in urls]
-    warm = conversations(draw(1.0, WARM_UP_REQUESTS, options.seed + 1), 0)
+    warm = conversations(draw(1.0, WARM_UP_REQUESTS, options.seed + 1), number * ROUNDS_APART)
     for server in servers:
         await closed_loop(server, warm, WARM_UP_USERS, Silent())
-    for number, rate in enumerate(options.rates, 1):
-        load = conversations(draw(rate, options.seconds, options.seed), number * MEASURED_FROM)
-        samples = await put(servers, load)
-        write(options, rate, [outcome(one) for one in samples])
+    for place, rate in enumerate(options.rates, number * len(options.rates) + 1):
+        drawn = draw(rate, options.seconds, options.seed + number * ROUNDS_APART)
+        samples = await put(servers, conversations(drawn, place * MEASURED_FROM))
+        contender.outcomes[rate] += [outcome(one) for one in samples]
+        write(options, rate, contender.outcomes[rate])
     for server in servers:
         server.close()
 
@@ -168,9 +213,13 @@ def outcome(sample: Sample) -> Outcome:
     return Outcome(sample.ttft_s, sample.tpot_s, max(sample.gaps_s, default=0.0), sample.error)
 
 
+def name_of(options: argparse.Namespace) -> str:
+    return str(options.name or options.server)
+
+
 def write(options: argparse.Namespace, rate: float, outcomes: list[Outcome]) -> None:
     targets = None if options.server.startswith("vllm") else [options.ttft, options.tpot]
-    name = options.name or options.server
+    name = name_of(options)
     document = {"server": name, "targets": targets, "rate_rps": rate}
     document["requests"] = [asdict(one) for one in outcomes]
     suffix = "" if targets is None else f"-{options.ttft:g}s-{options.tpot * 1000:g}ms"
@@ -183,9 +232,10 @@ def write(options: argparse.Namespace, rate: float, outcomes: list[Outcome]) -> 
 
 
 @contextmanager
-def tandem(shape: str, options: argparse.Namespace) -> Iterator[list[str]]:
+def tandem(options: argparse.Namespace) -> Iterator[list[str]]:
     from cluster.config import set_value
 
+    shape = options.server.removeprefix("tandem-")
     pools = {role: {"instances": POOLS[shape].get(role, 0)} for role in ("prefill", "decode")}
     pools["mixed"] = {"instances": POOLS[shape].get("mixed", 0)}
     threads = 2 if shape == "mixed" else 1
@@ -204,23 +254,23 @@ def tandem(shape: str, options: argparse.Namespace) -> Iterator[list[str]]:
         file.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "cluster", "serve", str(file)]
         command += ["--http-port", "0", "--grpc-port", "0"]
-        log = (options.into / f"{options.server}.log").open("w")
+        log = (options.into / f"{name_of(options)}.log").open("w")
         with log, running(command, log, {}) as server:
             assert server.stdout is not None
             found = re.match(r"ready http=(\S+)", server.stdout.readline())
             if found is None:
-                raise SystemExit(f"{options.server} did not start: see {log.name}")
+                raise SystemExit(f"{name_of(options)} did not start: see {log.name}")
             yield [found[1]]
 
 
 @contextmanager
-def vllm(shape: str, options: argparse.Namespace) -> Iterator[list[str]]:
+def vllm(options: argparse.Namespace) -> Iterator[list[str]]:
     if options.vllm is None:
         raise SystemExit("--vllm PYTHON is needed")
     urls = []
     with ExitStack() as stack:
-        for place, cores in enumerate(CORES[shape]):
-            port = VLLM_PORT + place
+        for place, cores in enumerate(CORES[options.server.removeprefix("vllm-")]):
+            port = options.port + place
             command = [str(options.vllm.with_name("vllm")), "serve", str(options.checkpoint)]
             command += ["--served-model-name", "small", "--host", "127.0.0.1", "--port", str(port)]
             command += ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "64"]

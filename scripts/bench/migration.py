@@ -1,13 +1,16 @@
 """Live migration between two real hosts, beside stop-and-copy and recompute in the same run.
 
     python scripts/bench/migration.py [--shape 120m] [--contexts 512 2048 8192 16384]
-        [--transports shared_memory nixl] [--modes live stop-and-copy] [--rounds 5]
-        [--no-recompute] [--laps 8] [--json]
+        [--transports shared_memory nixl] [--modes live stop-and-copy] [--rounds 12]
+        [--no-recompute] [--laps 6] [--json]
 
-Each host decodes 15 other sequences on a core of its own. A sequence of each context joins the
-source, decodes, moves, and decodes on at the target. The gap is what its reader sees: from the
-source's last token to the target's first. The pause is that gap less an ordinary step of the
-target's batch of 16 with the sequence in it.
+Each host decodes 15 other sequences on a core of its own, fresh ones for each move. A sequence of
+each context in turn joins the source, decodes, moves, and decodes on at the target. The gap is what
+its reader sees: from the source's last token to the target's first. The pause is that gap less an
+ordinary step of the target's batch of 16 with the sequence in it. Most of it is the wait for the
+target to end the step it is in: `joined` is from the source's last token to the end of that step,
+so `pause` less `joined` is how much longer the first step took than those after it. A wait is
+uniform over a step, so means over the rounds are told, with their standard errors.
 Before a transport's live migrations, `--laps` moves each way of PASSING_TOKENS tell how much they
 slow the other sequences down (see migration_slowdown.py).
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -40,8 +44,8 @@ if TYPE_CHECKING:
     from scripts.bench.two_hosts import Stream
 
 BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
-NEIGHBOUR_BLOCKS = 160
-"""Room for each neighbour to go on decoding through all rounds."""
+NEIGHBOUR_BLOCKS = 96
+"""Room for each neighbour to go on decoding through one move."""
 LAP_BLOCKS = 20
 """More for each lap of the slow-down."""
 SOURCE, TARGET = "decode-0", "decode-1"
@@ -51,8 +55,8 @@ SETTLE_TOKENS = 24
 PASSING_TOKENS = 4096
 """Context of what moves for the slow-down: long enough for a copy to take many steps."""
 PATIENT = Slo(600.0, 10.0)
-HEADER = """{shape} in bf16, a batch of 16 on either side, medians in ms
-transport      mode           context     MB   pause     gap   step   total    recompute"""
+HEADER = """{shape} in bf16, a batch of 16 on either side, ms
+transport      mode           context     MB         pause  joined     gap    step   total  again"""
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
     parser.add_argument("--transports", nargs="+", default=["shared_memory", "nixl"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--no-recompute", dest="recompute", action="store_false")
     parser.add_argument("--laps", type=int, default=6, help="moves each way for the slow-down")
     parser.add_argument("--json", action="store_true")
@@ -113,23 +117,22 @@ async def run(
         slowed[transport] = await slow_neighbours(gateway, hosts, options)
         if not options.json:
             show_slow_down(transport, slowed[transport])
-    found = []
-    for context in options.contexts:
-        row = await measure(gateway, hosts, context, options.rounds)
+    rows = await measure(gateway, hosts, options)
+    for context, row in rows.items():
+        row |= {"transport": transport, "mode": mode, "context": context}
         if options.recompute and transport == options.transports[0] and mode == "live":
             row["recompute_s"] = await recompute(gateway, context)
-        found.append({"transport": transport, "mode": mode, "context": context, **row})
         if not options.json:
-            show(found[-1])
+            show(row)
     stop(hosts)
     gateway.link.close()
-    return found, slowed
+    return list(rows.values()), slowed
 
 
 async def slow_neighbours(
     gateway: Gateway, hosts: list[HostProcess], options: argparse.Namespace
 ) -> dict[str, Any]:
-    neighbours = await surround(gateway, 0)
+    neighbours = await surround(gateway, "passing")
     passing = min(PASSING_TOKENS, max(options.contexts))
     found = await slow_down(gateway, hosts, partial(ask, tokens=passing), options.laps)
     for name in neighbours:
@@ -138,22 +141,33 @@ async def slow_neighbours(
 
 
 async def measure(
-    gateway: Gateway, hosts: list[HostProcess], context: int, rounds: int
-) -> dict[str, Any]:
-    neighbours = await surround(gateway, context)
-    laps = [await lap(gateway, hosts, context, number) for number in range(rounds + 1)][1:]
-    for name in neighbours:
-        gateway.abort(name)
-    return {key: statistics.median(one[key] for one in laps) for key in laps[0]}
+    gateway: Gateway, hosts: list[HostProcess], options: argparse.Namespace
+) -> dict[int, dict[str, Any]]:
+    """Contexts take turns, so that a machine whose speed drifts drifts for all of them."""
+    laps: dict[int, list[dict[str, float]]] = {context: [] for context in options.contexts}
+    for number in range(options.rounds + 1):
+        for context, found in laps.items():
+            neighbours = await surround(gateway, f"{context}-{number}")
+            found.append(await lap(gateway, hosts, context, number))
+            for name in neighbours:
+                gateway.abort(name)
+    return {context: summary(found[1:]) for context, found in laps.items()}
 
 
-async def surround(gateway: Gateway, context: int) -> list[str]:
+def summary(laps: list[dict[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {key: statistics.mean(one[key] for one in laps) for key in laps[0]}
+    pauses = [one["pause_s"] for one in laps]
+    spread_s = statistics.stdev(pauses) if len(pauses) > 1 else math.nan
+    return row | {"pause_error_s": spread_s / math.sqrt(len(pauses)), "rounds": len(pauses)}
+
+
+async def surround(gateway: Gateway, what: str) -> list[str]:
     """Fills both hosts' batches with ordinary sequences."""
     names = []
     streams = []
     for host in (SOURCE, TARGET):
         for number in range(NEIGHBOURS):
-            name = f"near-{context}-{host}-{number}"
+            name = f"near-{what}-{host}-{number}"
             streams.append(gateway.open(ask(name, NEIGHBOUR_TOKENS), Route(host)))
             names.append(name)
     await gateway.until(lambda: all(stream.arrived_s for stream in streams))
@@ -181,22 +195,28 @@ async def lap(
     await gateway.tokens(stream, SETTLE_TOKENS)
     gateway.abort(request.id)
     return {
-        **timing(stream),
+        **timing(stream, gateway.steps_s[TARGET]),
         "total_s": moved.total_s,
         "MB": moved.kv_bytes / 1e6,
     }
 
 
-def timing(stream: Stream) -> dict[str, float]:
+def timing(stream: Stream, target_steps_s: list[float]) -> dict[str, float]:
     first = stream.senders.index(TARGET)
     left_s, came_s = stream.arrived_s[first - 1], stream.arrived_s[first]
     step_s = statistics.median(b - a for a, b in pairwise(stream.arrived_s[first:]))
-    return {"gap_s": came_s - left_s, "step_s": step_s, "pause_s": came_s - left_s - step_s}
+    joined_s = max(at_s for at_s in target_steps_s if at_s < came_s)
+    return {
+        "gap_s": came_s - left_s,
+        "step_s": step_s,
+        "pause_s": came_s - left_s - step_s,
+        "joined_s": joined_s - left_s,
+    }
 
 
 async def recompute(gateway: Gateway, context: int) -> float:
     """How long a reader waits when the target computes the sequence again, beside its others."""
-    neighbours = await surround(gateway, -context)
+    neighbours = await surround(gateway, f"again-{context}")
     request = ask(f"again-{context}", context)
     asked_s = time.monotonic()
     stream = gateway.open(request, Route(TARGET))
@@ -207,11 +227,13 @@ async def recompute(gateway: Gateway, context: int) -> float:
 
 
 def show(row: dict[str, Any]) -> None:
-    again = f"{row['recompute_s']:12.2f} s" if "recompute_s" in row else ""
+    again = f"{row['recompute_s']:6.2f} s" if "recompute_s" in row else ""
+    times_ms = [row[key] * 1e3 for key in ("joined_s", "gap_s", "step_s", "total_s")]
     print(
         f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
-        f"{row['pause_s'] * 1e3:7.1f} {row['gap_s'] * 1e3:7.1f} {row['step_s'] * 1e3:6.1f} "
-        f"{row['total_s'] * 1e3:7.0f} {again}",
+        f"{row['pause_s'] * 1e3:7.1f} +-{row['pause_error_s'] * 1e3:4.1f} "
+        + " ".join(f"{time_ms:7.1f}" for time_ms in times_ms)
+        + f" {again}",
         flush=True,
     )
 
