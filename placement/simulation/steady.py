@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from decode.scheduler import DecodeScheduler, DecodeStep
 from engine.batch import Batch, Chunk
-from placement.role import GAIN, RoleBatcher, RoleSettings, Step
+from placement.role import GAIN, MEMORY, RoleBatcher, RoleSettings, Step
 
 if TYPE_CHECKING:
     from engine.blocks import BlockPool
@@ -60,6 +60,7 @@ class SteadyBatcher(RoleBatcher):
     def measured_run(self, first_step_s: float, growth_s: float, steps: int) -> None:
         """Learn from steps of decodes only, each so much longer than the one before."""
         self.step_cost.observe(0.0, first_step_s + growth_s * (steps - 1), steps)
+        self._most_prompts *= MEMORY**steps
         if not self.decode_step_s:
             self.decode_step_s = first_step_s
             first_step_s, steps = first_step_s + growth_s, steps - 1

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Chunk
 from engine.blocks import BlockPool, blocks_for
 from engine.messages import Role
+from engine.request import Request, Sampling, start_sequence
 from engine.slo import Slo
 from placement.latency.catalog import Link, find_device, find_link, find_model
 from placement.latency.model import LatencyModel, decode_step, prefill_step
@@ -239,6 +241,23 @@ def test_what_is_learned_from_a_run_is_what_its_steps_would_have_taught() -> Non
             walked_through.measured(ONLY_DECODES, first_s + number * growth_s)
         at_once.measured_run(first_s, growth_s, steps)
         assert at_once.decode_step_s == pytest.approx(walked_through.decode_step_s)
+
+
+def test_prompts_come_back_after_a_run_in_as_small_a_batch_as_after_its_steps() -> None:
+    beside = replace(ONLY_DECODES, prefills=(Chunk("early", (0,) * 400, 0, (), None),))
+    taken = []
+    for at_once in (False, True):
+        batcher = SteadyBatcher(BlockPool(100, 16), RoleSettings(), tpot_s=1.0)
+        batcher.measured(beside, 0.01)
+        if at_once:
+            batcher.measured_run(0.01, 0.0, 12)
+        else:
+            for _ in range(12):
+                batcher.measured(ONLY_DECODES, 0.01)
+        batcher.prefill.add(start_sequence(Request("late", (0,) * 1000, Sampling()), 0))
+        (chunk,) = batcher.prompts_beside(1.0, 1).prefills
+        taken.append(len(chunk.tokens))
+    assert taken[0] == taken[1] < 1000
 
 
 def test_looking_at_an_instance_in_the_midst_of_decodes_shows_how_far_they_are() -> None:
