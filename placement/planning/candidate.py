@@ -15,9 +15,10 @@ from placement.simulation.deployment import Deployment
 
 if TYPE_CHECKING:
     from placement.planning.costbook import CostBook
-    from placement.planning.goodput import Goodput
+    from placement.planning.goodput import Carried, Goodput
     from placement.planning.plan import Plan, PoolPlan, Target
     from placement.simulation.deployment import Overheads
+    from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
 AGGREGATED, DISAGGREGATED, HYBRID, MIX = "aggregated", "disaggregated", "hybrid", "mix"
@@ -81,10 +82,13 @@ class Scored:
     candidate: Candidate
     goodput: Goodput
     copies: int
-    """How many fit the fleet."""
+    """How many fit the fleet, or as few as carry the rate that is asked for."""
     power_w: float
+    """Of one at that rate, else at its goodput."""
     most_rps: float
     """In the long run, by mean loads."""
+    carried: Carried | None = None
+    """Where a rate was asked for and enough copies fit."""
 
     @property
     def per_accelerator(self) -> float:
@@ -110,6 +114,7 @@ class Trial:
     copies: int
     resolution: float = RESOLUTION
     stride: float = STRIDE
+    carried: Carried | None = None
 
 
 def score(trial: Trial) -> Scored:
@@ -123,9 +128,11 @@ def score(trial: Trial) -> Scored:
         most_rps=trial.most_rps,
         resolution=trial.resolution,
         stride=trial.stride,
+        carried=trial.carried,
     )
-    power_w = power_of(trial.book, trial.candidate, found)
-    return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps)
+    seen = found.outcome if trial.carried is None else trial.carried.outcome
+    power_w = power_of(trial.book, trial.candidate, seen)
+    return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps, trial.carried)
 
 
 def deployment_of(
@@ -165,9 +172,9 @@ def role_settings(token_budget: int) -> RoleSettings:
     return replace(settings, prefill=replace(settings.prefill, token_budget=token_budget))
 
 
-def power_of(book: CostBook, candidate: Candidate, found: Goodput) -> float:
-    """Mean power at the goodput, from how busy each instance was."""
-    outcome, total = found.outcome, 0.0
+def power_of(book: CostBook, candidate: Candidate, outcome: Outcome | None) -> float:
+    """Mean power while this was seen, from how busy each instance was; idle where nothing was."""
+    total = 0.0
     numbers: dict[str, int] = {}
     for pool in candidate.pools:
         role = pool.role

@@ -99,11 +99,8 @@ class CostBook:
     @property
     def overheads(self) -> Overheads:
         """What profiles say of them; several devices' clients wait for the slowest."""
-        ways_s = [one.arrival_s for one in self.profiles.values()]
-        busy_s = [one.busy_arrival_s for one in self.profiles.values()]
-        known_s = [one for one in busy_s if one is not None]
-        handoff_s = max([one.handoff_s for one in self.profiles.values()], default=0.0)
-        return Overheads(max(ways_s, default=0.0), max(known_s, default=None), handoff_s)
+        known = [(one.arrival_s, one.handoff_s, one.handing_s) for one in self.profiles.values()]
+        return Overheads(*map(max, zip(*known, strict=True)))
 
     def cost_per_hour(self, cut: Cut) -> float:
         return self.group(cut).device.price_per_hour * cut.accelerators

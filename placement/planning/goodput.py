@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,26 @@ LEAST_RATE_SHARE = 1 / 256
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """A rate that is carried within the targets, and what was seen there."""
+
+    copies: int
+    """The fewest that carry what was asked for, each this part of it."""
+    rate_rps: float
+    outcome: Outcome
+    attainment: float
+    """What was to be reached."""
+
+    @property
+    def strain(self) -> float:
+        """The share of their targets within which as many requests stay as must."""
+        seen = self.outcome
+        late = np.where(seen.finished, seen.ttft_s / seen.slo_ttft_s, inf)
+        worst = np.fmax(late, seen.tpot_s / seen.slo_tpot_s)
+        return float(np.quantile(worst, self.attainment, method="higher"))
+
+
+@dataclass(frozen=True, slots=True)
 class Goodput:
     """A rate that meets the attainment, and what was seen there; None if no rate does."""
 
@@ -49,17 +69,19 @@ def find_goodput(
     most_rps: float = inf,
     resolution: float = RESOLUTION,
     stride: float = STRIDE,
+    carried: Carried | None = None,
 ) -> Goodput:
     """Bisection over one sequence of requests, stretched in time; never beyond `most_rps`.
 
-    A rate of 0 means that not even `worth_rps` can be served.
+    A rate of 0 means that not even `worth_rps` can be served; none is below what is `carried`.
     """
     if worth_rps > most_rps:
         return Goodput(0.0, None, 0, THROUGHPUT)
     runs = _Runs(deployment, workload, attainment)
-    low, high = 0.0, None
+    low, high = (0.0, None) if carried is None else (carried.rate_rps, None)
     highest = min(max(worth_rps, guess_rps) * MOST_TIMES_GUESS, most_rps)
-    rate, best, limit = min(worth_rps or guess_rps, highest), None, THROUGHPUT
+    rate, limit = min(worth_rps or guess_rps, highest), THROUGHPUT
+    best = None if carried is None else carried.outcome
     while high is None or high - low > resolution * high:
         outcome = runs.at(rate)
         if outcome.attainment >= attainment:
@@ -70,10 +92,34 @@ def find_goodput(
             rate = up if high is None else (rate + high) / 2
         else:
             high, limit = rate, what_is_missed(outcome)
-            if rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE:
+            if best is None and (rate <= worth_rps or rate < guess_rps * LEAST_RATE_SHARE):
                 return Goodput(0.0, None, runs.count, limit)
             rate = (low + high) / 2 if low else high / (1 + stride)
     return Goodput(low, best, runs.count, limit)
+
+
+def find_fewest_copies(
+    deployment: Deployment,
+    workload: Workload,
+    attainment: float,
+    rate_rps: float,
+    *,
+    least: int,
+    guess: int,
+    most: int,
+) -> Carried | None:
+    """That carry a rate together, each an even part of it; None if not even `most` do."""
+    runs = _Runs(deployment, workload, attainment)
+    low, high, found = least - 1, most + 1, None
+    copies = min(max(guess, least), most)
+    while high - low > 1:
+        outcome = runs.at(rate_rps / copies)
+        if outcome.attainment >= attainment:
+            high, found = copies, Carried(copies, rate_rps / copies, outcome, attainment)
+        else:
+            low = copies
+        copies = min(max(round(sqrt(max(low, 1) * high)), low + 1), high - 1)
+    return found
 
 
 class _Runs:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.errors import NoFeasiblePlan
-from placement.planning.candidate import AGGREGATED, MIX, Candidate
+from placement.planning.candidate import AGGREGATED, MIX, Candidate, score
+from placement.planning.carrying import asked_of, carry, measured
 from placement.planning.cheapest_mix import (
     InstanceType,
     cheapest_mix,
@@ -23,6 +24,7 @@ from placement.planning.cheapest_mix import (
 from placement.planning.choice import Choice
 from placement.planning.plan import PoolPlan
 from placement.planning.question import Objective
+from placement.planning.scoring import OVER_BOUND
 from placement.workload import Arrivals
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from placement.planning.cheapest_mix import Mix
     from placement.planning.costbook import Cut
     from placement.planning.question import Question
-    from placement.planning.scoring import ScoreAll, Setting
+    from placement.planning.scoring import Setting, Spread
     from placement.planning.search import Prospect
     from placement.workload import Workload
 
@@ -66,7 +68,7 @@ class Mixing:
 
     setting: Setting
     question: Question
-    score_all: ScoreAll
+    spread: Spread
 
     def best(
         self, prospects: Sequence[Prospect], choices: Sequence[Choice], beaten: Choice | None
@@ -123,9 +125,11 @@ class Mixing:
             if proposal.kind == MIX and proposal != seen:
                 seen = proposal
                 most_rps = sum(one.most_rps * mix.counts[str(one.candidate)] for one in units)
-                scored = self._whole(proposal, rate_rps, rate_rps, most_rps)
-                if scored.goodput.rate_rps > 0:
-                    yield scored
+                asked = asked_of(self.setting, proposal, rate_rps, least=1, guess=1, most=1)
+                (carried,) = self.spread(carry, [asked])
+                if carried is not None:
+                    trial = measured(self.setting, asked, carried, most_rps / OVER_BOUND)
+                    yield from self.spread(score, [trial])
                     return
 
     def _fullest(self, choices: Sequence[Choice], beaten: Choice) -> Iterator[Scored]:
@@ -141,20 +145,16 @@ class Mixing:
         if proposal.kind == MIX and expected_rps > beaten.rate_rps:
             most_rps = sum(one.most_rps * mix.counts[str(one.candidate)] for one in ones)
             guess_rps = expected_rps * EXPECTED_SHARE
-            yield self._whole(proposal, guess_rps, beaten.rate_rps, most_rps)
-
-    def _whole(
-        self, proposal: Candidate, guess_rps: float, worth_rps: float, most_rps: float
-    ) -> Scored:
-        trial = self.setting.trial(proposal, guess_rps, worth_rps=worth_rps, most_rps=most_rps)
-        (scored,) = self.score_all([trial])
-        return scored
+            trial = self.setting.trial(
+                proposal, guess_rps, worth_rps=beaten.rate_rps, most_rps=most_rps
+            )
+            yield from self.spread(score, [trial])
 
     def _types(self, units: Sequence[Unit]) -> list[InstanceType]:
         """Each unit's highest rate for requests of each size alone."""
         bins = [self.setting.sample.select(rows) for rows in size_bins(self.setting.sample, SIZES)]
         trials = [self._bucket_trial(unit, load) for unit in units for load in bins]
-        scored = list(self.score_all(trials))
+        scored = list(self.spread(score, trials))
         types = []
         for number, unit in enumerate(units):
             mine = scored[number * len(bins) : (number + 1) * len(bins)]

@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from placement.planning.carrying import Carrying
 from placement.planning.choice import Choice, choices_of, ranked, refusal
 from placement.planning.co_location import CoLocation
 from placement.planning.mixes import Mixing
 from placement.planning.phases import check_targets, feasible_cuts, phase_of
 from placement.planning.plan import Alternative, Plan
 from placement.planning.reasons import Reasons
-from placement.planning.scoring import Setting, score_prospects, scoring
+from placement.planning.scoring import Setting, score_prospects, spreading
 from placement.planning.search import Search
 from placement.workload import Arrivals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from placement.planning.candidate import Candidate
+    from placement.planning.candidate import Candidate, Scored
     from placement.planning.costbook import CostBook, Cut
     from placement.planning.plan import Target
     from placement.planning.question import Question
+    from placement.planning.scoring import Spread
     from placement.workload import Workload
 
 SLOW_COPY_SHARE = 0.05
@@ -66,11 +68,11 @@ def answer(
     setting = Setting(
         book, sample, question.target, question.overheads, question.processes, question.requests
     )
-    with scoring(question.processes) as score_all:
-        scored = score_prospects(setting, search, score_all, progress or _unseen)
+    with spreading(question.processes) as spread:
+        scored = _scored(setting, question, search, spread, progress or _unseen)
         choices = choices_of(scored, question)
         alone = ranked(book, choices, question)
-        mixing = Mixing(setting, question, score_all)
+        mixing = Mixing(setting, question, spread)
         mixes = mixing.best(search.prospects(), choices, alone[0] if alone else None)
     choices += choices_of(mixes, question)
     able = ranked(book, choices, question)
@@ -78,6 +80,18 @@ def answer(
         raise refusal(choices, question, phases)
     chosen, rivals = able[0], _beaten(choices, able)
     return Answer(_write(book, question, chosen, rivals), chosen, tuple(rivals), setting)
+
+
+def _scored(
+    setting: Setting,
+    question: Question,
+    search: Search,
+    spread: Spread,
+    progress: Callable[[int, int], None],
+) -> list[Scored]:
+    if question.objective.needs_rate:
+        return Carrying(setting, question, search).score(spread, progress)
+    return score_prospects(setting, search, search.prospects(), spread, progress)
 
 
 def _beaten(choices: Sequence[Choice], able: Sequence[Choice]) -> list[Choice]:
@@ -149,8 +163,10 @@ def _co_location(book: CostBook, candidate: Candidate) -> CoLocation | None:
 
 
 def _predicted(book: CostBook, chosen: Choice) -> dict[str, Any]:
-    """At the goodput: the simulated copy's figures, rates for all copies."""
-    outcome = chosen.scored.goodput.outcome
+    """At the rate asked for, else at the goodput: the simulated copy's figures, rates for all
+    copies."""
+    carried = chosen.scored.carried
+    outcome = chosen.scored.goodput.outcome if carried is None else carried.outcome
     assert outcome is not None
     figures = outcome.figures()
     for name in ("rate_rps", "throughput_tokens_s", "goodput_rps"):

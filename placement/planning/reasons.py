@@ -126,7 +126,7 @@ class Reasons:
             case Objective.COST:
                 return f"{serves} for ${choice.candidate.cost_per_hour(self._book):.2f} an hour"
             case Objective.POWER:
-                return f"{serves} at {choice.power_w:.0f} W"
+                return f"{serves} and draws {choice.power_w:.0f} W at {self._question.rate_rps:g}"
             case Objective.ACCELERATORS:
                 return f"{serves} and takes {choice.candidate.accelerators} of the accelerators"
             case _:

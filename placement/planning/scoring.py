@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from placement.planning.candidate import Candidate, Scored, Trial, score
+from placement.planning.candidate import Trial, score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from placement.planning.candidate import Candidate, Scored
     from placement.planning.costbook import CostBook
     from placement.planning.plan import Target
     from placement.planning.search import Prospect, Search
     from placement.simulation.deployment import Overheads
     from placement.workload import Workload
 
-ScoreAll = Callable[[list[Trial]], Iterator[Scored]]
-"""Scores trials in order."""
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 GUESSED_SHARE = 0.7
 """Of a candidate's bound: where its bisection starts."""
 ROUGH = 0.08
@@ -81,20 +81,32 @@ class Setting:
         return self.sample.first(max(self.requests, int(rate_rps * lasting_s)))
 
 
+class Spread(Protocol):
+    """Does the same work for each of many, here or in other processes; answers in their order."""
+
+    def __call__(
+        self, work: Callable[[Asked], Answered], asked: Iterable[Asked], /
+    ) -> Iterator[Answered]: ...
+
+
 def score_prospects(
-    setting: Setting, search: Search, score_all: ScoreAll, progress: Callable[[int, int], None]
+    setting: Setting,
+    search: Search,
+    prospects: Sequence[Prospect],
+    spread: Spread,
+    progress: Callable[[int, int], None],
 ) -> list[Scored]:
     """`progress` is told how many prospects of how many are done."""
-    prospects, best = search.prospects(), _Best()
+    best = _Best()
     total = len(prospects) + LEADERS
     rough: list[Scored] = []
-    for done, batch in _batches(prospects):
-        for scored in score_all(list(_rough_trials(setting, search, batch, best))):
+    for done, batch in batches(prospects):
+        for scored in spread(score, list(_rough_trials(setting, search, batch, best))):
             best.learn(scored)
             rough.append(scored)
         progress(done, total)
     leaders = _leaders(rough)
-    fine = list(score_all([_fine_trial(setting, leader) for leader in leaders]))
+    fine = list(spread(score, [_fine_trial(setting, leader) for leader in leaders]))
     progress(total, total)
     return fine + [one for one in rough if one not in leaders]
 
@@ -166,17 +178,16 @@ def _leaders(scored: Sequence[Scored]) -> list[Scored]:
     return list(dict.fromkeys([*firsts.values(), *by_share[:2]]))[:LEADERS]
 
 
-def _batches(prospects: Sequence[Prospect]) -> Iterator[tuple[int, Sequence[Prospect]]]:
+def batches(prospects: Sequence[Prospect]) -> Iterator[tuple[int, Sequence[Prospect]]]:
     """With how many are done after each; as large on any machine, so that plans are alike."""
     for start in range(0, len(prospects), BATCH):
         yield min(start + BATCH, len(prospects)), prospects[start : start + BATCH]
 
 
 @contextmanager
-def scoring(processes: int) -> Iterator[ScoreAll]:
-    """Scores trials in order, here or in processes of their own."""
+def spreading(processes: int) -> Iterator[Spread]:
     if processes == 1:
-        yield lambda trials: map(score, trials)
+        yield map
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield lambda trials: pool.map(score, trials)
+        yield pool.map

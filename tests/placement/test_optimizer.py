@@ -12,10 +12,13 @@ import pytest
 from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
 from placement.latency.catalog import Hardware, find_device, find_link, find_model, one_kind
+from placement.planning.candidate import Candidate, deployment_of
 from placement.planning.costbook import CostBook, Cut
+from placement.planning.goodput import find_fewest_copies, find_goodput
 from placement.planning.optimizer import plan
 from placement.planning.plan import Plan, PoolPlan, Target, plan_from, read_plan
 from placement.planning.question import Objective, Question
+from placement.simulation.deployment import Overheads
 from placement.workload import Workload
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 TARGET = Target(2.0, 0.09)
 TIGHT = Target(1.0, 0.09)
+STRICT = Target(0.6, 0.05, 0.95)
 SLACK = 0.04
 """Bisection ends within 2% of each of two rates."""
 
@@ -136,6 +140,45 @@ def test_a_rate_is_served_by_the_fewest_accelerators_that_can(answer: Plan) -> N
     least = plan(book(4), chat(), few)
     assert least.accelerators <= 2
     assert served(least) >= served(answer) / 4
+
+
+def test_what_is_asked_for_a_rate_is_predicted_at_that_rate(answer: Plan) -> None:
+    rate = served(answer) / 4
+    draws = question(objective=Objective.POWER, rate_rps=rate)
+    least = plan(book(4), chat(), draws)
+    assert plan(book(4), chat(), replace(draws, processes=2)).to_yaml() == least.to_yaml()
+    assert least.predicted["rate_rps"] == pytest.approx(rate)
+    assert least.predicted["attainment"] >= TARGET.attainment
+    assert f"at {rate:g}" in least.reason
+    alike = [one for one in least.alternatives if one.goodput_rps >= rate]
+    assert least.predicted["power_w"] <= min(one.power_w for one in alike)
+
+
+def test_a_higher_rate_never_takes_fewer_accelerators_nor_a_looser_target_more() -> None:
+    def taken(rate: float, target: Target) -> int:
+        asked = question(target, objective=Objective.ACCELERATORS, rate_rps=rate)
+        return plan(book(8), chat(), asked).accelerators
+
+    by_rate = [taken(rate, TIGHT) for rate in (4.0, 16.0)]
+    assert by_rate == sorted(by_rate)
+    assert by_rate[0] < by_rate[-1]
+    by_target = [taken(16.0, target) for target in (STRICT, TIGHT)]
+    assert by_target == sorted(by_target, reverse=True)
+    assert by_target[0] > by_target[-1]
+
+
+@pytest.mark.parametrize("most", [1, 3, 40])
+def test_the_fewest_copies_are_those_of_which_one_fewer_carries_too_little(most: int) -> None:
+    target = Target(1.0, 0.09)
+    one = Candidate((PoolPlan(Role.MIXED, 1, Cut("l4")),), 2048)
+    copy = deployment_of(book(1), one, target, Overheads())
+    rate = most * find_goodput(copy, chat(), 0.9, 5.0).rate_rps
+    found = find_fewest_copies(copy, chat(), 0.9, rate, least=1, guess=2, most=most)
+    assert found is not None
+    assert found.copies == most
+    assert found.outcome.attainment >= 0.9
+    assert found.strain <= 1.0
+    assert find_fewest_copies(copy, chat(), 0.9, rate * 2, least=1, guess=1, most=most) is None
 
 
 def test_the_cheapest_plan_costs_no_more_than_the_smallest() -> None:
