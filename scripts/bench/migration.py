@@ -10,7 +10,8 @@ its reader sees: from the source's last token to the target's first. The pause i
 ordinary step of the target's batch of 16 with the sequence in it. Most of it is the wait for the
 target to end the step it is in: `joined` is from the source's last token to the end of that step,
 so `pause` less `joined` is how much longer the first step took than those after it. A wait is
-uniform over a step, so means over the rounds are told, with their standard errors.
+uniform over a step (`beside`: the target's without the sequence), so means over the middle half of
+the rounds are told, that of the pause with its standard error.
 Before a transport's live migrations, `--laps` moves each way of PASSING_TOKENS tell how much they
 slow the other sequences down (see migration_slowdown.py).
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
+import random
 import statistics
 import sys
 import tempfile
@@ -37,10 +38,12 @@ from engine.messages import Role
 from engine.request import Request, Sampling
 from engine.slo import Slo
 from placement.routing.router import Route
-from scripts.bench.migration_slowdown import slow_down
+from scripts.bench.migration_slowdown import RESAMPLES, slow_down
 from scripts.bench.two_hosts import Gateway, HostPlan, HostProcess, start, stop, write_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scripts.bench.two_hosts import Stream
 
 BLOCK_TOKENS, NEIGHBOURS, NEIGHBOUR_TOKENS = 16, 15, 64
@@ -52,11 +55,12 @@ SOURCE, TARGET = "decode-0", "decode-1"
 MODES = {"live": 8, "stop-and-copy": 0}
 """Rounds that a migration may copy while the source still decodes."""
 SETTLE_TOKENS = 24
+BESIDE_STEPS = 9
 PASSING_TOKENS = 4096
 """Context of what moves for the slow-down: long enough for a copy to take many steps."""
 PATIENT = Slo(600.0, 10.0)
 HEADER = """{shape} in bf16, a batch of 16 on either side, ms
-transport      mode           context     MB         pause  joined     gap    step   total  again"""
+transport      mode           context     MB         pause  joined  beside     gap    step  total"""
 
 
 def main() -> None:
@@ -155,10 +159,17 @@ async def measure(
 
 
 def summary(laps: list[dict[str, float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {key: statistics.mean(one[key] for one in laps) for key in laps[0]}
+    row: dict[str, Any] = {key: midmean([one[key] for one in laps]) for key in laps[0]}
     pauses = [one["pause_s"] for one in laps]
-    spread_s = statistics.stdev(pauses) if len(pauses) > 1 else math.nan
-    return row | {"pause_error_s": spread_s / math.sqrt(len(pauses)), "rounds": len(pauses)}
+    generator = random.Random(0)
+    again = [midmean(generator.choices(pauses, k=len(pauses))) for _ in range(RESAMPLES)]
+    return row | {"pause_error_s": statistics.pstdev(again), "rounds": len(laps)}
+
+
+def midmean(values: Sequence[float]) -> float:
+    """Of the middle half: a wait is anything up to a step, and a few are held up by others."""
+    outer = len(values) // 4
+    return statistics.mean(sorted(values)[outer : len(values) - outer])
 
 
 async def surround(gateway: Gateway, what: str) -> list[str]:
@@ -205,12 +216,14 @@ def timing(stream: Stream, target_steps_s: list[float]) -> dict[str, float]:
     first = stream.senders.index(TARGET)
     left_s, came_s = stream.arrived_s[first - 1], stream.arrived_s[first]
     step_s = statistics.median(b - a for a, b in pairwise(stream.arrived_s[first:]))
-    joined_s = max(at_s for at_s in target_steps_s if at_s < came_s)
+    before = [at_s for at_s in target_steps_s if at_s < came_s]
+    beside_s = statistics.median(b - a for a, b in pairwise(before[-BESIDE_STEPS:]))
     return {
         "gap_s": came_s - left_s,
         "step_s": step_s,
         "pause_s": came_s - left_s - step_s,
-        "joined_s": joined_s - left_s,
+        "joined_s": before[-1] - left_s,
+        "beside_s": beside_s,
     }
 
 
@@ -227,13 +240,13 @@ async def recompute(gateway: Gateway, context: int) -> float:
 
 
 def show(row: dict[str, Any]) -> None:
-    again = f"{row['recompute_s']:6.2f} s" if "recompute_s" in row else ""
-    times_ms = [row[key] * 1e3 for key in ("joined_s", "gap_s", "step_s", "total_s")]
+    again = f", again {row['recompute_s']:.2f} s" if "recompute_s" in row else ""
+    times_ms = [row[key] * 1e3 for key in ("joined_s", "beside_s", "gap_s", "step_s", "total_s")]
     print(
         f"{row['transport']:14} {row['mode']:13} {row['context']:8} {row['MB']:6.0f} "
         f"{row['pause_s'] * 1e3:7.1f} +-{row['pause_error_s'] * 1e3:4.1f} "
         + " ".join(f"{time_ms:7.1f}" for time_ms in times_ms)
-        + f" {again}",
+        + again,
         flush=True,
     )
 
