@@ -294,11 +294,11 @@ def _show_serving(measured: Measurements) -> None:
     """What a server adds to passes, in what it takes of its own processor and of others'."""
     costs, machine = measured.serving, measured.machine(1, 1)
     if costs is not None:
-        busy_s = measured.busy_arrival_s
-        busier = "" if busy_s is None else f", {busy_s * 1e3:.1f} ms beside busy neighbours"
         print(
-            f"serving: {costs.step_s * 1e3:.2f} ms a step, {costs.token_s * 1e6:.0f} us a token; "
-            f"a request is {measured.arrival_s * 1e3:.1f} ms on its way{busier}"
+            f"serving: {costs.step_s * 1e3:.2f} ms a step, {costs.token_s * 1e6:.0f} us a token, "
+            f"{costs.prompts_s * 1e3:.2f} ms a step with prompts, "
+            f"{costs.prompt_token_s * 1e6:.0f} us a prompt token; "
+            f"a request is {measured.arrival_s * 1e3:.1f} ms on its way"
         )
     if machine is not None:
         doors = machine.doors
@@ -307,7 +307,11 @@ def _show_serving(measured: Measurements) -> None:
             f"{doors.token_s * 1e6:.0f} us a token, {doors.request_s * 1e3:.2f} ms a request"
         )
     if any(one.handed_off for one in measured.served):
-        print(f"hand-off: {measured.handoff_s * 1e3:.1f} ms beside its copy")
+        taken = "" if machine is None else f", {machine.doors.handoff_s * 1e3:.1f} ms of processors"
+        print(
+            f"hand-off: {measured.handoff_s * 1e3:.1f} ms beside its copy, "
+            f"{measured.handing_s * 1e3:.1f} ms more to the first token{taken}"
+        )
 
 
 def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:

@@ -93,7 +93,8 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     """The profile as it is written to a file."""
     if settings.tensor_parallel > 1 and settings.device.torch_name != "cpu":
         raise Unsupported("profile --tensor-parallel: several workers are measured on CPUs only")
-    serving, checkpoint = _serving(settings), open_checkpoint(settings.model)
+    checkpoint = open_checkpoint(settings.model)
+    serving = _serving(settings, checkpoint.max_length)
     rank = _Rank(settings, checkpoint)
     try:
         passes = _passes(settings, checkpoint, rank)
@@ -157,13 +158,13 @@ class _Stages:
         self._progress(self._passes + done * self._loop_steps, self._total)
 
 
-def _serving(settings: Measuring) -> Serving | None:
+def _serving(settings: Measuring, max_length: int) -> Serving | None:
     if not settings.serving:
         return None
     if settings.device.torch_name != "cpu":
         raise Unsupported("profile --serving: a server is measured on CPUs only")
     instances = (1, settings.neighbours + 1) if settings.neighbours else (1,)
-    return Serving(settings.model, settings.threads, instances)
+    return Serving(settings.model, settings.threads, instances, max_length)
 
 
 def _passes(settings: Measuring, checkpoint: Checkpoint, rank: _Rank) -> list[Pass]:

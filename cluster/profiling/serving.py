@@ -11,8 +11,9 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from cluster.bench.load import Progress
     from cluster.bench.sample import Sample
-    from cluster.profiling.processor_time import Thread
+    from cluster.profiling.processor_time import Spent, Thread
 
 STOP_S = 60.0
 
@@ -41,10 +42,12 @@ class Loop:
     prompt_tokens: int
     output_tokens: int
     turns: int
+    """At least."""
 
 
 LOOPS = (
     Loop(1, 64, 4, 24),
+    Loop(1, 256, 4, 12),
     Loop(8, 64, 4, 6),
     Loop(1, 16, 48, 3),
     Loop(4, 16, 48, 3),
@@ -52,6 +55,7 @@ LOOPS = (
 )
 """Short answers tell what a request costs, short prompts what a token does."""
 HANDED_OFF = (Loop(1, 64, 4, 24),)
+"""Like one of a server that hands nothing off, to be compared with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,9 @@ class Serving:
     threads: int
     instances: tuple[int, ...]
     """Servers of so many mixed instances are measured one after another."""
+    max_length: int
+    lasting_s: float = 2.0
+    """A loop takes more turns until it takes about so long."""
 
     @property
     def hands_off(self) -> bool:
@@ -67,8 +74,12 @@ class Serving:
         return max(self.instances) > 1
 
     @property
+    def fitting(self) -> list[Loop]:
+        return [one for one in LOOPS if one.prompt_tokens + one.output_tokens <= self.max_length]
+
+    @property
     def loops(self) -> int:
-        return len(self.instances) * len(LOOPS) + self.hands_off * len(HANDED_OFF)
+        return len(self.instances) * len(self.fitting) + self.hands_off * len(HANDED_OFF)
 
 
 def measure_serving(settings: Serving, progress: Callable[[int], None]) -> list[dict[str, Any]]:
@@ -76,7 +87,7 @@ def measure_serving(settings: Serving, progress: Callable[[int], None]) -> list[
     entries: list[dict[str, Any]] = []
     for instances in settings.instances:
         with _server(settings, {"mixed": instances}) as server:
-            for loop in LOOPS:
+            for loop in settings.fitting:
                 entries.append(server.measure(loop, instances, len(entries)))
                 progress(len(entries))
     if settings.hands_off:
@@ -88,18 +99,43 @@ def measure_serving(settings: Serving, progress: Callable[[int], None]) -> list[
     return entries
 
 
+class _Span(Silent):
+    """From the first request on: what is prepared before it counts for nothing."""
+
+    def __init__(self) -> None:
+        self.began_s: float | None = None
+        self.client_s = 0.0
+
+    def sent(self) -> None:
+        if self.began_s is None:
+            self.began_s, self.client_s = time.perf_counter(), time.process_time()
+
+
+class _Run(NamedTuple):
+    samples: list[Sample]
+    lasted_s: float
+    spent: Spent
+
+
 @dataclass(frozen=True, slots=True)
 class _Server:
     url: str
     process: int
     computing: int
     """Threads of its instances, of which passes keep each busy."""
+    lasting_s: float
 
     def measure(self, loop: Loop, instances: int, number: int) -> dict[str, Any]:
-        samples, doors_s = asyncio.run(self._run(loop, instances * loop.users, number))
-        ttft_s = [one.ttft_s for one in samples if one.ttft_s is not None]
-        tpot_s = [one.tpot_s for one in samples if one.tpot_s is not None]
-        if len(tpot_s) < len(samples):
+        users = instances * loop.users
+        run = asyncio.run(self._run(loop, users, loop.turns, number))
+        if run.lasted_s < self.lasting_s:
+            turns = ceil(loop.turns * self.lasting_s / run.lasted_s)
+            run = asyncio.run(self._run(loop, users, turns, number))
+        ttft_s = [one.ttft_s for one in run.samples if one.ttft_s is not None]
+        tpot_s = [one.tpot_s for one in run.samples if one.tpot_s is not None]
+        told_s = [(one.parts_s or {}).get("prefill") for one in run.samples]
+        prefill_s = [one for one in told_s if one is not None]
+        if len(tpot_s) < len(run.samples) or not prefill_s:
             raise InstanceLost("the server to be measured failed some requests")
         return {
             "instances": instances,
@@ -108,36 +144,37 @@ class _Server:
             "output_tokens": loop.output_tokens,
             "ttft_s": median(ttft_s),
             "tpot_s": median(tpot_s),
-            "requests": len(samples),
-            "doors_s": doors_s,
+            "prefill_s": median(prefill_s),
+            "requests": len(run.samples),
+            "loops_s": run.spent.loops_s,
+            "doors_s": run.spent.doors_s,
         }
 
-    async def _run(self, loop: Loop, users: int, number: int) -> tuple[list[Sample], float]:
-        """What the clients saw, and the processor time that went to all but engines."""
+    async def _run(self, loop: Loop, users: int, turns: int, number: int) -> _Run:
+        """What the clients saw, and what processor time went where."""
         recipe = Synthetic(
-            requests=users * loop.turns,
+            requests=users * turns,
             prompt_tokens=loop.prompt_tokens,
             output_tokens=loop.output_tokens,
         )
         settings = Settings(prompt_seed=number)
         plan = Plan(Arrangement(draw(recipe)), concurrency=users, settings=settings)
+        span = _Span()
         before: dict[Thread, float] = {}
 
         def begins(_stage: str, _requests: int) -> Progress:
             """The last stage is the one that counts: those before it warm up."""
-            before.clear()
-            before.update(self._times())
-            return Silent()
+            nonlocal span, before
+            span, before = _Span(), family_times(self.process)
+            return span
 
         (measured,) = await Bench(plan, begins).run([parse_target(self.url)])
-        return measured.samples, spent_between(
-            before, self._times(), without_busiest=self.computing
-        )
-
-    def _times(self) -> dict[Thread, float]:
-        """Of the server and of its clients, which are here."""
-        own = {(os.getpid(), 0): time.process_time()}
-        return {**own, **family_times(self.process)}
+        client = os.getpid(), 0
+        assert span.began_s is not None
+        lasted_s = time.perf_counter() - span.began_s
+        after = {client: time.process_time(), **family_times(self.process)}
+        spent = spent_between({**before, client: span.client_s}, after, computing=self.computing)
+        return _Run(measured.samples, lasted_s, spent)
 
 
 @contextmanager
@@ -157,7 +194,8 @@ def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
             [*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            yield _Server(_url_of(server), server.pid, sum(pools.values()) * settings.threads)
+            computing = sum(pools.values()) * settings.threads
+            yield _Server(_url_of(server), server.pid, computing, settings.lasting_s)
         finally:
             server.terminate()
             try:

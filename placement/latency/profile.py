@@ -6,8 +6,8 @@ each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, 
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s; optionally requests,
-doors_s, handed_off), as clients of a server on this machine see it, whose instances compute on so
-many `threads` of its `processors`.
+loops_s, doors_s, prefill_s, handed_off), as clients of a server on this machine see it, whose
+instances compute on so many `threads` of its `processors`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from placement.latency.serving_costs import (
     WithServing,
     fit_doors,
     fit_serving,
+    handing_of,
     handoff_of,
     way_of,
 )
@@ -131,16 +132,12 @@ class Profile:
         alone = self._served_by(1)
         if not alone:
             return 0.0
-        return way_of(alone, self._with_serving(fit_run(self.runs[0])[0]), None)
+        return way_of(alone, self._with_serving(fit_run(self.runs[0])[0]))
 
     @property
-    def busy_arrival_s(self) -> float | None:
-        """The same while all the neighbours compute; None where that was not measured."""
-        run = self.runs[0]
-        served = self._served_by(run.neighbours + 1)
-        if not (run.crowded_samples and served):
-            return None
-        return way_of(served, self._with_serving(fit_run(run.beside)[0]), self.machine(1, 1))
+    def handing_s(self) -> float:
+        """How much longer a prompt takes whose KV is handed off; 0 where not measured."""
+        return handing_of(self.served)
 
     @property
     def handoff_s(self) -> float:
@@ -354,6 +351,8 @@ def _served(where: str, raw: Mapping[str, Any]) -> Served:
         tpot_s=tpot_s,
         requests=int(_number(where, raw, "requests", 0)),
         doors_s=_number(where, raw, "doors_s", 0),
+        loops_s=_number(where, raw, "loops_s", 0),
+        prefill_s=_number(where, raw, "prefill_s", 0),
         handed_off=bool(raw.get("handed_off")),
     )
 

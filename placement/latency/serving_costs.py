@@ -6,7 +6,7 @@ streams, and where the machine is busy it takes its time from the passes. Client
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,9 +32,23 @@ class Served(NamedTuple):
     requests: int = 0
     """By all users together."""
     doors_s: float = 0.0
-    """Processor time of gateway and clients, and of all else but passes, for all requests."""
+    """Processor time of gateway and clients, and of all else but instances, for all requests."""
+    loops_s: float = 0.0
+    """Of what hands instances their passes, which do not go on meanwhile."""
+    prefill_s: float = 0.0
+    """Part of the TTFT, as the server tells it: from the prompt's turn to its first token."""
     handed_off: bool = False
     """Whether a prefill and a decode instance served it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Loops of one shape ask the same of their servers."""
+        return self.instances, self.users, self.prompt_tokens, self.output_tokens
+
+    @property
+    def beside_passes_s(self) -> float:
+        """Processor time of a request."""
+        return (self.doors_s + self.loops_s) / self.requests
 
     @property
     def contexts(self) -> list[int]:
@@ -48,6 +62,15 @@ class ServingCosts:
 
     step_s: float
     token_s: float
+    prompts_s: float = 0.0
+    """More of a step that holds prompts: one among others is slower than one of many alike."""
+    prompt_token_s: float = 0.0
+
+    def of_step(self, tokens: int, draws: int) -> float:
+        served_s = self.step_s + self.token_s * draws
+        if tokens == draws:
+            return served_s
+        return served_s + self.prompts_s + self.prompt_token_s * (tokens - draws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +80,14 @@ class DoorCosts:
     step_s: float
     token_s: float
     request_s: float
+    handoff_s: float = 0.0
+    """Of both its sides."""
 
-    def of_step(self, tokens: int, firsts: int) -> float:
-        """For tokens that leave it, so many of them the first ones of requests."""
-        return self.step_s + self.token_s * tokens + self.request_s * firsts
+    def of_step(self, tokens: int, firsts: int, handed: int = 0) -> float:
+        """For tokens that leave it, so many of them the first ones of requests, and so many of
+        those to be decoded elsewhere."""
+        requests_s = self.request_s * firsts + self.handoff_s * handed
+        return self.step_s + self.token_s * tokens + requests_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +99,9 @@ class Machine:
     """That an instance computes on."""
     doors: DoorCosts
 
-    def demand(self, step_s: float, tokens: int, firsts: int) -> float:
+    def demand(self, step_s: float, tokens: int, firsts: int, handed: int = 0) -> float:
         """Processors that an instance with such steps keeps busy, doors and all."""
-        return self.threads + self.doors.of_step(tokens, firsts) / step_s
+        return self.threads + self.doors.of_step(tokens, firsts, handed) / step_s
 
     def slowed(self, demand: float) -> float:
         """How many times as long all takes where more processors are asked for than there are."""
@@ -88,13 +115,27 @@ def fit_serving(served: Sequence[Served], latency: LatencyModel) -> ServingCosts
     rows = np.array([(1.0, one.users) for one in flowing])
     unexplained = np.array([one.tpot_s - latency.decode_s(one.contexts) for one in flowing])
     shares = np.array([one.tpot_s for one in flowing])
-    fitted = nonnegative_least_squares(rows / shares[:, None], unexplained / shares)
-    return ServingCosts(*fitted.tolist())
+    step_s, token_s = nonnegative_least_squares(rows / shares[:, None], unexplained / shares)
+    flowing_costs = ServingCosts(float(step_s), float(token_s))
+    return replace(flowing_costs, **_fit_prompts(served, WithServing(latency, flowing_costs)))
+
+
+def _fit_prompts(served: Sequence[Served], latency: LatencyModel) -> dict[str, float]:
+    """What is left of prompts that were computed alone."""
+    alone = [one for one in served if one.users == 1 and one.prefill_s]
+    if not alone:
+        return {}
+    rows = np.array([(1.0, one.prompt_tokens - 1) for one in alone])
+    left = np.array([one.prefill_s - latency.prefill_s([(one.prompt_tokens, 0)]) for one in alone])
+    shares = np.array([one.prefill_s for one in alone])
+    fitted = nonnegative_least_squares(rows / shares[:, None], left / shares)
+    return dict(zip(("prompts_s", "prompt_token_s"), fitted.tolist(), strict=True))
 
 
 def fit_doors(served: Sequence[Served]) -> DoorCosts | None:
     """None where no processor time was measured."""
-    known = [one for one in served if one.requests and one.doors_s]
+    measured = [one for one in served if one.requests and one.doors_s]
+    known = [one for one in measured if not one.handed_off]
     if not known:
         return None
     tokens = [one.requests * one.output_tokens for one in known]
@@ -103,28 +144,36 @@ def fit_doors(served: Sequence[Served]) -> DoorCosts | None:
     )
     seconds = np.array([one.doors_s for one in known])
     fitted = nonnegative_least_squares(rows / seconds[:, None], np.ones(len(known)))
-    return DoorCosts(*fitted.tolist())
+    longer_s = [handed.beside_passes_s - one.beside_passes_s for handed, one in _pairs(measured)]
+    return replace(DoorCosts(*fitted.tolist()), handoff_s=_at_least_nothing(longer_s))
 
 
-def way_of(served: Sequence[Served], latency: LatencyModel, machine: Machine | None) -> float:
+def handing_of(served: Sequence[Served]) -> float:
+    """How much longer a first token takes whose request is decoded elsewhere."""
+    return _at_least_nothing([handed.ttft_s - one.ttft_s for handed, one in _pairs(served)])
+
+
+def _pairs(served: Sequence[Served]) -> list[tuple[Served, Served]]:
+    """What was handed off, beside the same loop of an instance that kept it."""
+    kept = {one.shape: one for one in served if not one.handed_off}
+    return [(one, kept[one.shape]) for one in served if one.handed_off and one.shape in kept]
+
+
+def _at_least_nothing(seconds: Sequence[float]) -> float:
+    return max(median(seconds), 0.0) if seconds else 0.0
+
+
+def way_of(served: Sequence[Served], latency: LatencyModel) -> float:
     """A request's way to its instance and its first token's way back, where fewest others go."""
     fewest = min(one.users for one in served)
     few = [one for one in served if one.users == fewest]
     shortest = min(one.output_tokens for one in few)
     ways = [
-        one.ttft_s
-        - latency.prefill_s([(one.prompt_tokens, 0)] * one.users) * _slowed(one, latency, machine)
+        one.ttft_s - (one.prefill_s or latency.prefill_s([(one.prompt_tokens, 0)] * one.users))
         for one in few
         if one.output_tokens == shortest
     ]
-    return max(median(ways), 0.0)
-
-
-def _slowed(one: Served, latency: LatencyModel, machine: Machine | None) -> float:
-    if machine is None:
-        return 1.0
-    demand = machine.demand(latency.decode_s(one.contexts), one.users, 0)
-    return machine.slowed(one.instances * demand)
+    return _at_least_nothing(ways)
 
 
 def handoff_of(served: Sequence[Served], latency: LatencyModel) -> float:
@@ -132,7 +181,7 @@ def handoff_of(served: Sequence[Served], latency: LatencyModel) -> float:
     waits = [
         (one.tpot_s - latency.decode_s(one.contexts)) * (one.output_tokens - 1) for one in served
     ]
-    return max(median(waits), 0.0) if waits else 0.0
+    return _at_least_nothing(waits)
 
 
 @dataclass(frozen=True)
@@ -152,8 +201,7 @@ class WithServing(LatencyModel):
         return self.passes.read_s
 
     def fixed_s(self, tokens: int, draws: int) -> float:
-        served_s = self.costs.step_s + self.costs.token_s * draws
-        return self.passes.fixed_s(tokens, draws) + served_s
+        return self.passes.fixed_s(tokens, draws) + self.costs.of_step(tokens, draws)
 
     def outside(self, tokens: int, kv_read_tokens: int) -> tuple[str, ...]:
         return self.passes.outside(tokens, kv_read_tokens)

@@ -40,6 +40,7 @@ class Batching(ABC):
         self._pace = Pace(model, model.latency)
         self._crowded_pace = None if model.crowded is None else Pace(model, model.crowded)
         self._machine = model.machine
+        self._handing_s = deployment.overheads.handing_s
         alone = model.crowded is None and model.machine is None
         self._crowd = None if alone else world.crowd(model.node)
         self._flow = Flow(self.pool)
@@ -72,6 +73,10 @@ class Batching(ABC):
     @abstractmethod
     def _drain(self, sequence: Sequence, last_chunk_tokens: int, end_s: float) -> None:
         """It is prefilled once it has left the last stage of a pipeline."""
+
+    @abstractmethod
+    def _hands_off(self, request_id: str) -> bool:
+        """Whether it goes on elsewhere once it is prefilled."""
 
     @abstractmethod
     def _take_offers(self, now: float) -> None:
@@ -214,10 +219,12 @@ class Batching(ABC):
         first_s = self._pace.step_s(work, decodes=decodes > 0)
         if step.batch.swaps:
             first_s += self._swap_s(step)
+        handed = self._handed(step) if step.prefills else 0
+        first_s += self._handing_s * handed
         growth_s = self._pace.growth_s(decodes) if steps > 1 else 0.0
         run = self._run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
         if self._crowd is not None:
-            self._share(run, work, now)
+            self._share(run, work, handed, now)
         for chunk in step.prefills:
             if chunk.request_id not in self._started_s:
                 self._started_s[chunk.request_id] = now
@@ -226,7 +233,7 @@ class Batching(ABC):
             self._mark_first_steps(run)
         self._schedule(run)
 
-    def _share(self, run: Run, work: Step, now: float) -> None:
+    def _share(self, run: Run, work: Step, handed: int, now: float) -> None:
         """The machine, with its neighbours and with what serves their tokens."""
         alone_s = run.first_step_s
         if self._crowded_pace is not None:
@@ -234,8 +241,13 @@ class Batching(ABC):
             run.crowded_ratio = crowded_s / alone_s
         if self._machine is not None:
             firsts = work.draws - run.decodes
-            run.demand = self._machine.demand(alone_s, work.draws, firsts)
+            run.demand = self._machine.demand(alone_s, work.draws, firsts, handed)
         run.go_on(self._slowed(run), now)
+
+    def _handed(self, step: RoleStep) -> int:
+        """Prompts that the step completes and that are decoded elsewhere."""
+        ending = [chunk.request_id for chunk in step.prefills if chunk.draw is not None]
+        return sum([self._hands_off(request_id) for request_id in ending])
 
     def _schedule(self, run: Run) -> None:
         self._run_number += 1

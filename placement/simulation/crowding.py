@@ -30,10 +30,12 @@ class Crowd:
         self._demands: dict[str, float] = {}
 
     @property
-    def busy_share(self) -> float:
-        """Of all the instances that were measured together, those that compute."""
-        most = 1 + max([one.model.neighbours for one in self._computing.values()], default=1)
-        return min(1.0, len(self._computing) / most)
+    def times(self) -> float:
+        """How many times as long all takes that needs its processors, now."""
+        machines = [one.model.machine for one in self._computing.values()]
+        if not machines or machines[0] is None:
+            return 1.0
+        return machines[0].slowed(sum(self._demands.values()))
 
     def slowed(self, one: Neighbour, crowded_ratio: float, demand: float) -> float:
         """How many times as long a run of this one takes: by the neighbours that its crowded

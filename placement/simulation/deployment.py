@@ -53,10 +53,10 @@ class Overheads:
 
     arrival_s: float = 0.0
     """From the client to the instance, and the first token's way back."""
-    busy_arrival_s: float | None = None
-    """The same while all instances around it compute; None where that makes no difference."""
     handoff_s: float = 0.0
     """Messages of a hand-off before its copy starts and after it ends."""
+    handing_s: float = 0.0
+    """How much longer the last pass of a prompt takes whose KV is handed off."""
     layer_groups: int = 4
     """A hand-off's copy starts once the first of so many groups of layers is computed."""
 

@@ -129,13 +129,11 @@ class Simulation:
             self._gate.arrive(sequence, now, strict=strict)
 
     def _way_s(self) -> float:
-        """To an instance and back, by how busy the machines are that clients share with them."""
-        overheads = self._deployment.overheads
-        busy_s = overheads.busy_arrival_s
-        if busy_s is None or not self._crowds:
-            return overheads.arrival_s
-        shares = [crowd.busy_share for crowd in self._crowds.values()]
-        return overheads.arrival_s + (busy_s - overheads.arrival_s) * sum(shares) / len(shares)
+        """To an instance and back, as slow as the machines are that clients share with them."""
+        way_s = self._deployment.overheads.arrival_s
+        if not (way_s and self._crowds):
+            return way_s
+        return way_s * sum([crowd.times for crowd in self._crowds.values()]) / len(self._crowds)
 
     def view(self, now: float) -> View:
         return View(now, tuple([one.view(now) for one in self.instances.values()]))

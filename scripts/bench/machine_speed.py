@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 PAUSE_S = 0.25
 ROUNDS = 80_000
+LEAST_LEFT = 0.1
 
 
 class Speed:
@@ -20,6 +22,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
+        self._before = self._after = machine_ticks()
 
     def probe(self) -> None:
         began_s = time.thread_time()
@@ -27,15 +30,32 @@ class Speed:
         for number in range(ROUNDS):
             total += number
         self._seconds.append(time.thread_time() - began_s)
+        self._after = machine_ticks()
 
     @property
     def undisturbed_s(self) -> float:
-        """The lower quartile, as a profile takes of its passes."""
+        """The lower quartile, as a profile takes of its passes; of these no time is stolen."""
         return statistics.quantiles(self._seconds, method="inclusive")[0]
 
     @property
+    def stolen(self) -> float:
+        """Part of the time in which this machine had something to do, and its host did not."""
+        busy, stolen = (
+            after - before for before, after in zip(self._before, self._after, strict=True)
+        )
+        return stolen / max(busy + stolen, 1)
+
+    @property
     def mean_s(self) -> float:
-        return statistics.fmean(self._seconds)
+        """Until it was done, stolen time and all."""
+        return statistics.fmean(self._seconds) / max(1.0 - self.stolen, LEAST_LEFT)
+
+
+def machine_ticks() -> tuple[int, int]:
+    """That were spent on this machine's work, and that its host kept from it."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, soft_irq, stolen, *_ = map(int, fields)
+    return user + nice + system + irq + soft_irq, stolen
 
 
 @contextmanager

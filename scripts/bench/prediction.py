@@ -15,8 +15,10 @@ since the generator and the gateway share the two cores with the instances. How 
 lie from itself, were it measured again over as many requests, is printed beside it (a block
 bootstrap), and so is how far off the prediction would be for a machine as fast as this one was
 while that rate was driven: what else runs on a virtual machine's host slows it down by half for
-seconds. With a folder the stages may run one by one, and a rate that was measured is not measured
-again. Rates during which other processes computed are measured again.
+seconds. Where the time to the first token and to the second went is told for the mean request, as
+predicted and as measured. With a folder the stages may run one by one, and a rate that was measured
+is not measured again. Rates are driven again during which other processes computed, or the machine
+was a tenth slower or faster than when it was profiled.
 """
 
 from __future__ import annotations
@@ -30,59 +32,46 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from machine_speed import watched
+from machine_speed import machine_ticks, watched
+from prediction_report import (
+    FIGURES,
+    MEASURED,
+    PLAN,
+    PROFILE,
+    ROOT,
+    TANDEM,
+    WORKLOAD,
+    read_measured,
+    report,
+    tandem,
+)
 from shapes import SHAPES, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-ROOT = Path(__file__).resolve().parents[2]
-TANDEM = (sys.executable, "-m", "cluster")
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
 PLANNED = "planned"
 RESAMPLES = 200
-FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "p90"))
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
-SAME = 0.02
-"""What two deployments serve is told apart from here on."""
-LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
 STOP_S = 60
 DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
+OFF_SPEED = 0.1
+"""And where the machine was so much slower, or faster, than when it was profiled."""
 STAGES = ["prepare", "measure", "report"]
-PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
-WORKLOAD, PLAN, RATES, MEASURED = "load.csv", "plan.yaml", "rates.json", "measured.jsonl"
-SAMPLES, SPEED = "samples.csv", "speed.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    deployment: str
-    rate_rps: float
-    figure: str
-    predicted: float
-    measured: float
-    sampling: float | None
-    """The standard error of what was measured, relative to it."""
-
-    @property
-    def off(self) -> float:
-        """Of a latency, relative to what was measured; of attainment, in points."""
-        difference = self.predicted - self.measured
-        return difference if self.figure == "attainment" else difference / self.measured
+RATES, SPEED = "rates.json", "speed.json"
 
 
 def main() -> None:
@@ -227,7 +216,7 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
     rates = [rate for rate in read_rates(folder) if (deployment, rate) not in known]
     if not rates:
         return
-    plan, samples = folder / f"{deployment}.yaml", folder / SAMPLES
+    plan = folder / f"{deployment}.yaml"
     if not plan.exists():
         return
     slo = yaml.safe_load(plan.read_text())["slo"]
@@ -235,6 +224,7 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
     with serving(plan) as url:
         for rate in rates:
+            samples = folder / f"{deployment}-{rate:.1f}.csv"
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
             others, slower, figures = undisturbed(bench, most_tries, profiled_s)
@@ -266,27 +256,30 @@ def undisturbed(
     work: Callable[[], str], most_tries: int, profiled_s: float
 ) -> tuple[float, float, str]:
     """What came of it, how many cores others took meanwhile, and how many times as slow as when it
-    was profiled the machine was; again if the others took too much."""
+    was profiled the machine was; again if the others took too much, or it was not as fast."""
     tries: list[tuple[float, float, str]] = []
-    while len(tries) < most_tries and (not tries or tries[-1][0] > DISTURBED_CORES):
+    while len(tries) < most_tries and (not tries or _disturbance(tries[-1]) > 1.0):
         began_s, before_s = time.monotonic(), foreign_s()
         with watched() as speed:
             text = work()
         others = (foreign_s() - before_s) / (time.monotonic() - began_s)
         tries.append((max(others, 0.0), speed.mean_s / profiled_s, text))
-    return min(tries)
+    return min(tries, key=_disturbance)
+
+
+def _disturbance(one: tuple[float, float, str]) -> float:
+    """Beyond 1 it is too much."""
+    others, slower, _ = one
+    return max(others / DISTURBED_CORES, abs(slower - 1.0) / OFF_SPEED)
 
 
 def foreign_s() -> float:
     """Processor time of this machine that went neither to this process nor to what it began."""
     ticks = os.sysconf("SC_CLK_TCK")
-    user, nice, system, _, _, irq, soft_irq, *_ = map(
-        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    )
+    busy, _ = machine_ticks()
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own_s = sum(processor_ticks(one) for one in family(os.getpid())) / ticks
-    busy_s = (user + nice + system + irq + soft_irq) / ticks
-    return busy_s - own_s - ended.ru_utime - ended.ru_stime
+    return busy / ticks - own_s - ended.ru_utime - ended.ru_stime
 
 
 def family(first: int) -> list[int]:
@@ -320,44 +313,6 @@ def read_rates(folder: Path) -> list[float]:
     return rates
 
 
-def read_measured(folder: Path) -> list[dict[str, Any]]:
-    path = folder / MEASURED
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def slowed(folder: Path, times: float) -> Path:
-    """The profile as it would be of a machine that takes so many times as long for everything."""
-    document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
-
-    def lengthened(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: lengthened(one, name) for name, one in value.items()}
-        if isinstance(value, list):
-            return [lengthened(one) for one in value]
-        return value * times if key in ("seconds", "ttft_s", "tpot_s", "doors_s") else value
-
-    path.write_text(json.dumps(lengthened(document)))
-    return path
-
-
-def compare(folder: Path, *, at_speed: bool) -> Iterator[Row]:
-    """By the profile as it is, or at the speed that the machine had while each rate was driven."""
-    for one in read_measured(folder):
-        deployment, rate, measured = one["deployment"], one["rate_rps"], one["figures"]
-        plan = folder / f"{deployment}.yaml"
-        given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-        profile = folder / PROFILE
-        if at_speed:
-            profile = slowed(folder, one["slower"])
-        predicted = json.loads(tandem("simulate", "--plan", plan, "--profile", profile, *given))
-        for name, point in FIGURES:
-            values = (predicted[name][point], measured[name][point])
-            figure = f"{name} {point}"
-            yield Row(deployment, rate, figure, *values, one["sampling"][figure])
-        values = (predicted["attainment"], measured["attainment"])
-        yield Row(deployment, rate, "attainment", *values, None)
-
-
 @contextmanager
 def serving(plan: Path) -> Iterator[str]:
     """The URL of a server that runs this plan; it is drained afterwards."""
@@ -382,70 +337,6 @@ def wait_until_ready(server: subprocess.Popen[str]) -> str:
         if found:
             return found[1]
     raise SystemExit(f"the server ended with status {server.wait()}")
-
-
-def tandem(*arguments: object) -> str:
-    command = [*TANDEM, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[2:])}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def report(folder: Path, *, as_json: bool) -> None:
-    plan, measured = yaml.safe_load((folder / PLAN).read_text()), read_measured(folder)
-    planned = {pool["role"]: pool["instances"] for pool in plan["pools"]}
-    rows, at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
-    better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
-    others, slower = (max(one[key] for one in measured) for key in ("others", "slower"))
-    if as_json:
-        document = {"planned": planned, "expected": expected, "better": better, "others": others}
-        lists = {"rows": rows, "rows_at_speed": at_speed}
-        entries = {key: [{**asdict(r), "off": r.off} for r in one] for key, one in lists.items()}
-        print(json.dumps({**document, "slower": slower, **entries}))
-        return
-    print(plan["reason"])
-    for row, then in zip(rows, at_speed, strict=True):
-        sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
-        print(
-            f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
-            f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%} "
-            f"off_at_speed={then.off:+.1%}{sampling}"
-        )
-    print(summary("as profiled", rows))
-    print(summary("at the speed that the machine had meanwhile", at_speed))
-    print(f"planned={planned} expected_better={expected} measured_better={better}")
-    print(
-        f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
-        f"the machine was up to {slower:.2f} times as slow as when it was profiled"
-    )
-
-
-def summary(which: str, rows: list[Row]) -> str:
-    latencies = [abs(row.off) for row in rows if row.figure != "attainment"]
-    shares = [abs(row.off) for row in rows if row.figure == "attainment"]
-    within = sum(off <= LATENCY_WITHIN for off in latencies)
-    held = sum(off <= ATTAINMENT_WITHIN for off in shares)
-    return (
-        f"{which}: latencies off: median {np.median(latencies):.1%}, most {max(latencies):.1%}; "
-        f"{within} of {len(latencies)} within {LATENCY_WITHIN:.0%}; "
-        f"attainment off by at most {max(shares) * 100:.1f} points; "
-        f"{held} of {len(shares)} within {ATTAINMENT_WITHIN * 100:.0f}"
-    )
-
-
-def preferred(rows: list[Row], side: str) -> str:
-    """What serves more within the targets; `neither` where rates tell no difference."""
-    rates = {name: served(rows, name, side) for name in dict.fromkeys(r.deployment for r in rows)}
-    best = max(rates, key=lambda name: rates[name])
-    return "neither" if min(rates.values()) > rates[best] * (1 - SAME) else best
-
-
-def served(rows: list[Row], deployment: str, side: str) -> float:
-    """Requests a second within their targets, over all rates."""
-    mine = [row for row in rows if (row.deployment, row.figure) == (deployment, "attainment")]
-    shares = [row.measured if side == "measured" else row.predicted for row in mine]
-    return sum(row.rate_rps * share for row, share in zip(mine, shares, strict=True))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,20 @@ def test_a_process_that_has_ended_has_no_family():
     assert family_times(child) == {}
 
 
-def test_the_busiest_threads_are_left_out():
+def test_what_computes_is_told_from_the_loop_around_it_and_from_all_else():
     before = {(1, 1): 10.0, (1, 2): 5.0}
-    after = {(1, 1): 14.0, (1, 2): 5.5, (2, 3): 0.25}
-    assert spent_between(before, after, without_busiest=1) == pytest.approx(0.75)
-    assert spent_between(before, after, without_busiest=0) == pytest.approx(4.75)
+    after = {(1, 1): 14.0, (1, 2): 5.5, (1, 3): 0.125, (2, 4): 0.25}
+    spent = spent_between(before, after, computing=1)
+    assert spent.passes_s == pytest.approx(4.0)
+    assert spent.loops_s == pytest.approx(0.5)
+    assert spent.doors_s == pytest.approx(0.375)
+
+
+def test_threads_that_compute_together_have_one_loop_around_them():
+    after = {(1, 1): 4.0, (1, 2): 3.5, (1, 3): 0.5, (1, 4): 0.25, (2, 5): 1.0}
+    spent = spent_between({}, after, computing=2)
+    assert spent == pytest.approx((7.5, 0.5, 1.25))
+
+
+def test_all_is_for_doors_where_nothing_computes():
+    assert spent_between({}, {(1, 1): 4.0, (1, 2): 1.0}, computing=0) == (0.0, 0.0, 5.0)

@@ -12,6 +12,7 @@ from engine.messages import Role
 from engine.slo import Slo
 from placement.latency.catalog import Link
 from placement.latency.model import LatencyModel
+from placement.latency.serving_costs import DoorCosts, Machine
 from placement.routing.router import Policy, RouterSettings
 from placement.simulation.deployment import Deployment, InstanceModel, Overheads
 from placement.simulation.dynamics import Dynamics, Failure
@@ -96,14 +97,14 @@ def test_busy_time_is_what_passed() -> None:
 
 
 def test_a_request_is_longer_on_its_way_while_others_compute() -> None:
-    ways = Overheads(arrival_s=0.01, busy_arrival_s=0.03)
-    crowded = pair(Paced(1.0), overheads=ways)
-    outcome = simulate(crowded, arriving(0.0, 0.1, 0.2))
+    machine = Machine(processors=1, threads=1, doors=DoorCosts(0.0, 0.0, 0.0))
+    shared = tuple(replace(one, machine=machine) for one in pair().instances)
+    crowded = pair(instances=shared, overheads=Overheads(arrival_s=0.01))
+    outcome = simulate(crowded, arriving(0.0, 0.0, 0.2))
     waits_s = outcome.prefill_started_s - outcome.arrived_s
-    assert waits_s[0] == pytest.approx(0.01)
-    assert waits_s[1] == pytest.approx(0.02)
-    assert 0.03 <= waits_s[2] < 0.05
-    apart = simulate(pair(overheads=ways), arriving(0.0, 0.1))
+    assert waits_s[:2].tolist() == pytest.approx([0.01, 0.01])
+    assert 0.02 <= waits_s[2] < 0.05
+    apart = simulate(pair(overheads=Overheads(arrival_s=0.01)), arriving(0.0, 0.1))
     assert apart.ttft_s[1] == pytest.approx(apart.ttft_s[0])
 
 
@@ -132,3 +133,41 @@ def test_skipping_steps_changes_nothing_among_neighbours(monkeypatch: pytest.Mon
     skipped, every = simulate(target, load), walked(target, load, monkeypatch)
     np.testing.assert_allclose(skipped.first_token_s, every.first_token_s, atol=1e-4)
     np.testing.assert_allclose(skipped.finished_s, every.finished_s, atol=1e-4)
+
+
+def split(handoff_s: float = 0.0, handing_s: float = 0.0) -> Deployment:
+    """One instance prefills for another on a machine of one processor."""
+    doors = DoorCosts(0.0, 0.0, 0.0, handoff_s)
+    machine = Machine(processors=1, threads=1, doors=doors)
+    models = tuple(replace(one, machine=machine) for one in pair().instances)
+    roles = tuple(map(replace_role, models, (Role.PREFILL, Role.DECODE)))
+    router = RouterSettings(local_prompt_tokens=0)
+    return pair(instances=roles, router=router, overheads=Overheads(handing_s=handing_s))
+
+
+def replace_role(model: InstanceModel, role: Role) -> InstanceModel:
+    return replace(model, role=role)
+
+
+def test_a_prompt_that_is_handed_off_takes_longer() -> None:
+    load = arriving(0.0)
+    alike, longer = simulate(split(), load), simulate(split(handing_s=0.004), load)
+    assert longer.first_token_s[0] == pytest.approx(alike.first_token_s[0] + 0.004)
+    assert longer.tpot_s[0] == pytest.approx(alike.tpot_s[0])
+
+
+def test_a_handoff_takes_its_processor_time_from_the_pass_before_it() -> None:
+    load = arriving(0.0)
+    alike, longer = simulate(split(), load), simulate(split(handoff_s=0.005), load)
+    assert longer.first_token_s[0] == pytest.approx(alike.first_token_s[0] + 0.005)
+    assert longer.tpot_s[0] == pytest.approx(alike.tpot_s[0])
+
+
+def test_who_hands_nothing_off_pays_for_no_handoff() -> None:
+    load = arriving(0.0, 0.1)
+    costly = split(handoff_s=0.005, handing_s=0.004)
+    kept = replace(
+        costly, instances=tuple(replace_role(one, Role.MIXED) for one in costly.instances)
+    )
+    free = replace(split(), instances=kept.instances)
+    np.testing.assert_allclose(simulate(kept, load).finished_s, simulate(free, load).finished_s)

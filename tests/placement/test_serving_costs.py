@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from placement.latency.serving_costs import (
     WithServing,
     fit_doors,
     fit_serving,
+    handing_of,
 )
 
 ARRIVAL_S, STEP_S, TOKEN_S = 0.004, 0.0006, 0.0001
@@ -65,6 +67,52 @@ def test_what_gateway_and_clients_take_is_told_apart_by_steps_tokens_and_request
     assert found.step_s == pytest.approx(DOORS.step_s)
     assert found.token_s == pytest.approx(DOORS.token_s)
     assert found.request_s == pytest.approx(DOORS.request_s)
+
+
+def test_what_a_handoff_takes_of_processors_is_told_by_the_same_loop_without_one() -> None:
+    kept, others = served(1), [served(4), served(16)]
+    handed = kept._replace(handed_off=True, loops_s=0.002 * kept.requests)
+    handed = handed._replace(doors_s=handed.doors_s + 0.003 * kept.requests)
+    found = fit_doors([kept, *others, handed])
+    assert found is not None
+    assert found.handoff_s == pytest.approx(0.005)
+    assert found == replace(fit_doors([kept, *others]) or DOORS, handoff_s=found.handoff_s)
+    assert found.of_step(3, 2, 1) == pytest.approx(found.of_step(3, 2) + 0.005)
+
+
+def test_a_handoff_that_costs_less_than_keeping_it_costs_nothing() -> None:
+    kept = served(1)
+    handed = kept._replace(handed_off=True, doors_s=kept.doors_s / 2, ttft_s=kept.ttft_s / 2)
+    found = fit_doors([kept, served(4), served(16), handed])
+    assert found is not None
+    assert found.handoff_s == handing_of([kept, handed]) == 0.0
+
+
+def test_a_prompt_to_be_handed_off_takes_as_much_longer_as_its_first_token() -> None:
+    kept = served(1)
+    handed = kept._replace(handed_off=True, ttft_s=kept.ttft_s + 0.002)
+    assert handing_of([kept, served(4), handed]) == pytest.approx(0.002)
+    assert handing_of([served(4), handed]) == 0.0
+
+
+def test_prompts_by_themselves_take_longer_than_one_of_many_alike() -> None:
+    flowing = [served(users) for users in (1, 4, 16)]
+    alone = [
+        served(1)._replace(
+            prompt_tokens=tokens,
+            output_tokens=4,
+            prefill_s=Passes().prefill_s([(tokens, 0)]) + STEP_S + TOKEN_S + 0.003 + 2e-5 * tokens,
+        )
+        for tokens in (16, 64, 256)
+    ]
+    costs = fit_serving([*flowing, *alone], Passes())
+    assert costs.prompts_s == pytest.approx(0.003, rel=0.05)
+    assert costs.prompt_token_s == pytest.approx(2e-5, rel=0.05)
+    whole, bare = WithServing(Passes(), costs), Passes()
+    assert whole.decode_s([100]) - bare.decode_s([100]) == pytest.approx(STEP_S + TOKEN_S)
+    for one in alone:
+        prompt = [(one.prompt_tokens, 0)]
+        assert whole.prefill_s(prompt) == pytest.approx(one.prefill_s, rel=0.01)
 
 
 def test_gateway_and_clients_cost_nothing_where_they_were_not_measured() -> None:
@@ -148,13 +196,11 @@ def test_a_handoff_costs_what_its_second_token_waits_longer() -> None:
     assert profile_from(both).handoff_s == pytest.approx(0.01, rel=0.2)
 
 
-def test_the_way_of_a_request_is_longer_where_neighbours_compute() -> None:
+def test_the_way_of_a_request_is_what_its_prefill_leaves_of_its_first_tokens_time() -> None:
     both = document()
-    assert profile_from(both).busy_arrival_s is None
-    both["serving"].append(served(1, 2)._replace(ttft_s=0.5)._asdict())
-    busy_s = profile_from(both).busy_arrival_s
-    assert busy_s is not None
-    assert 0.4 < busy_s < 0.5
+    for entry in both["serving"]:
+        entry["prefill_s"] = entry["ttft_s"] - 0.007
+    assert profile_from(both).arrival_s == pytest.approx(0.007)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,18 @@ from cluster.profiling.serving import LOOPS, Serving, measure_serving
 
 def test_every_loop_of_a_server_is_timed():
     done = []
-    entries = measure_serving(Serving("demo", 1, (1,)), done.append)
+    entries = measure_serving(Serving("demo", 1, (1,), 2048, lasting_s=0.0), done.append)
     assert [entry["users"] for entry in entries] == [loop.users for loop in LOOPS]
     assert done == list(range(1, len(LOOPS) + 1))
     for loop, entry in zip(LOOPS, entries, strict=True):
         assert entry["instances"] == 1
         assert entry["requests"] == loop.users * loop.turns
-        assert min(entry["ttft_s"], entry["tpot_s"], entry["doors_s"]) > 0.0
+        assert entry["ttft_s"] > entry["prefill_s"] > 0.0
+        assert min(entry["tpot_s"], entry["loops_s"], entry["doors_s"]) > 0.0
+
+
+def test_loops_longer_than_the_model_are_left_out():
+    short = Serving("demo", 1, (1,), 64)
+    assert [loop for loop in LOOPS if loop not in short.fitting]
+    assert all(loop.prompt_tokens + loop.output_tokens <= 64 for loop in short.fitting)
+    assert short.loops == len(short.fitting)

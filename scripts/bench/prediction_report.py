@@ -1,0 +1,178 @@
+"""What was predicted beside what was measured, from the folder in which a comparison is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+TANDEM = (sys.executable, "-m", "cluster")
+FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "p90"))
+SAME = 0.02
+"""What two deployments serve is told apart from here on."""
+LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
+PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
+WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
+SECONDS = {"seconds", "ttft_s", "tpot_s", "prefill_s", "loops_s", "doors_s"}
+"""What takes longer on a slower machine, by its name in a profile."""
+
+
+@dataclass(frozen=True)
+class Row:
+    deployment: str
+    rate_rps: float
+    figure: str
+    predicted: float
+    measured: float
+    sampling: float | None
+    """The standard error of what was measured, relative to it."""
+
+    @property
+    def off(self) -> float:
+        """Of a latency, relative to what was measured; of attainment, in points."""
+        difference = self.predicted - self.measured
+        return difference if self.figure == "attainment" else difference / self.measured
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One deployment at one rate."""
+
+    measured: dict[str, Any]
+    predicted: dict[str, Any]
+    sampling: dict[str, float]
+    deployment: str
+    rate_rps: float
+
+    def rows(self) -> Iterator[Row]:
+        for name, point in FIGURES:
+            values = (self.predicted[name][point], self.measured[name][point])
+            figure = f"{name} {point}"
+            yield Row(self.deployment, self.rate_rps, figure, *values, self.sampling[figure])
+        values = (self.predicted["attainment"], self.measured["attainment"])
+        yield Row(self.deployment, self.rate_rps, "attainment", *values, None)
+
+    @property
+    def parts(self) -> str:
+        """Where the mean request's time went."""
+        ways = [one["ttft_parts_s"] for one in (self.predicted, self.measured)]
+        told = [
+            f"{part}={' / '.join(f'{1e3 * (way[part] or 0.0):.1f}' for way in ways)}"
+            for part in ways[0]
+        ]
+        where = f"{self.deployment:<11} rate_rps={self.rate_rps:<7.2f}"
+        return f"{where} parts_ms predicted / measured: {', '.join(told)}"
+
+
+def read_measured(folder: Path) -> list[dict[str, Any]]:
+    path = folder / MEASURED
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def slowed(folder: Path, times: float) -> Path:
+    """The profile as it would be of a machine that takes so many times as long for everything."""
+    document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
+
+    def lengthened(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: lengthened(one, name) for name, one in value.items()}
+        if isinstance(value, list):
+            return [lengthened(one) for one in value]
+        return value * times if key in SECONDS else value
+
+    path.write_text(json.dumps(lengthened(document)))
+    return path
+
+
+def compare(folder: Path, *, at_speed: bool) -> Iterator[Pair]:
+    """By the profile as it is, or at the speed that the machine had while each rate was driven."""
+    for one in read_measured(folder):
+        deployment, rate = one["deployment"], one["rate_rps"]
+        plan, profile = folder / f"{deployment}.yaml", folder / PROFILE
+        if at_speed:
+            profile = slowed(folder, one["slower"])
+        given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
+        predicted = json.loads(tandem("simulate", "--plan", plan, "--profile", profile, *given))
+        yield Pair(one["figures"], predicted, one["sampling"], deployment, rate)
+
+
+def tandem(*arguments: object) -> str:
+    command = [*TANDEM, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[2:])}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def report(folder: Path, *, as_json: bool) -> None:
+    plan, measured = yaml.safe_load((folder / PLAN).read_text()), read_measured(folder)
+    planned = {pool["role"]: pool["instances"] for pool in plan["pools"]}
+    pairs, pairs_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
+    rows, at_speed = ([row for one in way for row in one.rows()] for way in (pairs, pairs_at_speed))
+    better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
+    others, slower = (max(one[key] for one in measured) for key in ("others", "slower"))
+    if as_json:
+        document = {"planned": planned, "expected": expected, "better": better, "others": others}
+        lists = {"rows": rows, "rows_at_speed": at_speed}
+        entries = {key: [{**asdict(r), "off": r.off} for r in one] for key, one in lists.items()}
+        print(json.dumps({**document, "slower": slower, **entries}))
+        return
+    print(plan["reason"])
+    for row, then in zip(rows, at_speed, strict=True):
+        print(line(row, then))
+    for pair in pairs_at_speed:
+        print(pair.parts)
+    print(summary("as profiled", rows))
+    print(summary("at the speed that the machine had meanwhile", at_speed))
+    print(f"planned={planned} expected_better={expected} measured_better={better}")
+    print(
+        f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
+        f"the machine was up to {slower:.2f} times as slow as when it was profiled"
+    )
+
+
+def line(row: Row, at_speed: Row) -> str:
+    sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
+    return (
+        f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
+        f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%} "
+        f"off_at_speed={at_speed.off:+.1%}{sampling}"
+    )
+
+
+def summary(which: str, rows: list[Row]) -> str:
+    latencies = [abs(row.off) for row in rows if row.figure != "attainment"]
+    shares = [abs(row.off) for row in rows if row.figure == "attainment"]
+    within = sum(off <= LATENCY_WITHIN for off in latencies)
+    held = sum(off <= ATTAINMENT_WITHIN for off in shares)
+    return (
+        f"{which}: latencies off: median {np.median(latencies):.1%}, most {max(latencies):.1%}; "
+        f"{within} of {len(latencies)} within {LATENCY_WITHIN:.0%}; "
+        f"attainment off by at most {max(shares) * 100:.1f} points; "
+        f"{held} of {len(shares)} within {ATTAINMENT_WITHIN * 100:.0f}"
+    )
+
+
+def preferred(rows: list[Row], side: str) -> str:
+    """What serves more within the targets; `neither` where rates tell no difference."""
+    rates = {name: served(rows, name, side) for name in dict.fromkeys(r.deployment for r in rows)}
+    best = max(rates, key=lambda name: rates[name])
+    return "neither" if min(rates.values()) > rates[best] * (1 - SAME) else best
+
+
+def served(rows: list[Row], deployment: str, side: str) -> float:
+    """Requests a second within their targets, over all rates."""
+    mine = [row for row in rows if (row.deployment, row.figure) == (deployment, "attainment")]
+    shares = [row.measured if side == "measured" else row.predicted for row in mine]
+    return sum(row.rate_rps * share for row, share in zip(mine, shares, strict=True))
