@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 LOCAL_OBJECT_STORE_BYTES = 80 << 20
 """Ray's least; nothing of ours travels through the object store."""
+WORKER_NICENESS = 0
+"""Ray's own 15 lets whatever else runs on a machine take a worker's cores while a step waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def _start_here() -> None:
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             namespace=NAMESPACE,
             logging_level=logging.WARNING,
+            _system_config={"worker_niceness": WORKER_NICENESS},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -52,6 +52,13 @@ def test_status_tells_where_everything_is(cluster):
         os.kill(worker["pid"], 0)
 
 
+def test_workers_give_way_to_nobody(cluster):
+    ours = os.getpriority(os.PRIO_PROCESS, cluster.process.pid)
+    for instance in INSTANCES:
+        (worker,) = cluster.pids(instance)
+        assert os.getpriority(os.PRIO_PROCESS, worker) == ours
+
+
 def test_bad_input_is_one_line_and_status_2(cluster):
     for arguments in (["scale", "both=2"], ["scale", "decode=x"], ["role", "decode-0", "cook"]):
         status, line = tandem(cluster, *arguments)
