@@ -228,8 +228,11 @@ class DecodeScheduler:
             if gave_way is not None and _urgency(one) < gave_way and self._missing_blocks(one) <= 0
         ]
         rest = [one for one in newcomers if one not in ready]
+        self._place([*ready, *displaced, *rest])
+
+    def _place(self, order: list[Sequence]) -> None:
         full = False
-        for sequence in [*ready, *displaced, *rest]:
+        for sequence in order:
             if full and self._missing_blocks(sequence) > 0:
                 continue
             if not self._place_for(sequence):

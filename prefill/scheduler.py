@@ -81,7 +81,8 @@ class PrefillScheduler:
 
     @property
     def queued_tokens(self) -> int:
-        return self._waiting_tokens + sum([one.uncomputed for one in self._admitted.values()])
+        admitted = self._admitted.values()
+        return self._waiting_tokens + sum([len(one.tokens) - one.computed for one in admitted])
 
     @property
     def wanted_blocks(self) -> int:
@@ -166,12 +167,18 @@ class PrefillScheduler:
 
     def _expire(self, now: float) -> None:
         """Whatever else waits, these are late from now on, and make nobody else late."""
-        over = [sequence for (_, deadline_s, _), sequence in self._open if deadline_s <= now]
-        if not over:
+        if not self._open or self._first_deadline_s > now:
             return
+        over = [sequence for (_, deadline_s, _), sequence in self._open if deadline_s <= now]
         self._open = [entry for entry in self._open if entry[0][1] > now]
         for sequence in over:
             insort(self._expired, (_age(sequence), sequence))
+
+    @property
+    def _first_deadline_s(self) -> float:
+        """Of those not yet late: of the first, where all are equally urgent."""
+        (first, deadline_s, _), (last, _, _) = self._open[0][0], self._open[-1][0]
+        return deadline_s if first == last else min([rank[1] for rank, _ in self._open])
 
     def _too_much(self, waiting: list[Sequence], now: float) -> list[Sequence]:
         """The fewest prompts without which all others, in this order, meet their deadlines.
@@ -196,9 +203,11 @@ class PrefillScheduler:
     def _all_in_time(self, waiting: list[Sequence], now: float) -> bool:
         """Whether even the last one computed would meet the first deadline of all."""
         first, last = waiting[0].request, waiting[-1].request
-        tokens = sum([one.uncomputed for one in waiting])
+        if first.priority != last.priority:
+            return False
+        tokens = sum([len(one.tokens) - one.computed for one in waiting])
         over_s = now + tokens / self.tokens_per_s
-        return first.priority == last.priority and over_s <= first.ttft_deadline_s
+        return over_s <= first.ttft_deadline_s
 
     def _pack(self, order: Iterable[Sequence], budget: int, chunks: list[Chunk]) -> int:
         """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps
@@ -207,18 +216,21 @@ class PrefillScheduler:
         full = False
         packed = {chunk.request_id for chunk in chunks}
         computing = self._blocks_under_way()
+        most = self.settings.max_sequences
         for sequence in order:
-            if used >= budget or len(chunks) >= self.settings.max_sequences:
+            if used >= budget or len(chunks) >= most:
                 break
-            if sequence.id in packed or self._sibling_computes(sequence, computing):
+            if sequence.request.id in packed or self._sibling_computes(sequence, computing):
                 continue
-            full = full or not (sequence.blocks or self._admit(sequence))
             if not sequence.blocks:
-                continue
-            chunk = chunk_of(sequence, min(sequence.uncomputed, budget - used))
-            chunks.append(chunk)
-            used += len(chunk.tokens)
-            computing.update(self._hashes_to_compute(sequence))
+                full = full or not self._admit(sequence)
+                if full:
+                    continue
+            count = min(sequence.uncomputed, budget - used)
+            chunks.append(chunk_of(sequence, count))
+            used += count
+            if self._hashes:
+                computing.update(self._hashes_to_compute(sequence))
         return used
 
     @property
@@ -242,8 +254,10 @@ class PrefillScheduler:
     def _sibling_computes(self, sequence: Sequence, computing: set[bytes]) -> bool:
         """Whether the first block this prompt misses is being computed for another right now:
         waiting one batch for it is cheaper than computing it twice."""
+        if sequence.blocks or not self._hashes:
+            return False
         hashes = self._hashes_of(sequence)
-        if sequence.blocks or not hashes:
+        if not hashes:
             return False
         cached = self.pool.cached_prefix(hashes)
         return cached < len(hashes) and hashes[cached] in computing

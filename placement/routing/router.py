@@ -131,7 +131,10 @@ class _Instance:
         self._pace()
 
     def confirm(self, request_id: str) -> None:
-        tokens, blocks = self.ledger.pop(request_id, (0, 0))
+        expected = self.ledger.pop(request_id, None)
+        if expected is None:
+            return
+        tokens, blocks = expected
         self.ahead_tokens -= tokens
         self.left_blocks += blocks
         self._pace()

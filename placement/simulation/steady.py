@@ -38,7 +38,7 @@ class SteadyDecodeScheduler(DecodeScheduler):
     def let_in(self) -> list[Sequence]:
         """Those of the newcomers who find a place now; others wait until somebody leaves."""
         newcomers = list(self._waiting.values())
-        self._let_in()
+        self._place(self._by_urgency(self._waiting))
         return [one for one in newcomers if one.request.id not in self._waiting]
 
 
