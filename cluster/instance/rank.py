@@ -59,13 +59,10 @@ def load_rank(
         limit_multiprocessors(spec.sm_share, spec.device, os.environ)
     import torch
 
-    from cluster.instance.comparing import Comparing
-    from cluster.instance.peers import RayPeers
     from cluster.instance.transports import open_transport
     from engine.checkpoint import open_checkpoint
     from engine.parallel import join
     from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
-    from kvtransfer.transport import Pool
 
     checkpoint = open_checkpoint(config.model, config.engine.max_length)
     device = torch.device(spec.device)
@@ -105,20 +102,32 @@ def load_rank(
     )
     me = rank_name(spec.name, rank)
     transport = open_transport(me, runner.kv, config.transfer, one_host=one_host)
+    coder = open_coder(config, runner, blocks) if staging else None
+    mover = open_mover(config, me, runner, transport, coder)
+    return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
+
+
+def open_mover(
+    config: Config, me: str, runner: Runner, transport: Transport, coder: Coder | None
+) -> RankMover:
+    """Only on a CPU do copies and steps share the cores."""
+    from cluster.instance.comparing import Comparing
+    from cluster.instance.peers import RayPeers
+    from kvtransfer.transport import Pool
+
     peers = RayPeers(me, config.limits.answer_s)
     pool = Pool.of_tensor(runner.kv.memory)
-    comparing = Comparing(runner.layout, rank, pool, peers) if config.transfer.checksums else None
-    copy_share = config.transfer.copy_share if device.type == "cpu" else 1.0
-    mover = RankMover(
+    checks = config.transfer.checksums
+    rank = runner.kv.rank
+    return RankMover(
         runner.layout,
         rank,
         transport,
-        copy_share,
+        config.transfer.copy_share if runner.device.type == "cpu" else 1.0,
         peers=peers,
-        coder=open_coder(config, runner, blocks) if staging else None,
-        comparing=comparing,
+        coder=coder,
+        comparing=Comparing(runner.layout, rank, pool, peers) if checks else None,
     )
-    return LoadedRank(runner, transport, mover, checkpoint, blocks, spec.device)
 
 
 def borrowed(
