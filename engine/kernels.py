@@ -31,11 +31,13 @@ PANEL_COLUMNS = 32
 STEP_ROWS = {torch.float32: 1, torch.bfloat16: 32}
 MOST_HEAD_DIM = 512
 SLAB_BYTES = 32 << 20
-CACHE_LINE_BYTES = 64
+HUGE_PAGE_BYTES = 2 << 20
+PAGE_BYTES = 4096
 
 # The records of engine/native/kernels.h: q is an integer or a pointer, d a double.
 _PACK = Struct("=6q")
-_LINEAR = Struct("=11q")
+_UNPACK = Struct("=7q")
+_LINEAR = Struct("=10q")
 _NORM = Struct("=8qd")
 _ACTIVATION = Struct("=7q")
 _PLACE = Struct("=18qd")
@@ -85,7 +87,11 @@ def highest(library: NativeLibrary, rows: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 class Slabs:
-    """Memory for weights in large pieces, so that the kernel backs them with large pages."""
+    """Memory for weights in large pieces, so that the kernel backs them with large pages.
+
+    Each weight begins with a page: a processor prefetches within pages only, and panels that
+    straddle them are read a twentieth slower.
+    """
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
@@ -95,12 +101,18 @@ class Slabs:
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         size_bytes = rows * columns * dtype.itemsize
         if self._used_bytes + size_bytes > self._slab.numel():
-            self._slab = torch.empty(max(size_bytes, SLAB_BYTES), dtype=torch.uint8)
-            self._library.use_huge_pages(self._slab.data_ptr(), self._slab.numel())
+            self._slab = self._new_slab(_round_up(max(size_bytes, SLAB_BYTES), HUGE_PAGE_BYTES))
             self._used_bytes = 0
         piece = self._slab[self._used_bytes : self._used_bytes + size_bytes]
-        self._used_bytes += -(-size_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        self._used_bytes += _round_up(size_bytes, PAGE_BYTES)
         return piece.view(dtype).view(rows, columns)
+
+    def _new_slab(self, size_bytes: int) -> torch.Tensor:
+        room = torch.empty(size_bytes + HUGE_PAGE_BYTES, dtype=torch.uint8)
+        before_bytes = -room.data_ptr() % HUGE_PAGE_BYTES
+        slab = room[before_bytes : before_bytes + size_bytes]
+        self._library.use_huge_pages(slab.data_ptr(), size_bytes)
+        return slab
 
     def collapse(self, written: torch.Tensor) -> torch.Tensor:
         self._library.collapse_pages(written.data_ptr(), written.nbytes)
@@ -135,14 +147,13 @@ class NativeOps(TorchOps):
         finally:
             self._native, self._empty = self._library, torch.empty
 
-    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
-        if shared or weight.dtype not in DTYPES:
+    def prepare_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype not in DTYPES:
             return self._slabs.collapse(weight.contiguous())
         out_features, in_features = weight.shape
-        step = STEP_ROWS[weight.dtype]
-        width = -(-in_features // step) * step
-        panels = -(-out_features // PANEL_COLUMNS)
-        room = self._slabs.take(panels * PANEL_COLUMNS, width, weight.dtype)
+        width = _round_up(in_features, STEP_ROWS[weight.dtype])
+        columns = _round_up(out_features, PANEL_COLUMNS)
+        room = self._slabs.take(columns, width, weight.dtype)
         packed = room.as_subclass(PackedWeight)
         packed.pointer = room.data_ptr()
         packed.in_features, packed.out_features = in_features, out_features
@@ -159,45 +170,58 @@ class NativeOps(TorchOps):
         )
         return packed
 
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        if not isinstance(table, PackedWeight):
+            return super().embed(table, token_ids)
+        rows = token_ids.contiguous()
+        out = torch.empty((len(rows), table.in_features), dtype=table.dtype)
+        record = _UNPACK.pack(
+            table.pointer,
+            rows.data_ptr(),
+            out.data_ptr(),
+            len(rows),
+            table.in_features,
+            table.out_features,
+            DTYPES[table.dtype],
+        )
+        if not self._library.unpack(record):
+            raise IndexError(f"token ids must lie in [0, {table.out_features})")
+        return out
+
     def linear(
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if x.dtype not in DTYPES:
             return super().linear(weight, x, bias)
+        assert isinstance(weight, PackedWeight), weight.dtype
         return self._linear(weight, x, bias, x.dtype)
 
     def logits(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if x.dtype not in DTYPES:
             return super().logits(weight, x)
+        assert isinstance(weight, PackedWeight), weight.dtype
         return self._linear(weight, x, None, torch.float32)
 
     def _linear(
         self,
-        weight: torch.Tensor,
+        weight: PackedWeight,
         x: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        if isinstance(weight, PackedWeight):
-            plain, pointer = 0, weight.pointer
-            in_features, out_features = weight.in_features, weight.out_features
-        else:
-            plain, pointer = 1, weight.data_ptr()
-            out_features, in_features = weight.shape
         rows = x.shape[0]
-        out = self._empty((rows, out_features), dtype=out_dtype)
+        out = self._empty((rows, weight.out_features), dtype=out_dtype)
         self._native.linear(
             _LINEAR.pack(
                 x.data_ptr(),
-                pointer,
+                weight.pointer,
                 0 if bias is None else bias.data_ptr(),
                 out.data_ptr(),
                 rows,
-                in_features,
-                out_features,
+                weight.in_features,
+                weight.out_features,
                 x.stride(0),
                 DTYPES[x.dtype],
-                plain,
                 int(out_dtype != x.dtype),
             )
         )
@@ -346,6 +370,10 @@ class NativeOps(TorchOps):
             )
         )
         return out
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _covers(heads: torch.Tensor, kv: KvLayer) -> bool:

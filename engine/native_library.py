@@ -14,7 +14,7 @@ from engine.errors import Unsupported
 log = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parent
-INTERFACE = 4
+INTERFACE = 5
 """Of the records in engine/native/kernels.h; a library of another was built of other sources."""
 BUILD = "python setup.py build_ext --inplace --force"
 INSTALL = "pip install --force-reinstall --no-deps ."
@@ -46,6 +46,8 @@ class NativeLibrary:
             getattr(self._library, f"tandem_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self._library.tandem_replay.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         self.pack = self._kernel("pack")
+        self._library.tandem_unpack.argtypes = [ctypes.c_char_p]
+        self._library.tandem_unpack.restype = ctypes.c_bool
         self.linear = self._kernel("linear")
         self.norm = self._kernel("norm")
         self.activation = self._kernel("activation")
@@ -94,6 +96,10 @@ class NativeLibrary:
     def collapse_pages(self, pointer: int, size_bytes: int) -> None:
         """Moves memory that was written already to large pages, where the system can."""
         self._library.tandem_collapse_pages(pointer, size_bytes)
+
+    def unpack(self, record: bytes) -> bool:
+        """Finds rows of a packed weight; False where it has not all of them."""
+        return bool(self._library.tandem_unpack(record))
 
     def replay(self, calls: bytes) -> None:
         """Calls kernels one after the other, as engine.replay wrote the calls down."""

@@ -123,11 +123,12 @@ class Ops(Protocol):
         """Where decode steps draw, too; `logits_of` computes the layers and the head of one."""
         ...
 
-    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
-        """What `linear` takes for a weight [out, in]; the caller drops the original.
+    def prepare_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """What `linear` takes for a weight [out, in]; the caller drops the original."""
+        ...
 
-        With `shared` the plain tensor lives on (tied embeddings), so no packed copy is wanted.
-        """
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table [tokens, width], plain or what `prepare_weight` made of it."""
         ...
 
     def linear(
@@ -210,9 +211,11 @@ class TorchOps:
         del logits_of, sampler, block_tokens, longest, device
         return None
 
-    def prepare_weight(self, weight: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
-        del shared
+    def prepare_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
+
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(token_ids, table)
 
     def linear(
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None

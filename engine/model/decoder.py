@@ -28,7 +28,9 @@ class Embedding:
         self.rows = _vocab_share(loader)
         width = config.embedding or config.hidden
         self.table = loader.table(names.embed, config.vocab, width, self.rows)
-        self._parallel = loader.parallel
+        self._ops, self._parallel = loader.ops, loader.parallel
+        if config.tied and self._parallel.last:
+            self.table = self._ops.prepare_weight(self.table)
         self._scale: torch.Tensor | None = None
         if config.embedding_scale is not None:
             self._scale = loader.number(config.embedding_scale)
@@ -54,10 +56,10 @@ class Embedding:
 
     def _look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._parallel.tensor_size == 1:
-            return functional.embedding(token_ids, self.table)
+            return self._ops.embed(self.table, token_ids)
         local = token_ids - self.rows.start
         elsewhere = (local < 0) | (local >= len(self.rows))
-        hidden = functional.embedding(local.masked_fill(elsewhere, 0), self.table)
+        hidden = self._ops.embed(self.table, local.masked_fill(elsewhere, 0))
         return self._parallel.add_up(hidden.masked_fill(elsewhere[:, None], 0))
 
 
@@ -66,23 +68,19 @@ class Head:
 
     def __init__(self, loader: Loader, embedding: Embedding | None) -> None:
         config, names = loader.config, loader.names
-        self._vocab, self._cap, self._parallel = (
-            config.vocab,
-            config.logit_soft_cap,
-            loader.parallel,
-        )
+        self._ops, self._parallel = loader.ops, loader.parallel
+        self._vocab, self._cap = config.vocab, config.logit_soft_cap
         self._norm: Norm | None = loader.norm(names.final_norm) if config.final_norm else None
         width = config.embedding or config.hidden
         self._project: Projection | None = None
         if config.embedding is not None:
             self._project = loader.whole(names.project_out, config.embedding, config.hidden)
-        shared = config.tied and embedding is not None
         if config.tied and embedding is not None:
-            table = embedding.table
+            self._table = embedding.table
         else:
             name = names.embed if config.tied else names.head
             table = loader.table(name, config.vocab, width, _vocab_share(loader))
-        self._output = loader.head(table, shared=shared)
+            self._table = self._ops.prepare_weight(table)
 
     def __call__(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """fp32 logits."""
@@ -91,7 +89,7 @@ class Head:
             hidden = self._norm.after_adding(delta, hidden)
         if self._project is not None:
             hidden = self._project(hidden)
-        own = self._output.ops.logits(self._output.weight, hidden)
+        own = self._ops.logits(self._table, hidden)
         logits = self._parallel.gather_columns(own)[:, : self._vocab]
         if self._cap is not None:
             logits = torch.tanh(logits / self._cap) * self._cap

@@ -200,9 +200,6 @@ class Loader:
         """Rounded as the model's own numbers are."""
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 
-    def head(self, table: torch.Tensor, *, shared: bool) -> Linear:
-        return Linear(self.ops, self.ops.prepare_weight(table, shared=shared), None)
-
     def norm(self, name: str, width: int | None = None) -> Norm:
         """Norm weights are kept in fp32, their offset added."""
         config = self.config

@@ -1,4 +1,4 @@
-// Linear layers on AMX tiles: packed weights for every layer, plain ones for tied embeddings.
+// Linear layers on AMX tiles.
 
 inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -141,54 +141,4 @@ void linear_passing(const LinearArgs &args, const TiledInput &x) {
 void linear_tiles(const LinearArgs &args) {
     TiledInput x(args);
     x.row_tiles <= kStreamedTiles ? linear_streaming(args, x) : linear_passing(args, x);
-}
-
-// --- plain weights: rows of W are A, x is the panel, and the sums come out transposed ---------
-
-// x as panels: [rows / 32][steps][half][16 pairs of features][16 rows][2].
-const bf16 *transposed_input(const LinearArgs &args, int64_t steps) {
-    int64_t row_tiles = round_up(ceil_div(args.rows, kTileRows), 2);
-    auto out = static_cast<bf16 *>(scratch(kInput, row_tiles * steps * kTile * sizeof(bf16)));
-    for (int64_t tile = 0; tile < row_tiles; tile++)
-        for (int64_t step = 0; step < steps; step++) {
-            const uint32_t *words[16];
-            for (int64_t i = 0; i < 16; i++) {
-                int64_t row = smaller_of(tile * kTileRows + i, args.rows - 1);  // the surplus is not used
-                auto from = static_cast<const bf16 *>(args.x) + row * args.x_stride + step * kStep;
-                words[i] = reinterpret_cast<const uint32_t *>(from);
-            }
-            bf16 *to = out + ((tile / 2 * steps + step) * 2 + tile % 2) * kTile;
-            transpose16(words, reinterpret_cast<uint32_t *>(to), 16);
-        }
-    return out;
-}
-
-// 32 rows of W by up to 32 rows of x.
-void plain_block(const LinearArgs &args, const bf16 *x, int64_t steps, int64_t row, int64_t column) {
-    alignas(64) float sums[kPanel * kPanel], turned[kPanel * kPanel];
-    const bf16 *weight = static_cast<const bf16 *>(args.weight) + column * args.in_features;
-    TileBlock block{weight, args.in_features, kStep, kTileRows * args.in_features, x + row / kPanel * steps * 2 * kTile,
-                    steps, sums, kPanel, false, weight + kPanel * args.in_features, row == 0 ? kStepLines : 0};
-    multiply_block<true, kReusePanel>(block);
-    for (int64_t corner = 0; corner < 4; corner++) {
-        const uint32_t *words[16];
-        const float *from = sums + corner / 2 * 16 * kPanel + corner % 2 * 16;
-        for (int64_t i = 0; i < 16; i++) words[i] = reinterpret_cast<const uint32_t *>(from + i * kPanel);
-        transpose16(words, reinterpret_cast<uint32_t *>(turned + corner % 2 * 16 * kPanel + corner / 2 * 16), kPanel);
-    }
-    emit<bf16>(args, turned, row, smaller_of(kPanel, args.rows - row), column);
-}
-
-void linear_plain_tiles(const LinearArgs &args) {
-    if (args.in_features % kStep != 0 || args.out_features < kPanel) return linear_plain<bf16>(args);
-    int64_t steps = args.in_features / kStep;
-    const bf16 *x = transposed_input(args, steps);
-    int64_t grain = round_up(ceil_div(kTaskWeightBytes, args.in_features * static_cast<int64_t>(sizeof(bf16))), kPanel);
-    parallel_ranges(args.out_features, grain, [&](int64_t begin, int64_t end) {
-        Tiles configured;
-        for (int64_t column = begin; column < end; column += kPanel) {
-            int64_t whole = smaller_of(column, args.out_features - kPanel);  // the last block overlaps
-            for (int64_t row = 0; row < args.rows; row += kPanel) plain_block(args, x, steps, row, whole);
-        }
-    });
 }

@@ -8,7 +8,7 @@ namespace {
 const Kernels *in_use = &scalar_kernels;
 
 template <class Args>
-const Args &unpack(const void *record) {
+const Args &record_of(const void *record) {
     return *static_cast<const Args *>(record);
 }
 
@@ -31,23 +31,24 @@ uint64_t tandem_read_memory(const void *data, int64_t bytes) { return read_memor
 void tandem_collapse_pages(void *data, int64_t bytes) { collapse_pages(data, bytes); }
 void tandem_use_huge_pages(void *data, int64_t bytes) { use_huge_pages(data, bytes); }
 
-void tandem_pack(const void *record) { pack(unpack<PackArgs>(record)); }
+void tandem_pack(const void *record) { pack(record_of<PackArgs>(record)); }
+bool tandem_unpack(const void *record) { return unpack(record_of<UnpackArgs>(record)); }
 void tandem_linear(const void *record) {
-    const LinearArgs &args = unpack<LinearArgs>(record);
+    const LinearArgs &args = record_of<LinearArgs>(record);
     if (args.rows > 0) in_use->linear(args);
 }
-void tandem_norm(const void *record) { in_use->norm(unpack<NormArgs>(record)); }
-void tandem_activation(const void *record) { in_use->activation(unpack<ActivationArgs>(record)); }
-void tandem_place(const void *record) { in_use->place(unpack<PlaceArgs>(record)); }
-void tandem_attention(const void *record) { in_use->attention(unpack<AttentionArgs>(record)); }
-void tandem_highest(const void *record) { in_use->highest(unpack<HighestArgs>(record)); }
+void tandem_norm(const void *record) { in_use->norm(record_of<NormArgs>(record)); }
+void tandem_activation(const void *record) { in_use->activation(record_of<ActivationArgs>(record)); }
+void tandem_place(const void *record) { in_use->place(record_of<PlaceArgs>(record)); }
+void tandem_attention(const void *record) { in_use->attention(record_of<AttentionArgs>(record)); }
+void tandem_highest(const void *record) { in_use->highest(record_of<HighestArgs>(record)); }
 
 // Calls kernels one after the other: each call is a CallHeader and the kernel's record.
 void tandem_replay(const void *calls, int64_t bytes) {
     constexpr void (*kernels[])(const void *) = {tandem_linear, tandem_norm, tandem_activation, tandem_place, tandem_attention};
     auto call = static_cast<const char *>(calls), end = call + bytes;
     while (call != end) {
-        const CallHeader &header = unpack<CallHeader>(call);
+        const CallHeader &header = record_of<CallHeader>(call);
         kernels[header.kernel](call + sizeof header);
         call += sizeof header + header.record_bytes;
     }

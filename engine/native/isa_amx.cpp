@@ -28,7 +28,7 @@ namespace amx {
 
 void linear(const LinearArgs &args) {
     if (args.dtype == kFloat32) return linear_of<float>(args);
-    args.plain ? linear_plain_tiles(args) : linear_tiles(args);
+    linear_tiles(args);
 }
 
 void attention(const AttentionArgs &args) {

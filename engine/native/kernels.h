@@ -13,14 +13,14 @@ enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
 
 // The records below arrive from Python as packed bytes: every field is eight bytes wide. Whoever
 // changes one counts the interface up, here and in engine/native_library.py.
-constexpr int64_t kInterface = 4;
+constexpr int64_t kInterface = 5;
 
 struct LinearArgs {
     const void *x;       // [rows, in_features], rows x_stride elements apart
-    const void *weight;  // packed panels, or plain [out_features, in_features]
+    const void *weight;  // packed panels
     const void *bias;    // null, or [out_features] of the same dtype
     void *y;             // [rows, out_features]; fp32 if wide, else as x
-    int64_t rows, in_features, out_features, x_stride, dtype, plain, wide;
+    int64_t rows, in_features, out_features, x_stride, dtype, wide;
 };
 
 // Before each record in a run of calls: 0 linear, 1 norm, 2 activation, 3 place, 4 attention.
@@ -32,6 +32,13 @@ struct PackArgs {
     const void *weight;  // [out_features, in_features], rows contiguous
     void *packed;
     int64_t in_features, out_features, row_stride, dtype;
+};
+
+struct UnpackArgs {
+    const void *packed;
+    const int64_t *rows;  // which of the weight
+    void *y;              // [count, in_features]
+    int64_t count, in_features, out_features, dtype;
 };
 
 struct NormArgs {
@@ -122,6 +129,9 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 void pack(const PackArgs &args);
+
+// Rows of a weight as they were; false, and nothing done, if it has not all of them.
+bool unpack(const UnpackArgs &args);
 
 // Reads everything once, on all threads; returns what the words fold to.
 uint64_t read_memory(const void *data, int64_t bytes);

@@ -1,4 +1,4 @@
-// Lays a weight out in panels, once, at load time.
+// Lays a weight out in panels, once, at load time, and finds rows of it there.
 #include "kernels.h"
 
 #include <algorithm>
@@ -38,6 +38,20 @@ void pack_panel_fp32(const PackArgs &args, int64_t panel) {
     }
 }
 
+void unpack_row_bf16(const UnpackArgs &args, int64_t row, bf16 *out) {
+    int64_t steps = ceil_div(args.in_features, kStep), column = row % kPanel;
+    auto from = static_cast<const bf16 *>(args.packed) + row / kPanel * steps * 2 * kTile + column / 16 * kTile + column % 16 * 2;
+    int64_t pairs = args.in_features / 2;
+    for (int64_t pair = 0; pair < pairs; pair++)
+        std::memcpy(out + 2 * pair, from + pair / 16 * 2 * kTile + pair % 16 * 32, 2 * sizeof(bf16));
+    if (args.in_features % 2) out[2 * pairs] = from[pairs / 16 * 2 * kTile + pairs % 16 * 32];
+}
+
+void unpack_row_fp32(const UnpackArgs &args, int64_t row, float *out) {
+    auto from = static_cast<const float *>(args.packed) + row / kPanel * args.in_features * kPanel + row % kPanel;
+    for (int64_t k = 0; k < args.in_features; k++) out[k] = from[k * kPanel];
+}
+
 }  // namespace
 
 void pack(const PackArgs &args) {
@@ -45,6 +59,21 @@ void pack(const PackArgs &args) {
     parallel(panels, [&](int64_t panel) {
         args.dtype == kBfloat16 ? pack_panel_bf16(args, panel) : pack_panel_fp32(args, panel);
     });
+}
+
+bool unpack(const UnpackArgs &args) {
+    auto exists = [&](int64_t row) { return row >= 0 && row < args.out_features; };
+    if (!std::all_of(args.rows, args.rows + args.count, exists)) return false;
+    constexpr int64_t grain = 8;
+    parallel_ranges(args.count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            if (args.dtype == kBfloat16)
+                unpack_row_bf16(args, args.rows[i], static_cast<bf16 *>(args.y) + i * args.in_features);
+            else
+                unpack_row_fp32(args, args.rows[i], static_cast<float *>(args.y) + i * args.in_features);
+        }
+    });
+    return true;
 }
 
 }  // namespace tandem

@@ -62,28 +62,26 @@ SIZES = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_agrees_with_double_precision(
-    ops: NativeOps, dtype: torch.dtype, *, shared: bool, biased: bool
+    ops: NativeOps, dtype: torch.dtype, *, biased: bool
 ) -> None:
     for rows, outputs, inputs in SIZES:
         weight = torch.randn(outputs, inputs, dtype=dtype)
         x, bias = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype)
         wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
-        prepared = ops.prepare_weight(weight, shared=shared)
+        prepared = ops.prepare_weight(weight)
         assert_close(ops.linear(prepared, x, bias if biased else None), wanted.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [False, True])
-def test_logits_are_not_rounded(ops: NativeOps, dtype: torch.dtype, *, shared: bool) -> None:
+def test_logits_are_not_rounded(ops: NativeOps, dtype: torch.dtype) -> None:
     for rows, outputs, inputs in SIZES:
         weight, x = (
             torch.randn(outputs, inputs, dtype=dtype),
             torch.randn(rows, inputs, dtype=dtype),
         )
-        got = ops.logits(ops.prepare_weight(weight, shared=shared), x)
+        got = ops.logits(ops.prepare_weight(weight), x)
         assert_close(got, (x.double() @ weight.double().T).float())
 
 
@@ -111,9 +109,24 @@ def test_a_transposed_weight_is_packed_as_what_it_shows(ops: NativeOps) -> None:
 
 def test_no_rows_give_no_rows(ops: NativeOps) -> None:
     weight = torch.randn(48, 64).bfloat16()
-    for shared in (False, True):
-        prepared = ops.prepare_weight(weight, shared=shared)
-        assert ops.linear(prepared, weight[:0]).shape == (0, 48)
+    prepared = ops.prepare_weight(weight)
+    assert ops.linear(prepared, weight[:0]).shape == (0, 48)
+    assert ops.embed(prepared, torch.tensor([], dtype=torch.int64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_table_gives_its_rows_back(ops: NativeOps, dtype: torch.dtype) -> None:
+    for _, outputs, inputs in SIZES:
+        table = torch.randn(outputs, inputs, dtype=dtype)
+        token_ids = torch.cat((torch.randint(outputs, (20,)), torch.tensor([0, outputs - 1])))
+        assert torch.equal(ops.embed(ops.prepare_weight(table), token_ids), table[token_ids])
+
+
+@pytest.mark.parametrize("beyond", [-1, 48])
+def test_a_row_that_a_packed_table_has_not_is_refused(ops: NativeOps, beyond: int) -> None:
+    prepared = ops.prepare_weight(torch.randn(48, 64))
+    with pytest.raises(IndexError, match=r"\[0, 48\)"):
+        ops.embed(prepared, torch.tensor([3, beyond]))
 
 
 def test_half_precision_is_left_to_torch(ops: NativeOps) -> None:
@@ -121,6 +134,7 @@ def test_half_precision_is_left_to_torch(ops: NativeOps) -> None:
     prepared = ops.prepare_weight(weight)
     assert not isinstance(prepared, PackedWeight)
     assert torch.equal(ops.linear(prepared, x), torch.nn.functional.linear(x, weight))
+    assert torch.equal(ops.embed(prepared, torch.tensor([5])), weight[5:6])
 
 
 # --- norms and activations ---------------------------------------------------------------------
