@@ -10,7 +10,7 @@ struct alignas(64) TileConfig {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kLine = 32;  // bf16 elements of a cache line
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
-constexpr int64_t kFarSteps = 8, kNearSteps = 2;
+constexpr int64_t kFarSteps = 4, kNearSteps = 2;
 
 // One or two tiles of rows, `a` bytes-strided, by one panel of `steps` steps.
 struct TileBlock {

@@ -34,6 +34,9 @@ constexpr int64_t kDepthSteps = 12;               // of a panel, 24 KB, stay in 
 constexpr int64_t kInputBlockBytes = 1280 << 10;  // of x stay in L2 while panels pass
 constexpr int64_t kStepLines = 32;                // cache lines of a panel in one step
 
+// Between two tasks the stream pauses; without threads to share them there need not be as many.
+constexpr int64_t kLoneTaskWeightBytes = 512 << 10;
+
 constexpr int64_t kStreamedTiles = 4;             // of rows at most, past which weights go by
 constexpr int64_t kSlabTiles = 32;                // of x stay in L1 while slabs of weights stream by
 
@@ -113,7 +116,8 @@ struct RowBlock {
 // At most kStreamedTiles of rows.
 void linear_streaming(const LinearArgs &args, const TiledInput &x) {
     int64_t panels = ceil_div(args.out_features, kPanel);
-    int64_t grain = ceil_div(kTaskWeightBytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
+    int64_t task_bytes = threads() == 1 && x.row_tiles <= 2 ? kLoneTaskWeightBytes : kTaskWeightBytes;
+    int64_t grain = ceil_div(task_bytes, x.steps * 2 * kTile * static_cast<int64_t>(sizeof(bf16)));
     if (x.row_tiles > 2 && grain < kPassPanels) grain = kPassPanels;
     parallel_ranges(panels, grain, [&](int64_t begin, int64_t end) {
         Tiles configured(x.row_tiles > 2 ? 2 * kTileRows : args.rows);
