@@ -56,8 +56,9 @@ def pack(chunks: Sequence[Chunk], block_tokens: int, device: torch.device) -> Pa
     sequence_of = np.repeat(np.arange(len(chunks)), counts)
     positions = np.arange(tokens) + (starts - bounds[:-1])[sequence_of]
     tables = _block_tables(chunks)
-    slots = tables[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens
-    slots += positions % block_tokens
+    block, place = np.divmod(positions, block_tokens)
+    slots = tables[sequence_of, block] * np.int64(block_tokens) + place
+    contexts = starts + counts
     draws = [i for i, chunk in enumerate(chunks) if chunk.draw is not None]
 
     def tensor(array: Ints, dtype: torch.dtype) -> torch.Tensor:
@@ -68,11 +69,11 @@ def pack(chunks: Sequence[Chunk], block_tokens: int, device: torch.device) -> Pa
         positions=tensor(positions, torch.int64),
         slots=tensor(slots, torch.int64),
         cu_seqlens=tensor(bounds, torch.int32),
-        context_lens=tensor(starts + counts, torch.int32),
+        context_lens=tensor(contexts, torch.int32),
         block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
         draw_rows=tensor(bounds[1:][draws] - 1, torch.int64),
         query_lens=tuple(counts.tolist()),
-        contexts=tuple((starts + counts).tolist()),
+        contexts=tuple(contexts.tolist()),
         block_tokens=block_tokens,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,12 +77,14 @@ class Sampler:
     ) -> list[Drawn]:
         rows = logits[:, : self.vocab_size].float()
         reported = [i for i, wanted in enumerate(draws) if wanted.sampling.logprobs is not None]
-        raw = rows[reported]
+        raw = rows[reported] if reported else None
         apply_options(rows, draws, request_ids, self._grammars, self._eos)
         tokens = _choose(rows, draws, request_ids)
-        counts = [draws[i].sampling.logprobs or 0 for i in reported]
-        logprobs = _logprobs(raw, [tokens[i] for i in reported], counts)
-        told = dict(zip(reported, logprobs, strict=True))
+        told: dict[int, Logprobs] = {}
+        if raw is not None:
+            counts = [draws[i].sampling.logprobs or 0 for i in reported]
+            logprobs = _logprobs(raw, [tokens[i] for i in reported], counts)
+            told = dict(zip(reported, logprobs, strict=True))
         return [
             Drawn(name, token, told.get(i))
             for i, (name, token) in enumerate(zip(request_ids, tokens, strict=True))
@@ -99,7 +102,7 @@ def _choose(rows: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]) -> 
         probabilities, uniform = _spread(rows, draws, filtered)
         filters = _filters([draws[i].sampling for i in filtered], probabilities)
         tokens[filtered] = draw_filtered(probabilities, filters, uniform)
-    _check(maxima.isfinite().tolist(), request_ids)
+    _check(maxima.tolist(), request_ids)
     chosen: list[int] = tokens.tolist()
     return chosen
 
@@ -120,9 +123,9 @@ def _is_filtered(sampling: Sampling) -> bool:
     return not is_greedy(sampling) and _has_filters(sampling)
 
 
-def _check(finite: list[bool], request_ids: Sequence[str]) -> None:
-    if not all(finite):
-        bad = [name for name, sound in zip(request_ids, finite, strict=True) if not sound]
+def _check(maxima: list[float], request_ids: Sequence[str]) -> None:
+    if not all(map(isfinite, maxima)):
+        bad = [n for n, top in zip(request_ids, maxima, strict=True) if not isfinite(top)]
         raise BadLogits(f"logits are not finite for {', '.join(bad)}")
 
 
@@ -148,8 +151,6 @@ def _filters(samplings: Sequence[Sampling], probabilities: Tensor) -> Filters:
 
 def _logprobs(raw: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
     """What the model thought of each token, and of the `counts` most likely ones."""
-    if not tokens:
-        return []
     total = raw.logsumexp(dim=1, keepdim=True)
     chosen = (raw.gather(1, torch.tensor(tokens, device=raw.device)[:, None]) - total)[:, 0]
     size = raw.shape[1]
