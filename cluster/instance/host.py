@@ -132,7 +132,8 @@ class Host:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            running = loop.run_in_executor(thread, self._execute, batch, group_done)
+            told = group_done if self.instance.hands_layers_on else None
+            running = loop.run_in_executor(thread, self._execute, batch, told)
             await self._finish(batch, running)
             self.pump()
 
@@ -149,7 +150,7 @@ class Host:
         else:
             self.instance.finish(batch, result, self._clock.now())
 
-    def _execute(self, batch: Batch, group_done: Callable[[int], None]) -> StepResult:
+    def _execute(self, batch: Batch, group_done: Callable[[int], None] | None) -> StepResult:
         return self._executor.execute(batch, group_done)
 
     def _group_done(self, group: int) -> None:

@@ -134,6 +134,13 @@ class Instance:
                 self._residents.stamps[chunk.request_id].setdefault("decode_started_s", now)
         return step.batch
 
+    @property
+    def hands_layers_on(self) -> bool:
+        """Whether KV of the batch under way may move before the batch is over."""
+        if self._step is None or self._layout.pipeline_parallel > 1:
+            return False
+        return any(chunk.request_id in self._handoffs for chunk in self._step.prefills)
+
     def layer_group_done(self, group: int, now: float) -> None:
         """KV of this group of layers stands, for the batch under way. Stages after the first
         report nothing, so with pipeline parallelism KV is ready when the batch is."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,17 @@ class CountingExecutor:
             on_layer_group(0)
         drawn = [Drawn(c.request_id, c.end) for c in batch.chunks if c.draw is not None]
         return StepResult(tuple(drawn), 0.001)
+
+
+class ListeningExecutor(CountingExecutor):
+    """Remembers for which batches somebody listened while they ran."""
+
+    def __init__(self):
+        self.heard = []
+
+    def execute(self, batch, on_layer_group=None):
+        self.heard.append(on_layer_group is not None)
+        return super().execute(batch, on_layer_group)
 
 
 class BrokenExecutor:
@@ -115,6 +127,22 @@ async def test_a_mixed_instance_streams_every_token_and_ends_empty():
         assert [token.index for token in tokens] == list(range(6))
         assert [token.token for token in tokens] == [5, 6, 7, 8, 9, 10]
         assert is_empty(host)
+
+
+async def test_only_what_is_handed_off_is_told_of_layer_by_layer():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    prefill, decode, mixed = ListeningExecutor(), ListeningExecutor(), ListeningExecutor()
+    async with (
+        hosted(network, "prefill-0", Role.PREFILL, executor=prefill),
+        hosted(network, "decode-0", Role.DECODE, executor=decode),
+        hosted(network, "mixed-0", Role.MIXED, executor=mixed),
+    ):
+        gateway.send("prefill-0", Start(REQUEST, 1, (), "decode-0", 2))
+        await tokens_of(gateway, 6)
+        gateway.send("mixed-0", Start(replace(REQUEST, id="r2"), 1))
+        await tokens_of(gateway, 6)
+    assert (prefill.heard[0], any(decode.heard), any(mixed.heard)) == (True, False, False)
 
 
 async def test_a_handoff_goes_on_at_the_next_token():
