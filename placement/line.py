@@ -18,18 +18,14 @@ class Line:
     def at(self, x: float) -> float:
         return self.base + self.slope * x
 
-    def observe(self, x: float, y: float, times: int = 1) -> None:
+    def observe(self, x: float, y: float) -> None:
         """Both non-negative; a falling line or a negative base is noise and is not fitted."""
-        self.observations += times
-        keep, new = self._decay, 1.0
-        if times > 1:
-            keep = self._decay**times
-            new = (1.0 - keep) / (1.0 - self._decay)
-        self._w = self._w * keep + new
-        self._x = self._x * keep + x * new
-        self._y = self._y * keep + y * new
-        self._xx = self._xx * keep + x * x * new
-        self._xy = self._xy * keep + x * y * new
+        self.observations += 1
+        self._w = self._w * self._decay + 1.0
+        self._x = self._x * self._decay + x
+        self._y = self._y * self._decay + y
+        self._xx = self._xx * self._decay + x * x
+        self._xy = self._xy * self._decay + x * y
         self._fit()
 
     def _fit(self) -> None:

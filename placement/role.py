@@ -62,7 +62,8 @@ class RoleBatcher:
         self.decode_step_s = 0.0
         """Smoothed duration of a batch with decodes only."""
         self.step_cost = Line(1.0 / settings.prefill.tokens_per_s, MEMORY, keep_slope=True)
-        """Duration of a batch that holds decodes, over its prompt tokens."""
+        """Duration of a batch that holds both, over its prompt tokens. Decodes alone take a
+        cheaper path, and a line through them too would promise little for many tokens."""
         self._most_prompts = 0.0
         """Prompt tokens of a batch lately."""
 
@@ -85,12 +86,13 @@ class RoleBatcher:
         if not step.decodes:
             return
         self._most_prompts = max(prompt_tokens, self._most_prompts * MEMORY)
-        most_s = MOST_OFF * self.step_cost.at(prompt_tokens)
-        counted_s = min(duration_s, most_s) if self.step_cost.observations else duration_s
-        self.step_cost.observe(prompt_tokens, counted_s)
         if not prompt_tokens:
             gain = GAIN if self.decode_step_s else 1.0
             self.decode_step_s += gain * (duration_s - self.decode_step_s)
+            return
+        most_s = MOST_OFF * self.step_cost.at(prompt_tokens)
+        counted_s = min(duration_s, most_s) if self.step_cost.observations else duration_s
+        self.step_cost.observe(prompt_tokens, counted_s)
 
     def _prompt_budget(self, decodes: int) -> int:
         budget = self.settings.prefill.token_budget

@@ -59,7 +59,6 @@ class SteadyBatcher(RoleBatcher):
 
     def measured_run(self, first_step_s: float, growth_s: float, steps: int) -> None:
         """Learn from steps of decodes only, each so much longer than the one before."""
-        self.step_cost.observe(0.0, first_step_s + growth_s * (steps - 1), steps)
         self._most_prompts *= MEMORY**steps
         if not self.decode_step_s:
             self.decode_step_s = first_step_s

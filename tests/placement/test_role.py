@@ -1,5 +1,7 @@
 """A mixed instance's batches: every decode, and as many prompt tokens as their target allows."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.blocks import BlockPool, blocks_for
@@ -30,7 +32,7 @@ def decode_on(batcher, number):
     batcher.decode.add(sequence)
 
 
-def step(batcher, now):
+def step(batcher, now, duration_s=duration_s):
     """Runs one; prompts that are done leave, so that only decodes that were asked for run."""
     taken = batcher.next_step(now)
     for chunk in taken.decodes:
@@ -62,6 +64,29 @@ def test_batches_come_to_fill_the_target_while_decodes_never_run_alone(first_gue
             taken = step(batcher, now=0.0)
             assert taken.prefills
     assert duration_s(taken) == pytest.approx(LIMIT_S, rel=0.1)
+    drain(batcher)
+
+
+def duration_with_a_jump_s(step):
+    """Decodes alone take kernels of their own; prompt tokens beside them then cost little."""
+    prompt_tokens = sum(len(chunk.tokens) for chunk in step.prefills)
+    decodes_s = 0.0004 * len(step.decodes)
+    return decodes_s + (0.016 + 0.00004 * prompt_tokens if prompt_tokens else 0.008)
+
+
+def test_the_second_of_a_few_batches_with_prompts_fills_the_target_whatever_decodes_took():
+    batcher = RoleBatcher(BlockPool(20_000, 16), RoleSettings())
+    for number in range(100):
+        batcher.prefill.add(start_sequence(request(f"prompt {number}", 1000), 1))
+    second_s = []
+    for number in range(6):
+        decode_on(batcher, number)
+        took_s = [duration_with_a_jump_s(step(batcher, 0.0, duration_with_a_jump_s)) for _ in "123"]
+        second_s.append(took_s[1])
+        alone = replace(batcher.next_step(0.0), prefills=())
+        for _ in range(20):
+            batcher.measured(alone, duration_with_a_jump_s(alone))
+    assert second_s[1:] == pytest.approx([LIMIT_S] * 5, rel=0.05)
     drain(batcher)
 
 
