@@ -254,7 +254,7 @@ def tandem(options: argparse.Namespace) -> Iterator[list[str]]:
         file.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "cluster", "serve", str(file)]
         command += ["--http-port", "0", "--grpc-port", "0"]
-        log = (options.into / f"{name_of(options)}.log").open("w")
+        log = (options.into / f"{name_of(options)}.log").open("a")
         with log, running(command, log, {}) as server:
             assert server.stdout is not None
             found = re.match(r"ready http=(\S+)", server.stdout.readline())
