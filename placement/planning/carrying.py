@@ -108,11 +108,6 @@ class _Able:
     carried: Carried
 
     @property
-    def rank(self) -> tuple[float, float, str]:
-        """Of equally dear ones that comes first which is the farthest from its targets."""
-        return self.price, self.carried.strain, str(self.prospect.candidate)
-
-    @property
     def deployed(self) -> Candidate:
         return self.prospect.candidate.times(self.carried.copies)
 
@@ -218,4 +213,5 @@ class Carrying:
 
 
 def _rank(able: _Able) -> tuple[float, float, str]:
-    return able.rank
+    """Of equally dear ones that comes first which is the farthest from its targets."""
+    return able.price, able.carried.strain, str(able.prospect.candidate)
