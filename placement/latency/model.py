@@ -3,6 +3,7 @@
 Every model of latency has the same form, so that a run of decode steps sums in closed form:
 
     step = fixed(tokens, draws) + pair_s * query-key pairs of prompts + read_s * KV tokens read
+         + mixed_s where it holds both prompts and decodes
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Step(NamedTuple):
     """Query-key pairs of prompt chunks."""
     kv_read_tokens: int = 0
     """Context of every decoding sequence, and what chunks find already computed."""
+    mixed: bool = False
+    """Whether prompts are computed beside decodes."""
 
 
 def prefill_step(chunks: Iterable[tuple[int, int]]) -> Step:
@@ -49,6 +52,7 @@ def mixed_step(chunks: Iterable[tuple[int, int]], contexts: Iterable[int]) -> St
         prompt.draws + decode.draws,
         prompt.pairs,
         prompt.kv_read_tokens + decode.kv_read_tokens,
+        mixed=prompt.tokens > 0 and decode.tokens > 0,
     )
 
 
@@ -70,12 +74,18 @@ class LatencyModel(ABC):
     @abstractmethod
     def read_s(self) -> float: ...
 
+    @property
+    def mixed_s(self) -> float:
+        """What a pass takes longer that has two kinds of work to do one after the other."""
+        return 0.0
+
     @abstractmethod
     def fixed_s(self, tokens: int, draws: int) -> float: ...
 
     def step_s(self, step: Step) -> float:
         attention_s = self.pair_s * step.pairs + self.read_s * step.kv_read_tokens
-        return self.fixed_s(step.tokens, step.draws) + attention_s
+        mixed_s = self.mixed_s if step.mixed else 0.0
+        return self.fixed_s(step.tokens, step.draws) + attention_s + mixed_s
 
     def prefill_s(self, chunks: Iterable[tuple[int, int]]) -> float:
         return self.step_s(prefill_step(chunks))

@@ -178,7 +178,8 @@ class FitReport:
 
 @dataclass(frozen=True)
 class Measured(LatencyModel):
-    """A piecewise linear cost of the tokens in a pass, plus attention and draws."""
+    """A piecewise linear cost of the tokens in a pass, plus attention, draws, and what passes take
+    longer that hold prompts, or prompts and decodes: kernels are others then."""
 
     knots: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -186,6 +187,8 @@ class Measured(LatencyModel):
     draw_s: float
     pair_cost_s: float
     read_cost_s: float
+    prompts_s: float
+    mixed_cost_s: float
     most_kv_read_tokens: int
     pipeline_parallel: int = 1
 
@@ -197,8 +200,13 @@ class Measured(LatencyModel):
     def read_s(self) -> float:
         return self.read_cost_s
 
+    @property
+    def mixed_s(self) -> float:
+        return self.mixed_cost_s
+
     def fixed_s(self, tokens: int, draws: int) -> float:
-        return _interpolated_s(self.knots, self.seconds, tokens) + self.draw_s * draws
+        prompts_s = self.prompts_s if tokens > draws else 0.0
+        return _interpolated_s(self.knots, self.seconds, tokens) + self.draw_s * draws + prompts_s
 
     def outside(self, tokens: int, kv_read_tokens: int) -> tuple[str, ...]:
         beyond = []
@@ -238,6 +246,10 @@ class CarriedOver(LatencyModel):
     def read_s(self) -> float:
         return self.measured.read_s * self.wanted.read_s / self.known.read_s
 
+    @property
+    def mixed_s(self) -> float:
+        return self.measured.mixed_s * self.wanted.fixed_s(1, 1) / self.known.fixed_s(1, 1)
+
     def fixed_s(self, tokens: int, draws: int) -> float:
         ratio = self.wanted.fixed_s(tokens, draws) / self.known.fixed_s(tokens, draws)
         return self.measured.fixed_s(tokens, draws) * ratio
@@ -254,11 +266,11 @@ class CarriedOver(LatencyModel):
 def fit_run(run: Run) -> tuple[Measured, FitReport]:
     steps = [sample.step for sample in run.samples]
     seconds = np.array([sample.seconds for sample in run.samples])
-    knots = _choose_knots(sorted({step.tokens for step in steps}))
+    knots = _choose_knots(_sizes(steps))
     fit = fit_costs(_features(steps, knots), seconds)
-    at_knots, draw_s, pair_s, read_s = _unpack(fit, knots)
+    at_knots, costs = _unpack(fit, knots)
     most_read = max(step.kv_read_tokens for step in steps)
-    measured = Measured(knots, at_knots, draw_s, pair_s, read_s, most_read, run.pipeline_parallel)
+    measured = Measured(knots, at_knots, *costs, most_read, run.pipeline_parallel)
     return measured, FitReport(len(steps), fit.median_error, fit.p90_error)
 
 
@@ -273,6 +285,15 @@ def fit_link(transfers: Sequence[tuple[float, float]], name: str = "measured") -
     return Link(name, bandwidth, latency_s, ramp_s_per_sqrt_byte=ramp_s, source="profile")
 
 
+def _sizes(steps: Sequence[Step]) -> list[int]:
+    """Tokens of decodes, and of larger prompts: smaller ones differ by what prompts take."""
+    decodes = {step.tokens for step in steps if step.tokens == step.draws}
+    prompts = [step for step in steps if step.tokens > step.draws]
+    alone = [step for step in prompts if not step.mixed] or prompts
+    most = max(decodes, default=0)
+    return sorted(decodes | {step.tokens for step in alone if step.tokens > most})
+
+
 def _choose_knots(tokens: list[int]) -> tuple[int, ...]:
     """At most so many of the measured sizes, evenly in their order."""
     if len(tokens) <= MOST_KNOTS:
@@ -282,20 +303,23 @@ def _choose_knots(tokens: list[int]) -> tuple[int, ...]:
 
 
 def _features(steps: Sequence[Step], knots: tuple[int, ...]) -> NDArray[np.float64]:
-    """Columns: one, the part of each segment that is filled, draws, pairs, KV tokens read."""
+    """Columns: one, the part of each segment that is filled, draws, pairs, KV tokens read, whether
+    there are prompts, and whether beside decodes."""
     tokens = np.array([step.tokens for step in steps], dtype=float)
     columns = [np.ones(len(steps))]
     for low, high in pairwise(knots):
         columns.append(np.clip(tokens, low, high) - low)
-    rest = np.array([(s.draws, s.pairs, s.kv_read_tokens) for s in steps], dtype=float)
-    return np.column_stack([*columns, rest])
+    rest = [(s.draws, s.pairs, s.kv_read_tokens, s.tokens > s.draws, s.mixed) for s in steps]
+    return np.column_stack([*columns, np.array(rest, dtype=float)])
 
 
-def _unpack(fit: Fit, knots: tuple[int, ...]) -> tuple[tuple[float, ...], float, float, float]:
-    *segments, draw_s, pair_s, read_s = fit.coefficients.tolist()
+def _unpack(fit: Fit, knots: tuple[int, ...]) -> tuple[tuple[float, ...], list[float]]:
+    """What it takes at each knot, and by the other columns."""
+    coefficients = fit.coefficients.tolist()
+    segments, costs = coefficients[: len(knots)], coefficients[len(knots) :]
     widths = np.diff(knots)
     heights = np.concatenate([[segments[0]], np.array(segments[1:]) * widths])
-    return tuple(np.cumsum(heights).tolist()), draw_s, pair_s, read_s
+    return tuple(np.cumsum(heights).tolist()), costs
 
 
 def read_profile(path: Path) -> Profile:
@@ -415,7 +439,8 @@ def _sample(where: str, raw: Mapping[str, Any]) -> Sample:
     seconds = _number(where, raw, "seconds")
     if tokens + batch < 1 or seconds <= 0:
         raise BadConfig(where, dict(raw), "needs tokens or batch, and positive seconds")
-    return Sample(Step(tokens + batch, prompts + batch, pairs, context), seconds)
+    mixed = tokens > 0 and batch > 0
+    return Sample(Step(tokens + batch, prompts + batch, pairs, context, mixed), seconds)
 
 
 def _number(where: str, raw: Mapping[str, Any], key: str, default: float | None = None) -> float:

@@ -200,6 +200,10 @@ class WithServing(LatencyModel):
     def read_s(self) -> float:
         return self.passes.read_s
 
+    @property
+    def mixed_s(self) -> float:
+        return self.passes.mixed_s
+
     def fixed_s(self, tokens: int, draws: int) -> float:
         return self.passes.fixed_s(tokens, draws) + self.costs.of_step(tokens, draws)
 

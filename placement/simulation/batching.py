@@ -193,7 +193,7 @@ class Batching(ABC):
             return False
         step = batcher.prompts_beside(now, decodes)
         if step.prefills:
-            work = work_of(step.prefills, decodes, flow.kv_read_tokens)
+            work = work_of(step.prefills, decodes, flow.kv_read_tokens, mixed=decodes > 0)
             self._launch(step, decodes, work, now, 1)
         elif decodes:
             work = Step(decodes, decodes, 0, flow.kv_read_tokens)
@@ -209,7 +209,9 @@ class Batching(ABC):
         for sequence in step.decode_step.outgrown:
             self._give_up(sequence)
         if step.batch.chunks:
-            self._launch(step, len(step.decodes), work_of((*step.decodes, *step.prefills)), now, 1)
+            mixed = bool(step.decodes and step.prefills)
+            work = work_of((*step.decodes, *step.prefills), mixed=mixed)
+            self._launch(step, len(step.decodes), work, now, 1)
         elif not len(self.batcher.decode):
             self._steady = True
 

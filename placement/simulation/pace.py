@@ -17,12 +17,13 @@ MOST_KEPT = 65_536
 class Pace:
     """A latency model for one instance, what does not change looked up once."""
 
-    __slots__ = ("_fixed_s", "_latency", "_pair_s", "_read_s", "_stages")
+    __slots__ = ("_fixed_s", "_latency", "_mixed_s", "_pair_s", "_read_s", "_stages")
 
     def __init__(self, model: InstanceModel, latency: LatencyModel) -> None:
         self._latency = latency
         self._stages = model.pipeline_parallel if model.pipelined else 1
         self._pair_s, self._read_s = latency.pair_s, latency.read_s
+        self._mixed_s = latency.mixed_s
         self._fixed_s: dict[tuple[int, int], float] = {}
 
     def step_s(self, work: Step, *, decodes: bool) -> float:
@@ -37,6 +38,7 @@ class Pace:
             -(-work.draws // stages),
             work.pairs // stages,
             work.kv_read_tokens // stages,
+            work.mixed,
         )
         return self._pass_s(part)
 
@@ -49,11 +51,12 @@ class Pace:
         return step_s * (self._stages - 1)
 
     def _pass_s(self, work: Step) -> float:
-        tokens, draws, pairs, read = work
+        tokens, draws, pairs, read, mixed = work
         size = tokens, draws
         fixed_s = self._fixed_s.get(size)
         if fixed_s is None:
             if len(self._fixed_s) >= MOST_KEPT:
                 self._fixed_s.clear()
             fixed_s = self._fixed_s[size] = self._latency.fixed_s(tokens, draws)
-        return fixed_s + (self._pair_s * pairs + self._read_s * read)
+        attention_s = self._pair_s * pairs + self._read_s * read
+        return fixed_s + attention_s + self._mixed_s if mixed else fixed_s + attention_s

@@ -64,7 +64,9 @@ class Run:
         self.growth_s *= change
 
 
-def work_of(chunks: Iterable[Chunk], decodes: int = 0, kv_read_tokens: int = 0) -> Step:
+def work_of(
+    chunks: Iterable[Chunk], decodes: int = 0, kv_read_tokens: int = 0, *, mixed: bool
+) -> Step:
     """Of these chunks, beside so many decodes that read so much."""
     tokens = draws = decodes
     pairs, read = 0, kv_read_tokens
@@ -74,4 +76,4 @@ def work_of(chunks: Iterable[Chunk], decodes: int = 0, kv_read_tokens: int = 0) 
         draws += chunk.draw is not None
         read += chunk.start
         pairs += pairs_of(count, chunk.start) if count > 1 else 0
-    return Step(tokens, draws, pairs, read)
+    return Step(tokens, draws, pairs, read, mixed)

@@ -97,7 +97,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 def test_steps_sum_what_their_duration_depends_on() -> None:
     assert prefill_step([(100, 0), (10, 50)]) == Step(110, 2, 5050 + 555, 50)
     assert decode_step([10, 20]) == Step(2, 2, 0, 30)
-    assert mixed_step([(4, 0)], [7]) == Step(5, 2, 10, 7)
+    assert mixed_step([(4, 0)], [7]) == Step(5, 2, 10, 7, mixed=True)
 
 
 def test_more_of_anything_takes_longer() -> None:
@@ -245,6 +245,31 @@ def test_a_profile_is_reproduced_and_extrapolation_is_flagged(tmp_path: Path) ->
     assert latency.prefill_s([(700, 0)]) == pytest.approx(0.002 + 0.07 + 0.00245, rel=0.05)
     assert latency.outside(2048, 100) == ()
     assert "measured up to 2048" in latency.outside(4000, 100)[0]
+
+
+def test_what_prompts_take_and_what_they_take_beside_decodes_are_told_apart() -> None:
+    content = measured_profile()
+    run = content["runs"][0]
+    for entry in run["prefill"]:
+        entry["seconds"] += 0.001
+    run["mixed"] = [
+        {
+            "tokens": n,
+            "squares": n * n,
+            "batch": b,
+            "context": 256 * b,
+            "seconds": 0.006 + 1e-4 * (n + b) + 1e-8 * (n * n + n) / 2 + 2e-7 * 256 * b,
+        }
+        for n in (64, 256)
+        for b in (4, 16)
+    ]
+    latency, report = profile_from(content).latency(roofline("llama-2-7b", "cpu-core", 1), 1, 1)
+    assert report.p90_error < 0.02
+    assert latency.mixed_s == pytest.approx(0.003, rel=0.1)
+    mixed = latency.step_s(mixed_step([(20, 0)], [256] * 4))
+    assert mixed == pytest.approx(0.006 + 24e-4 + 2e-7 * 1024, rel=0.05)
+    two, _ = profile_from(content).latency(roofline("llama-2-7b", "cpu-core", 1), 2, 1)
+    assert 0.0 < two.mixed_s < latency.mixed_s
 
 
 def test_an_unmeasured_parallelism_is_carried_over_and_says_so() -> None:
