@@ -95,7 +95,7 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
         raise Unsupported("profile --tensor-parallel: several workers are measured on CPUs only")
     checkpoint = open_checkpoint(settings.model)
     serving = _serving(settings, checkpoint.max_length)
-    rank = _Rank(settings, checkpoint)
+    rank = Rank(settings, checkpoint)
     try:
         passes = _passes(settings, checkpoint, rank)
         stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings, serving)
@@ -167,7 +167,7 @@ def _serving(settings: Measuring, max_length: int) -> Serving | None:
     return Serving(settings.model, settings.threads, instances, max_length)
 
 
-def _passes(settings: Measuring, checkpoint: Checkpoint, rank: _Rank) -> list[Pass]:
+def _passes(settings: Measuring, checkpoint: Checkpoint, rank: Rank) -> list[Pass]:
     grid = passes_of(checkpoint.max_length, quick=settings.quick)
     return [one for one in grid if rank.timer.holds(one)]
 
@@ -175,7 +175,7 @@ def _passes(settings: Measuring, checkpoint: Checkpoint, rank: _Rank) -> list[Pa
 def compute_for_ever(settings: Measuring, begun: Event) -> None:
     """A neighbour: the same passes, over and over, until it is killed."""
     checkpoint = open_checkpoint(settings.model)
-    rank = _Rank(settings, checkpoint)
+    rank = Rank(settings, checkpoint)
     passes = _passes(settings, checkpoint, rank)
     begun.set()
     while True:
@@ -192,7 +192,7 @@ def _cut_run(
         for number in range(1, size):
             work = partial(follow_first, settings, number, meeting)
             others.enter_context(busy_neighbours(1, work))
-        rank = _Rank(settings, checkpoint, _join(settings, 0, meeting))
+        rank = Rank(settings, checkpoint, _join(settings, 0, meeting))
         leading = ParallelRunner(rank.runner)
         try:
             passes = _passes(settings, checkpoint, rank)
@@ -207,7 +207,7 @@ def follow_first(settings: Measuring, number: int, meeting: str, begun: Event) -
     """A rank that computes what the first one does."""
     begun.set()
     parallel = _join(settings, number, meeting)
-    rank = _Rank(settings, open_checkpoint(settings.model), parallel)
+    rank = Rank(settings, open_checkpoint(settings.model), parallel)
     follow(rank.runner)
 
 
@@ -227,7 +227,7 @@ def _name_of(model: str) -> str:
     return path.resolve().name if path.is_dir() and model != "demo" else Path(model).name.lower()
 
 
-class _Rank:
+class Rank:
     """A runner whose pool holds every pass at once, its blocks given out from the start."""
 
     def __init__(

@@ -11,14 +11,20 @@ prefill beside one decode instance, and what was planned if it is neither, are t
 serve; `tandem simulate` predicts the same requests at the same rates. Each rate sends the same
 prompts to one server, so prefixes are not cached: later rates would find their prompts computed.
 The profile also tells what passes cost beside a busy neighbour, and what serving adds to them,
-since the generator and the gateway share the two cores with the instances. How far a figure would
-lie from itself, were it measured again over as many requests, is printed beside it (a block
-bootstrap), and so is how far off the prediction would be for a machine as fast as this one was
-while that rate was driven: what else runs on a virtual machine's host slows it down by half for
-seconds. Where the time to the first token and to the second went is told for the mean request, as
-predicted and as measured. With a folder the stages may run one by one, and a rate that was measured
-is not measured again. Rates are driven again during which other processes computed, or the machine
-was a tenth slower or faster than when it was profiled.
+since the generator and the gateway share the two cores with the instances.
+
+Two predictions are compared with each measurement. One is by the profile as it was taken. But what
+else runs on a virtual machine's host makes it up to twice as slow, for seconds or for minutes, so
+before and after each rate, while the server idles, some of the profile's passes are timed again on
+one core: the other prediction is by the profile with all times in it made as much longer as these
+passes now take longer than in the profile, by their geometric mean. Nothing that was measured of
+the server or the rate goes into it.
+
+How far a figure would lie from itself, were it measured again over as many requests, is printed
+beside it (a block bootstrap). Where the time to the first token and to the second went is told for
+the mean request, as predicted and as measured. With a folder the stages may run one by one, and a
+rate that was measured is not measured again. Rates are driven again during which other processes
+computed, or before and after which the machine was not equally fast.
 """
 
 from __future__ import annotations
@@ -26,22 +32,25 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from machine_speed import machine_ticks, watched
+from machine_speed import machine_ticks
 from prediction_report import (
     FIGURES,
     MEASURED,
@@ -56,6 +65,12 @@ from prediction_report import (
 )
 from shapes import SHAPES, write_checkpoint
 
+sys.path.insert(0, str(ROOT))
+
+from cluster.profiling.measure import Device, Measuring, Rank
+from cluster.profiling.passes import passes_of, profile_entry
+from engine.checkpoint import open_checkpoint
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -66,12 +81,16 @@ RESAMPLES = 200
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
 STOP_S = 60
+KINDS = ("prefill", "decode", "mixed")
+LONGEST_S = 0.1
+ROUNDS = 5
+"""Of passes up to so long, to tell the machine's speed."""
 DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
-OFF_SPEED = 0.1
-"""And where the machine was so much slower, or faster, than when it was profiled."""
+UNSTEADY = 0.1
+"""And where the machine was so much slower, or faster, after it than before."""
 STAGES = ["prepare", "measure", "report"]
-RATES, SPEED = "rates.json", "speed.json"
+RATES = "rates.json"
 
 
 def main() -> None:
@@ -177,9 +196,7 @@ def make_plan(
     if not profile.exists():
         rounds = ["--quick"] if options.quick else []
         beside = ("--neighbours=1", "--serving", "--tensor-parallel=2")
-        with watched() as speed:
-            tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
-        (folder / SPEED).write_text(json.dumps(speed.undisturbed_s))
+        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
     made = tandem("plan", "--model", model, *given, *targets, "-o", plan, "--json")
@@ -220,18 +237,55 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
     if not plan.exists():
         return
     slo = yaml.safe_load(plan.read_text())["slo"]
-    profiled_s = json.loads((folder / SPEED).read_text())
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
-    with serving(plan) as url:
+    with closing(Clock(folder, plan)) as clock, serving(plan) as url:
+        clock.look()
         for rate in rates:
             samples = folder / f"{deployment}-{rate:.1f}.csv"
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
-            others, slower, figures = undisturbed(bench, most_tries, profiled_s)
-            line = {"deployment": deployment, "rate_rps": rate, "others": others, "slower": slower}
-            line["sampling"] = sampling_errors(samples)
+            driven = undisturbed(bench, most_tries, clock)
+            line = {"deployment": deployment, "rate_rps": rate, "others": driven.others}
+            line |= {"slower": driven.slower, "sampling": sampling_errors(samples)}
             with (folder / MEASURED).open("a") as file:
-                file.write(json.dumps({**line, "figures": json.loads(figures)}) + "\n")
+                file.write(json.dumps({**line, "figures": json.loads(driven.figures)}) + "\n")
+
+
+class Clock:
+    """How fast this machine is, told by passes that the profile holds too."""
+
+    def __init__(self, folder: Path, plan: Path) -> None:
+        model = yaml.safe_load(plan.read_text())["model"]
+        run = json.loads((folder / PROFILE).read_text())["runs"][0]
+        then_s = {named(entry): entry["seconds"] for kind in KINDS for entry in run[kind]}
+        checkpoint = open_checkpoint(model)
+        known = {
+            one: then_s[name]
+            for one in passes_of(checkpoint.max_length, quick=True)
+            if (name := named(profile_entry(one, 0.0))) in then_s
+        }
+        self._then_s = {one: seconds for one, seconds in known.items() if seconds < LONGEST_S}
+        self._rank = Rank(Measuring(model, Device("cpu", "cpu-core")), checkpoint)
+        self._seen: list[float] = []
+
+    def close(self) -> None:
+        self._rank.runner.close()
+
+    def look(self) -> None:
+        now_s = self._rank.timer.run(list(self._then_s), ROUNDS, lambda _: None)
+        times = np.log(now_s) - np.log(list(self._then_s.values()))
+        self._seen.append(float(np.exp(times.mean())))
+
+    def slower(self) -> tuple[float, float]:
+        """How many times as long everything took between the last two looks as in the profile, and
+        by what part that changed meanwhile."""
+        before, after = self._seen[-2:]
+        return math.sqrt(before * after), abs(math.log(after / before))
+
+
+def named(entry: dict[str, float]) -> tuple[tuple[str, float], ...]:
+    """A pass by what it computes."""
+    return tuple(sorted((key, value) for key, value in entry.items() if key != "seconds"))
 
 
 def sampling_errors(samples: Path) -> dict[str, float]:
@@ -252,25 +306,32 @@ def sampling_errors(samples: Path) -> dict[str, float]:
     return errors
 
 
-def undisturbed(
-    work: Callable[[], str], most_tries: int, profiled_s: float
-) -> tuple[float, float, str]:
-    """What came of it, how many cores others took meanwhile, and how many times as slow as when it
-    was profiled the machine was; again if the others took too much, or it was not as fast."""
-    tries: list[tuple[float, float, str]] = []
-    while len(tries) < most_tries and (not tries or _disturbance(tries[-1]) > 1.0):
+@dataclass(frozen=True)
+class Driven:
+    others: float
+    """Cores that other processes took."""
+    slower: float
+    """How many times as slow as when it was profiled the machine was."""
+    changed: float
+    """By what part its speed changed meanwhile."""
+    figures: str
+
+    @property
+    def disturbance(self) -> float:
+        """Beyond 1 it is too much."""
+        return max(self.others / DISTURBED_CORES, self.changed / UNSTEADY)
+
+
+def undisturbed(work: Callable[[], str], most_tries: int, clock: Clock) -> Driven:
+    """What came of it; again if others took too much, or the machine's speed changed."""
+    tries: list[Driven] = []
+    while len(tries) < most_tries and (not tries or tries[-1].disturbance > 1.0):
         began_s, before_s = time.monotonic(), foreign_s()
-        with watched() as speed:
-            text = work()
+        text = work()
         others = (foreign_s() - before_s) / (time.monotonic() - began_s)
-        tries.append((max(others, 0.0), speed.mean_s / profiled_s, text))
-    return min(tries, key=_disturbance)
-
-
-def _disturbance(one: tuple[float, float, str]) -> float:
-    """Beyond 1 it is too much."""
-    others, slower, _ = one
-    return max(others / DISTURBED_CORES, abs(slower - 1.0) / OFF_SPEED)
+        clock.look()
+        tries.append(Driven(max(others, 0.0), *clock.slower(), text))
+    return min(tries, key=lambda one: one.disturbance)
 
 
 def foreign_s() -> float:

@@ -96,7 +96,7 @@ def slowed(folder: Path, times: float) -> Path:
 
 
 def compare(folder: Path, *, at_speed: bool) -> Iterator[Pair]:
-    """By the profile as it is, or at the speed that the machine had while each rate was driven."""
+    """By the profile as it is, or at the speed that the machine had before and after each rate."""
     for one in read_measured(folder):
         deployment, rate = one["deployment"], one["rate_rps"]
         plan, profile = folder / f"{deployment}.yaml", folder / PROFILE
@@ -121,7 +121,8 @@ def report(folder: Path, *, as_json: bool) -> None:
     pairs, pairs_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
     rows, at_speed = ([row for one in way for row in one.rows()] for way in (pairs, pairs_at_speed))
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
-    others, slower = (max(one[key] for one in measured) for key in ("others", "slower"))
+    others = max(one["others"] for one in measured)
+    slower = [one["slower"] for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
         lists = {"rows": rows, "rows_at_speed": at_speed}
@@ -134,11 +135,11 @@ def report(folder: Path, *, as_json: bool) -> None:
     for pair in pairs_at_speed:
         print(pair.parts)
     print(summary("as profiled", rows))
-    print(summary("at the speed that the machine had meanwhile", at_speed))
+    print(summary("at the speed that the machine had before and after each rate", at_speed))
     print(f"planned={planned} expected_better={expected} measured_better={better}")
     print(
         f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
-        f"the machine was up to {slower:.2f} times as slow as when it was profiled"
+        f"the machine was {min(slower):.2f} to {max(slower):.2f} times as slow as when profiled"
     )
 
 
@@ -146,8 +147,8 @@ def line(row: Row, at_speed: Row) -> str:
     sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
     return (
         f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
-        f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} off={row.off:+.1%} "
-        f"off_at_speed={at_speed.off:+.1%}{sampling}"
+        f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} "
+        f"off={row.off:+.1%} off_at_speed={at_speed.off:+.1%}{sampling}"
     )
 
 
