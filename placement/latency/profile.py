@@ -23,7 +23,7 @@ import numpy as np
 from engine.errors import BadConfig, unknown_name
 from placement.latency.catalog import Link
 from placement.latency.model import LatencyModel, Step
-from placement.latency.robust_fit import Fit, fit_costs
+from placement.latency.robust_fit import fit_costs
 from placement.latency.serving_costs import (
     Machine,
     Served,
@@ -268,9 +268,18 @@ def fit_run(run: Run) -> tuple[Measured, FitReport]:
     seconds = np.array([sample.seconds for sample in run.samples])
     knots = _choose_knots(_sizes(steps))
     fit = fit_costs(_features(steps, knots), seconds)
-    at_knots, costs = _unpack(fit, knots)
-    most_read = max(step.kv_read_tokens for step in steps)
-    measured = Measured(knots, at_knots, *costs, most_read, run.pipeline_parallel)
+    *segments, draw_s, pair_s, read_s, prompts_s, mixed_s = fit.coefficients.tolist()
+    measured = Measured(
+        knots,
+        _at_knots(segments, knots),
+        draw_s=draw_s,
+        pair_cost_s=pair_s,
+        read_cost_s=read_s,
+        prompts_s=prompts_s,
+        mixed_cost_s=mixed_s,
+        most_kv_read_tokens=max(step.kv_read_tokens for step in steps),
+        pipeline_parallel=run.pipeline_parallel,
+    )
     return measured, FitReport(len(steps), fit.median_error, fit.p90_error)
 
 
@@ -313,13 +322,10 @@ def _features(steps: Sequence[Step], knots: tuple[int, ...]) -> NDArray[np.float
     return np.column_stack([*columns, np.array(rest, dtype=float)])
 
 
-def _unpack(fit: Fit, knots: tuple[int, ...]) -> tuple[tuple[float, ...], list[float]]:
-    """What it takes at each knot, and by the other columns."""
-    coefficients = fit.coefficients.tolist()
-    segments, costs = coefficients[: len(knots)], coefficients[len(knots) :]
-    widths = np.diff(knots)
-    heights = np.concatenate([[segments[0]], np.array(segments[1:]) * widths])
-    return tuple(np.cumsum(heights).tolist()), costs
+def _at_knots(segments: Sequence[float], knots: tuple[int, ...]) -> tuple[float, ...]:
+    """Seconds, from what the first column takes and each segment a token."""
+    heights = np.concatenate([[segments[0]], np.array(segments[1:]) * np.diff(knots)])
+    return tuple(np.cumsum(heights).tolist())
 
 
 def read_profile(path: Path) -> Profile:
