@@ -50,7 +50,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from machine_speed import machine_ticks
 from prediction_report import (
     FIGURES,
     MEASURED,
@@ -337,10 +336,16 @@ def undisturbed(work: Callable[[], str], most_tries: int, clock: Clock) -> Drive
 def foreign_s() -> float:
     """Processor time of this machine that went neither to this process nor to what it began."""
     ticks = os.sysconf("SC_CLK_TCK")
-    busy, _ = machine_ticks()
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own_s = sum(processor_ticks(one) for one in family(os.getpid())) / ticks
-    return busy / ticks - own_s - ended.ru_utime - ended.ru_stime
+    return busy_ticks() / ticks - own_s - ended.ru_utime - ended.ru_stime
+
+
+def busy_ticks() -> int:
+    """That this machine has worked."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, soft_irq, *_ = map(int, fields)
+    return user + nice + system + irq + soft_irq
 
 
 def family(first: int) -> list[int]:
