@@ -2,13 +2,14 @@ import asyncio
 
 import pytest
 
-from tests.ray.serving import serve
+from tests.ray.serving import SMALL, serve
 from tests.ray.streams import read_all
 
-CONFIG = """
-pools: {units: 1, prefill: {instances: 1}, decode: {instances: 2}}
-limits: {answer_s: 10, restarts: 1000}
-gateway: {journal: {reroute_s: 600}}
+CONFIG = f"""
+pools: {{units: 1, prefill: {{instances: 1}}, decode: {{instances: 2}}}}
+limits: {{answer_s: 10, restarts: 1000}}
+gateway: {{journal: {{reroute_s: 600}}}}
+{SMALL}
 """
 """Patient with a slow machine: only what hangs does not answer for so long."""
 

@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 PATIENCE_S = 600.0
 """Before a test says that something hangs; no machine is so slow that it needs as long."""
 LOOK_S = 0.02
+SMALL = "engine: {kv_bytes: 268435456, warm_up_tokens: 16, warm_up_sequences: 2}"
+"""KV for more tokens than any test has under way, in a pool that is soon made."""
 RAY_SETTINGS = {
     # Ray kills workers on a machine whose memory is nearly full, be it with others' processes.
     "RAY_memory_monitor_refresh_ms": "0",
     # And it gives a process a minute to start, which a slow machine may need.
     "RAY_worker_register_timeout_seconds": f"{PATIENCE_S:.0f}",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{PATIENCE_S:.0f}",
+    # What is served meets Ray as its users' does, whatever the tests themselves are kept from.
+    "RAY_ENABLE_AUTO_CONNECT": "1",
 }
 
 

@@ -13,6 +13,8 @@ from tests.ray.serving import LOOK_S, PATIENCE_S
 TOKENS = 300
 ENDLESS = 4000
 """As many as the model's context leaves: a stream that is not over by the time it is disturbed."""
+ASK_S = 0.1
+"""Between two questions to a cluster, whose processors have other things to do."""
 BEGUN = 5
 PROMPTS = [f"Once upon a time there was a {animal}" for animal in (
     "fox", "hen", "cat", "dog", "pig", "cow", "owl", "bee",
@@ -75,7 +77,7 @@ async def until(condition):
     deadline = time.monotonic() + PATIENCE_S
     while not await asyncio.to_thread(_holds, condition):
         assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(ASK_S)
 
 
 def _holds(condition):

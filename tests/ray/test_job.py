@@ -17,18 +17,19 @@ import pytest
 
 from cluster.access import Access
 from cluster.client import Client
-from tests.ray.serving import PATIENCE_S, RAY_SETTINGS, descendants, until_gone, wait_for
+from tests.ray.serving import PATIENCE_S, RAY_SETTINGS, SMALL, descendants, until_gone, wait_for
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 JOBS = re.compile(r"RAY_API_SERVER_ADDRESS='(\S+)'")
-CONFIG = """
+CONFIG = f"""
 model: demo
 device: cpu
-gateway: {http_port: 0, grpc_port: 0}
+gateway: {{http_port: 0, grpc_port: 0}}
 pools:
-  prefill: {instances: 1, resources: {CPU: 0.5}}
-  decode: {instances: 1, resources: {CPU: 0.5}}
+  prefill: {{instances: 1, resources: {{CPU: 0.5}}}}
+  decode: {{instances: 1, resources: {{CPU: 0.5}}}}
+{SMALL}
 """
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

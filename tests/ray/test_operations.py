@@ -8,6 +8,9 @@ import sys
 import urllib.request
 from contextlib import aclosing
 
+import pytest
+
+from cluster.cli.app import run
 from tests.ray.serving import PATIENCE_S, metric
 from tests.ray.streams import ENDLESS, Reader, all_ready, holds_nothing, moved, read_all, until
 
@@ -19,6 +22,19 @@ def tandem(cluster, *arguments):
     command = [sys.executable, "-m", "cluster", *arguments, "--server", cluster.grpc, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+
+@pytest.fixture
+def refused(cluster, capsys):
+    """Asks the cluster for something within this process; the exit status and what is said."""
+
+    def command(*arguments):
+        status = run([*arguments, "--server", cluster.grpc, "--json"])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, err
+
+    return command
 
 
 def test_http_and_grpc_give_the_same_answer(cluster):
@@ -59,16 +75,16 @@ def test_workers_give_way_to_nobody(cluster):
         assert os.getpriority(os.PRIO_PROCESS, worker) == ours
 
 
-def test_bad_input_is_one_line_and_status_2(cluster):
+def test_bad_input_is_one_line_and_status_2(refused):
     for arguments in (["scale", "both=2"], ["scale", "decode=x"], ["role", "decode-0", "cook"]):
-        status, line = tandem(cluster, *arguments)
+        status, line = refused(*arguments)
         assert status == 2
         assert line.count("\n") == 1
 
 
-def test_what_does_not_exist_is_status_1(cluster):
+def test_what_does_not_exist_is_status_1(refused):
     for arguments in (["migrate", "nothing", "decode-0"], ["drain", "decode-9"]):
-        status, line = tandem(cluster, *arguments)
+        status, line = refused(*arguments)
         assert (status, "NotFound" in line) == (1, True)
 
 

@@ -6,16 +6,17 @@ import signal
 
 import pytest
 
-from tests.ray.serving import serve
+from tests.ray.serving import SMALL, serve
 from tests.ray.streams import Reader, holds_nothing, started_anew, until
 
-CONFIG = """
+CONFIG = f"""
 model: demo
 pools:
-  prefill: {instances: 1}
-  decode: {instances: 1, tensor_parallel: 2}
-limits: {answer_s: 10}
-gateway: {journal: {reroute_s: 600}}
+  prefill: {{instances: 1}}
+  decode: {{instances: 1, tensor_parallel: 2}}
+limits: {{answer_s: 10}}
+gateway: {{journal: {{reroute_s: 600}}}}
+{SMALL}
 """
 
 

@@ -13,13 +13,14 @@ import pytest
 
 from cluster.rpc import tandem_pb2 as pb
 from engine.errors import DeadlineExceeded, TandemError
-from tests.ray.serving import PATIENCE_S, command_of, descendants, metric, serve
+from tests.ray.serving import PATIENCE_S, SMALL, command_of, descendants, metric, serve
 from tests.ray.streams import ENDLESS, PROMPTS, Reader, holds_nothing, moved, request, until
 
-CONFIG = """
-pools: {prefill: {instances: 1}, decode: {instances: 1}}
-gateway: {instances: 2, http_port: 0, grpc_port: 0}
-limits: {gateway_silence_s: 3600, answer_s: 10}
+CONFIG = f"""
+pools: {{prefill: {{instances: 1}}, decode: {{instances: 1}}}}
+gateway: {{instances: 2, http_port: 0, grpc_port: 0}}
+limits: {{gateway_silence_s: 3600, answer_s: 10}}
+{SMALL}
 """
 """Whatever is freed after a gateway's death is freed because it was seen, not by its silence."""
 INSTANCES = ("prefill-0", "decode-0")

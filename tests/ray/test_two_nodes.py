@@ -15,6 +15,7 @@ import pytest
 from tests.ray.serving import (
     PATIENCE_S,
     RAY_SETTINGS,
+    SMALL,
     command_of,
     descendants,
     metric,
@@ -31,15 +32,16 @@ LINES = list(ipaddress.ip_network("198.18.0.0/15").subnets(new_prefix=30))
 HERE, DOOR = map(str, LINES[os.getpid() % len(LINES)].hosts())
 """The test's end of that line, and the node's."""
 PORT = 6399
-CONFIG = """
+CONFIG = f"""
 model: demo
 device: cpu
 pools:
-  prefill: {instances: 1, resources: {prefill_node: 0.1}}
-  decode: {instances: 1, resources: {decode_node: 0.1}}
-transfer: {transport: nixl, copies: {slice_timeout_s: 60}}
-limits: {answer_s: 10}
-gateway: {journal: {reroute_s: 600}}
+  prefill: {{instances: 1, resources: {{prefill_node: 0.1}}}}
+  decode: {{instances: 1, resources: {{decode_node: 0.1}}}}
+transfer: {{transport: nixl, copies: {{slice_timeout_s: 60}}}}
+limits: {{answer_s: 10}}
+gateway: {{journal: {{reroute_s: 600}}}}
+{SMALL}
 """
 """Patient with a slow machine: only the lost node does not answer for so long."""
 
