@@ -8,3 +8,6 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("search"), derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# A test that lacks a fake fails at once; Ray would start a whole cluster for it and leave it there.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"

@@ -126,7 +126,7 @@ async def test_once_all_are_to_go_a_late_wish_brings_nothing_back(monkeypatch, r
     assert removed == []
 
 
-async def test_large_instances_look_for_their_places_before_small_ones(monkeypatch):
+async def test_large_instances_look_for_their_places_before_small_ones(monkeypatch, removed):
     order = []
 
     class Ordered(WordlessLauncher):
