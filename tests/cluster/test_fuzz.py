@@ -211,7 +211,8 @@ def test_a_head_that_does_not_end_is_cut_off_by_time_and_by_size():
 
 def test_what_follows_a_chunked_body_is_ignored():
     with served() as server:
-        head = REQUEST.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+        head = REQUEST.partition(b"content-length")[0]
+        head += b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
         body = b'{"prompt": "a", "max_tokens": 1}'
         chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\nx-after: 1\r\n\r\n"
         assert talk(server, head + chunk).startswith(b"HTTP/1.1 200 ")
