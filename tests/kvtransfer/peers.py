@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -59,6 +60,10 @@ def _read(pipe, metadata, nbytes):
         pipe.send(int(pool.bytes().max()))
 
 
+def is_stopped(thread):
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 class Process:
     """A worker in another process and the pipe to it."""
 
@@ -77,7 +82,10 @@ class Process:
         return self.pipe.recv()
 
     def stop(self):
+        """Returns once none of its threads runs: each may do so for a while after the signal."""
         os.kill(self.pid, signal.SIGSTOP)
+        while not all(is_stopped(path) for path in Path(f"/proc/{self.pid}/task").iterdir()):
+            os.sched_yield()
 
     def resume(self):
         os.kill(self.pid, signal.SIGCONT)
