@@ -20,7 +20,7 @@ struct Task {
     int64_t sequence, kv_head, kv_heads;
     int64_t first_row, rows;  // a row is (token of the chunk, query head of these KV heads)
     int64_t depth;            // head_dim rounded up to whole steps
-    T *queries;               // [rows, depth], zero padded
+    Left<T> *queries;         // [rows, depth], zero padded
     float *outputs;           // [rows, depth]
     float *maxima, *sums;     // [rows]
     int64_t *positions;       // [rows]
@@ -47,8 +47,8 @@ void start(const Task<T> &task) {
     for (int64_t row = 0; row < task.rows; row++) {
         task.positions[row] = before + (task.first_row + row) / group;
         const T *from = static_cast<const T *>(task.args.query) + task.offset(row, task.args.query_stride);
-        std::memcpy(task.queries + row * task.depth, from, dim * sizeof(T));
-        std::memset(task.queries + row * task.depth + dim, 0, (task.depth - dim) * sizeof(T));
+        row_map(task.queries + row * task.depth, dim, [=](auto at) { return at(from); });
+        std::memset(task.queries + row * task.depth + dim, 0, (task.depth - dim) * sizeof(Left<T>));
         std::memset(task.outputs + row * task.depth, 0, task.depth * sizeof(float));
         task.maxima[row] = kNothingSeen;
         task.sums[row] = 0;
@@ -178,8 +178,8 @@ inline Vec logit(const Softmax &softmax, Vec score) {
 
 // Turns a row of scores into weights; lanes outside begin .. end - 1 get weight 0. Returns by
 // how much earlier outputs shrink.
-template <class T>
-float weigh(const Softmax &softmax, const float *scores, T *weights, int64_t begin, int64_t end, float &maximum, float &total) {
+template <class W>
+float weigh(const Softmax &softmax, const float *scores, W *weights, int64_t begin, int64_t end, float &maximum, float &total) {
     constexpr int kVecs = kTileTokens / 16;
     Vec logits[kVecs], best = splat(maximum);
     for (int i = 0; i < kVecs; i++) {
@@ -209,7 +209,7 @@ float weigh(const Softmax &softmax, const float *scores, T *weights, int64_t beg
 }
 
 template <class T>
-void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64_t first, const float *scores, T *weights) {
+void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64_t first, const float *scores, Left<T> *weights) {
     for (int64_t row = first; row < task.rows; row++) {
         int64_t begin = task.first_seen(row) - tile, end = task.positions[row] + 1 - tile;
         begin = begin < 0 ? 0 : begin, end = end < 0 ? 0 : end > kTileTokens ? kTileTokens : end;
@@ -225,7 +225,7 @@ void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64
 template <class T>
 void attend_tile(const Task<T> &task, const Softmax &softmax, int64_t tile, const T *keys, const T *values) {
     auto scores = static_cast<float *>(scratch(kScores, kTaskRows * kTileTokens * sizeof(float)));
-    auto weights = static_cast<T *>(scratch(kWeights, kTaskRows * kTileTokens * sizeof(T)));
+    auto weights = static_cast<Left<T> *>(scratch(kWeights, kTaskRows * kTileTokens * sizeof(Left<T>)));
     int64_t first = 0;  // rows before it see nothing of this tile
     while (task.positions[first] < tile) first++;
     first = first / 16 * 16;
@@ -291,7 +291,7 @@ void attend_sequences(const AttentionArgs &args, void (*attend_task)(const Task<
         float maxima[kTaskRows], sums[kTaskRows];
         int64_t positions[kTaskRows];
         auto outputs = static_cast<float *>(scratch(kOutput, room * depth * sizeof(float)));
-        auto queries = static_cast<T *>(scratch(kQuery, room * depth * sizeof(T)));
+        auto queries = static_cast<Left<T> *>(scratch(kQuery, room * depth * sizeof(Left<T>)));
         attend_task({args, sequence, index % args.kv.kv_heads, 1, first, rows, depth, queries, outputs, maxima, sums, positions});
     });
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <immintrin.h>
 #include <limits>
+#include <type_traits>
 #include <optional>
 #include <utility>
 #include <vector>

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <immintrin.h>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #define TANDEM_HAVE_DPBF16

@@ -18,30 +18,33 @@ void emit(const LinearArgs &args, const float *sums, int64_t row, int64_t rows, 
     body(args, sums, row, rows, first);
 }
 
-// x as it is, or a copy whose rows are zero padded to whole steps.
+// x as it is, or a copy as products take it, its rows zero padded to whole steps.
 template <class T>
-const T *padded_input(const LinearArgs &args, int64_t &stride) {
+const Left<T> *rows_of(const LinearArgs &args, int64_t &stride) {
     const T *x = static_cast<const T *>(args.x);
     int64_t depth = args.in_features;
     stride = args.x_stride;
-    if (sizeof(T) == 4 || depth % kStep == 0) return x;
-    int64_t width = round_up(depth, kStep);
-    T *copy = static_cast<T *>(scratch(kInput, args.rows * width * sizeof(T)));
-    for (int64_t i = 0; i < args.rows; i++) {
-        std::memcpy(copy + i * width, x + i * stride, depth * sizeof(T));
-        std::memset(copy + i * width + depth, 0, (width - depth) * sizeof(T));
-    }
+    if constexpr (std::is_same_v<T, Left<T>>)
+        if (std::is_same_v<T, float> || depth % kStep == 0) return x;
+    int64_t width = round_up(depth, kStep), from = args.x_stride;
+    auto copy = static_cast<Left<T> *>(scratch(kInput, args.rows * width * sizeof(Left<T>)));
+    parallel_ranges(args.rows, rows_a_task(width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            row_map(copy + i * width, depth, [&](auto at) { return at(x + i * from); });
+            std::memset(copy + i * width + depth, 0, (width - depth) * sizeof(Left<T>));
+        }
+    });
     stride = width;
     return copy;
 }
 
-constexpr int64_t kRowBlock = 8 * kMaxRows;
+constexpr int64_t kRowBlock = 8 * kMaxHalfRows;
 constexpr int64_t kTaskWeightBytes = 128 << 10;
 
 template <class T>
 void linear_of(const LinearArgs &args) {
     int64_t stride;
-    const T *x = padded_input<T>(args, stride);
+    const Left<T> *x = rows_of<T>(args, stride);
     const T *weight = static_cast<const T *>(args.weight);
     int64_t size = panel_elements(weight, args.in_features), panels = ceil_div(args.out_features, kPanel);
     int64_t grain = ceil_div(kTaskWeightBytes, size * static_cast<int64_t>(sizeof(T)));
@@ -49,8 +52,8 @@ void linear_of(const LinearArgs &args) {
     parallel(groups, [&](int64_t group) {
         alignas(64) float sums[kRowBlock * kPanel];
         int64_t end = (group + 1) * grain < panels ? (group + 1) * grain : panels;
-        for (int64_t panel = group * grain; panel < end; panel++)
-            for (int64_t row = 0; row < args.rows; row += kRowBlock) {
+        for (int64_t row = 0; row < args.rows; row += kRowBlock)
+            for (int64_t panel = group * grain; panel < end; panel++) {
                 int64_t rows = args.rows - row < kRowBlock ? args.rows - row : kRowBlock;
                 multiply_panel<T>({x + row * stride, stride, weight + panel * size, args.in_features, sums, kPanel, false}, rows);
                 emit<T>(args, sums, row, rows, panel * kPanel);

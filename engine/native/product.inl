@@ -8,38 +8,43 @@ inline void prefetch_ahead(const void *p) { __builtin_prefetch(static_cast<const
 inline int64_t panel_elements(const bf16 *, int64_t depth) { return round_up(depth, kStep) * kPanel; }
 inline int64_t panel_elements(const float *, int64_t depth) { return depth * kPanel; }
 
-template <int R>
-inline void add_products(const bf16 *a, int64_t lda, const bf16 *panel, int64_t depth, Vec (&sums)[R][2]) {
+inline int64_t half_panel(const bf16 *) { return kTile; }
+inline int64_t half_panel(const float *) { return kPanel / 2; }
+
+template <int R, int H>
+inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, int64_t depth, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k += kStep, panel += 2 * kTile)
         for (int64_t pair = 0; pair < 16; pair++) {
-            Pairs left = load_pairs(panel + pair * 32), right = load_pairs(panel + kTile + pair * 32);
-            prefetch_ahead(panel + pair * 32);
-            prefetch_ahead(panel + kTile + pair * 32);
+            Pairs columns[H];
+            for (int half = 0; half < H; half++) {
+                columns[half] = load_pairs(panel + half * kTile + pair * 32);
+                prefetch_ahead(panel + half * kTile + pair * 32);
+            }
             for (int i = 0; i < R; i++) {
                 Pairs x = splat_pair(a + i * lda + k + 2 * pair);
-                sums[i][0] = dot(sums[i][0], left, x);
-                sums[i][1] = dot(sums[i][1], right, x);
+                for (int half = 0; half < H; half++) sums[i][half] = dot(sums[i][half], columns[half], x);
             }
         }
 }
 
-template <int R>
-inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Vec (&sums)[R][2]) {
+template <int R, int H>
+inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k++, panel += kPanel) {
-        Vec left = load(panel), right = load(panel + 16);
-        prefetch_ahead(panel);
-        prefetch_ahead(panel + 16);
+        Vec columns[H];
+        for (int half = 0; half < H; half++) {
+            columns[half] = load(panel + half * 16);
+            prefetch_ahead(panel + half * 16);
+        }
         for (int i = 0; i < R; i++) {
             Vec x = splat(a[i * lda + k]);
-            sums[i][0] = fma(left, x, sums[i][0]);
-            sums[i][1] = fma(right, x, sums[i][1]);
+            for (int half = 0; half < H; half++) sums[i][half] = fma(columns[half], x, sums[i][half]);
         }
     }
 }
 
 template <class T>
 struct Panel {
-    const T *a;
+    const Left<T> *a;
     int64_t lda;
     const T *panel;
     int64_t depth;
@@ -48,31 +53,44 @@ struct Panel {
     bool accumulate;
 };
 
-template <class T, int R>
+// R rows times H halves of a panel.
+template <class T, int H, int R>
 void some_rows(const Panel<T> &p) {
-    Vec sums[R][2];
+    Vec sums[R][H];
     for (int i = 0; i < R; i++)
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < H; half++)
             sums[i][half] = p.accumulate ? load(p.c + i * p.ldc + half * 16) : splat(0.f);
     add_products(p.a, p.lda, p.panel, p.depth, sums);
     for (int i = 0; i < R; i++)
-        for (int half = 0; half < 2; half++) store(p.c + i * p.ldc + half * 16, sums[i][half]);
+        for (int half = 0; half < H; half++) store(p.c + i * p.ldc + half * 16, sums[i][half]);
 }
 
-template <class T, int... R>
+template <class T, int H, int... R>
 void dispatch_rows(const Panel<T> &p, int64_t rows, std::integer_sequence<int, R...>) {
-    static constexpr void (*table[])(const Panel<T> &) = {some_rows<T, R + 1>...};
+    static constexpr void (*table[])(const Panel<T> &) = {some_rows<T, H, R + 1>...};
     table[rows - 1](p);
+}
+
+// In groups of rows that are as even as can be: small ones leave the arithmetic units waiting.
+template <class T, int H, int Most>
+void multiply_halves(Panel<T> p, int64_t rows) {
+    for (int64_t groups = ceil_div(rows, Most); groups > 0; groups--) {
+        int64_t here = ceil_div(rows, groups);
+        dispatch_rows<T, H>(p, here, std::make_integer_sequence<int, Most>());
+        rows -= here, p.a += here * p.lda, p.c += here * p.ldc;
+    }
 }
 
 template <class T>
 void multiply_panel(Panel<T> p, int64_t rows) {
-    for (; rows > 0; rows -= kMaxRows, p.a += kMaxRows * p.lda, p.c += kMaxRows * p.ldc)
-        dispatch_rows(p, rows < kMaxRows ? rows : kMaxRows, std::make_integer_sequence<int, kMaxRows>());
+    if (rows <= kMaxRows || kMaxHalfRows <= kMaxRows) return multiply_halves<T, 2, kMaxRows>(p, rows);
+    multiply_halves<T, 1, kMaxHalfRows>(p, rows);
+    p.panel += half_panel(p.panel), p.c += kPanel / 2;
+    multiply_halves<T, 1, kMaxHalfRows>(p, rows);
 }
 
 template <class T>
-void multiply(const T *a, int64_t lda, int64_t rows, const T *packed, int64_t depth, int64_t columns, float *c, int64_t ldc,
+void multiply(const Left<T> *a, int64_t lda, int64_t rows, const T *packed, int64_t depth, int64_t columns, float *c, int64_t ldc,
               bool accumulate) {
     for (int64_t n = 0; n < columns; n += kPanel, packed += panel_elements(packed, depth))
         multiply_panel<T>({a, lda, packed, depth, c + n, ldc, accumulate}, rows);

@@ -91,34 +91,57 @@ struct Pairs {
     Vec even, odd;
 };
 
-inline Pairs split(__m256i low, __m256i high) {
+inline Pairs load_pairs(const bf16 *p) {
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 16));
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))}};
 }
-
-inline Pairs load_pairs(const bf16 *p) {
-    return split(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
-                 _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 16)));
-}
-inline Pairs splat_pair(const bf16 *p) {
-    int32_t pair;
-    std::memcpy(&pair, p, 4);
-    __m256i all = _mm256_set1_epi32(pair);
-    return split(all, all);
-}
+inline Pairs splat_pair(const float *p) { return {splat(p[0]), splat(p[1])}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.odd, fma(a.even, b.even, total)); }
+
+inline void transpose8(const uint32_t *const rows[8], int64_t from, uint32_t *out, int64_t stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(rows[i] + from));
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int half = 0; half < 2; half++) {
+            a[i + 2 * half] = _mm256_shuffle_ps(b[i + half], b[i + half + 2], 0x44);
+            a[i + 2 * half + 1] = _mm256_shuffle_ps(b[i + half], b[i + half + 2], 0xee);
+        }
+    // a[4 g + c] now holds, in its 128-bit piece q, column 4 q + c of rows 4 g .. 4 g + 3.
+    for (int c = 0; c < 4; c++) {
+        auto to = reinterpret_cast<float *>(out);
+        _mm256_storeu_ps(to + c * stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x20));
+        _mm256_storeu_ps(to + (c + 4) * stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x31));
+    }
+}
 
 // 16 rows of 16 words become 16 columns of a matrix whose rows are `stride` words apart.
 inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t stride) {
-    for (int column = 0; column < 16; column++)
-        for (int row = 0; row < 16; row++) out[column * stride + row] = rows[row][column];
+    for (int row = 0; row < 16; row += 8)
+        for (int column = 0; column < 16; column += 8) transpose8(rows + row, column, out + column * stride + row, stride);
 }
 
 // Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
 inline void interleave(const bf16 *even, const bf16 *odd, bf16 *__restrict low, bf16 *__restrict high) {
-    for (int i = 0; i < 16; i++) low[2 * i] = even[i], low[2 * i + 1] = odd[i];
-    for (int i = 0; i < 16; i++) high[2 * i] = even[16 + i], high[2 * i + 1] = odd[16 + i];
+    auto sixteen = [](const bf16 *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
+    auto join = [](__m256i a, __m256i b, bf16 *out) {
+        __m256i first = _mm256_unpacklo_epi16(a, b), second = _mm256_unpackhi_epi16(a, b);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_permute2x128_si256(first, second, 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + 16), _mm256_permute2x128_si256(first, second, 0x31));
+    };
+    join(sixteen(even), sixteen(odd), low);
+    join(sixteen(even + 16), sixteen(odd + 16), high);
 }
 
-constexpr int kMaxRows = 2;  // rows of a product whose sums fit the registers
+// Rows are widened once, not in each product.
+template <class T>
+using Left = float;
+
+// Rows of a product whose sums fit the registers, over a whole panel and over half of one.
+constexpr int kMaxRows = 2, kMaxHalfRows = 5;

@@ -118,4 +118,9 @@ inline void interleave(const bf16 *even, const bf16 *odd, bf16 *low, bf16 *high)
     _mm512_storeu_si512(high, join(widen(even + 16), widen(odd + 16)));
 }
 
-constexpr int kMaxRows = 12;  // rows of a product whose sums fit the registers
+// Products take rows as they are.
+template <class T>
+using Left = T;
+
+// Rows of a product whose sums fit the registers, over a whole panel and over half of one.
+constexpr int kMaxRows = 12, kMaxHalfRows = 12;

@@ -83,7 +83,7 @@ struct Pairs {
 inline Pairs load_pairs(const bf16 *p) {
     return {lanewise([=](int i) { return widen(p[2 * i]); }), lanewise([=](int i) { return widen(p[2 * i + 1]); })};
 }
-inline Pairs splat_pair(const bf16 *p) { return {splat(widen(p[0])), splat(widen(p[1]))}; }
+inline Pairs splat_pair(const float *p) { return {splat(p[0]), splat(p[1])}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.odd, fma(a.even, b.even, total)); }
 
 // 16 rows of 16 words become 16 columns of a matrix whose rows are `stride` words apart.
@@ -98,4 +98,9 @@ inline void interleave(const bf16 *even, const bf16 *odd, bf16 *__restrict low, 
     for (int i = 0; i < 16; i++) high[2 * i] = even[16 + i], high[2 * i + 1] = odd[16 + i];
 }
 
-constexpr int kMaxRows = 2;  // rows of a product whose sums fit the registers
+// Rows are widened once, not in each product.
+template <class T>
+using Left = float;
+
+// Rows of a product whose sums fit the registers, over a whole panel and over half of one.
+constexpr int kMaxRows = 2, kMaxHalfRows = 2;
