@@ -19,8 +19,8 @@ from engine.errors import BadConfig, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from placement.latency.measured import Run
     from placement.latency.profile import Profile as Measurements
-    from placement.latency.profile import Run
     from placement.planning.plan import Plan
     from placement.planning.question import Objective
 
@@ -318,7 +318,8 @@ def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
 
     from cluster.cli.plan_table import samples_table
-    from placement.latency.profile import fit_link, fit_run, profile_from
+    from placement.latency.measured import fit_link, fit_run
+    from placement.latency.profile_file import profile_from
 
     if as_json:
         print(json.dumps(document, allow_nan=False))

@@ -11,7 +11,7 @@ from cluster.bench.table import COUNTS, LATENCY_TITLES
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from placement.latency.profile import Sample
+    from placement.latency.measured import Sample
     from placement.planning.plan import Plan
 
 SHARE = ("attainment", "within targets", "{:.1%}")

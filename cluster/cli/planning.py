@@ -11,8 +11,9 @@ from cluster.config import parse_config
 from cluster.yaml_file import read_yaml
 from engine.errors import BadConfig, NoFeasiblePlan
 from placement.latency.catalog import find_model, hardware_from
+from placement.latency.measured import fit_link
 from placement.latency.model_shape import read_shape
-from placement.latency.profile import fit_link, read_profile
+from placement.latency.profile_file import read_profile
 from placement.planning.costbook import CostBook
 from placement.planning.plan import plan_from
 from placement.simulation.dynamics import Dynamics

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from placement.latency.catalog import find_device, find_link, find_model  # noqa: E402
+from placement.latency.measured import Run, Sample, fit_run  # noqa: E402
 from placement.latency.model import Step, decode_step, prefill_step  # noqa: E402
-from placement.latency.profile import Run, Sample, fit_run  # noqa: E402
 from placement.latency.roofline import Roofline  # noqa: E402
 from placement.published.distserve_rules import Parallel, stage_rules  # noqa: E402
 

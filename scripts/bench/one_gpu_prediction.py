@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.latency.catalog import Link
-from placement.latency.profile import fit_run, profile_from
+from placement.latency.measured import fit_run
+from placement.latency.profile_file import profile_from
 from placement.simulation.deployment import Deployment, InstanceModel
 from placement.simulation.simulator import simulate
 from scripts.bench.attainment import quantiles
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from engine.messages import Role
     from engine.slo import Slo
-    from placement.latency.profile import Run
+    from placement.latency.measured import Run
     from placement.workload import Workload
     from scripts.bench.gpu import Figures
 

@@ -19,8 +19,9 @@ from cluster.settings import instance_settings
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
 from engine.messages import Role
+from placement.latency.measured import Measured
 from placement.latency.model import mixed_step
-from placement.latency.profile import Measured, profile_from
+from placement.latency.profile_file import profile_from
 from placement.planning.candidate import deployment_for
 from placement.planning.costbook import Cut
 

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("pydantic", reason="profiling reads the config's models")
 
 from cluster.profiling.measure import Device, Measuring, measure
-from placement.latency.profile import fit_run, profile_from
+from placement.latency.measured import fit_run
+from placement.latency.profile_file import profile_from
 
 pytestmark = [
     pytest.mark.gpu,

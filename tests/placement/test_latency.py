@@ -19,9 +19,10 @@ from placement.latency.catalog import (
     one_kind,
     read_hardware,
 )
+from placement.latency.measured import fit_link
 from placement.latency.model import Step, decode_step, mixed_step, prefill_step
 from placement.latency.model_shape import shape_from_config
-from placement.latency.profile import fit_link, profile_from, read_profile
+from placement.latency.profile_file import profile_from, read_profile
 from placement.latency.robust_fit import fit_costs, nonnegative_least_squares
 from placement.latency.roofline import Roofline, power_w
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import BadConfig
 from placement.latency.model import LatencyModel
-from placement.latency.profile import profile_from
+from placement.latency.profile_file import profile_from
 from placement.latency.serving_costs import (
     DoorCosts,
     Machine,
