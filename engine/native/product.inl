@@ -1,12 +1,22 @@
 // Rows of A times packed panels. Each sum runs over the depth in one fixed order, so a row's
 // result does not depend on the rows beside it.
 
-constexpr int64_t kPrefetchBytes = 8192;
+// What is read later is brought into L2 meanwhile, in the order of addresses, not of use: halves of
+// a panel that alternate come a third slower.
+struct Upcoming {
+    const char *line;
+    int64_t step;  // bytes, each time
 
-inline void prefetch_ahead(const void *p) {
-    constexpr int into_l2 = 2;
-    __builtin_prefetch(static_cast<const char *>(p) + kPrefetchBytes, 0, into_l2);
-}
+    template <int H>
+    void fetch() {
+        constexpr int into_l2 = 2;
+        for (int i = 0; i < H; i++) __builtin_prefetch(line + i * 64, 0, into_l2);
+        line += step;
+    }
+};
+
+constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kTurnBytes = 128;  // of a panel that a turn of the loops below reads, both halves
 
 inline int64_t panel_elements(const bf16 *, int64_t depth) { return round_up(depth, kStep) * kPanel; }
 inline int64_t panel_elements(const float *, int64_t depth) { return depth * kPanel; }
@@ -15,15 +25,12 @@ inline int64_t half_panel(const bf16 *) { return kTile; }
 inline int64_t half_panel(const float *) { return kPanel / 2; }
 
 template <int R, int H>
-inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, int64_t depth, Vec (&sums)[R][H]) {
+inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, int64_t depth, Upcoming upcoming, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k += kStep, panel += 2 * kTile)
         for (int64_t pair = 0; pair < 16; pair++) {
             Pairs columns[H];
-            for (int half = 0; half < H; half++) {
-                columns[half] = load_pairs(panel + half * kTile + pair * 32);
-                // In the order of addresses, not of use: halves that alternate come a third slower.
-                prefetch_ahead(H == 2 ? panel + (2 * pair + half) * 32 : panel + pair * 32);
-            }
+            for (int half = 0; half < H; half++) columns[half] = load_pairs(panel + half * kTile + pair * 32);
+            upcoming.fetch<H>();
             for (int i = 0; i < R; i++) {
                 Pairs x = splat_pair(a + i * lda + k + 2 * pair);
                 for (int half = 0; half < H; half++) sums[i][half] = dot(sums[i][half], columns[half], x);
@@ -32,13 +39,11 @@ inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, in
 }
 
 template <int R, int H>
-inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Vec (&sums)[R][H]) {
+inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Upcoming upcoming, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k++, panel += kPanel) {
         Vec columns[H];
-        for (int half = 0; half < H; half++) {
-            columns[half] = load(panel + half * 16);
-            prefetch_ahead(panel + half * 16);
-        }
+        for (int half = 0; half < H; half++) columns[half] = load(panel + half * 16);
+        upcoming.fetch<H>();
         for (int i = 0; i < R; i++) {
             Vec x = splat(a[i * lda + k]);
             for (int half = 0; half < H; half++) sums[i][half] = fma(columns[half], x, sums[i][half]);
@@ -55,6 +60,7 @@ struct Panel {
     float *c;  // [rows, 32]
     int64_t ldc;
     bool accumulate;
+    Upcoming upcoming = {};
 };
 
 // R rows times H halves of a panel.
@@ -64,7 +70,7 @@ void some_rows(const Panel<T> &p) {
     for (int i = 0; i < R; i++)
         for (int half = 0; half < H; half++)
             sums[i][half] = p.accumulate ? load(p.c + i * p.ldc + half * 16) : splat(0.f);
-    add_products(p.a, p.lda, p.panel, p.depth, sums);
+    add_products(p.a, p.lda, p.panel, p.depth, p.upcoming, sums);
     for (int i = 0; i < R; i++)
         for (int half = 0; half < H; half++) store(p.c + i * p.ldc + half * 16, sums[i][half]);
 }
@@ -76,21 +82,31 @@ void dispatch_rows(const Panel<T> &p, int64_t rows, std::integer_sequence<int, R
 }
 
 // In groups of rows that are as even as can be: small ones leave the arithmetic units waiting.
+// `share` bytes further on is what the next group brings in.
 template <class T, int H, int Most>
-void multiply_halves(Panel<T> p, int64_t rows) {
+void multiply_halves(Panel<T> p, int64_t rows, int64_t share) {
     for (int64_t groups = ceil_div(rows, Most); groups > 0; groups--) {
         int64_t here = ceil_div(rows, groups);
         dispatch_rows<T, H>(p, here, std::make_integer_sequence<int, Most>());
-        rows -= here, p.a += here * p.lda, p.c += here * p.ldc;
+        rows -= here, p.a += here * p.lda, p.c += here * p.ldc, p.upcoming.line += share;
     }
 }
 
 template <class T>
 void multiply_panel(Panel<T> p, int64_t rows) {
-    if (rows <= kMaxRows || kMaxHalfRows <= kMaxRows) return multiply_halves<T, 2, kMaxRows>(p, rows);
-    multiply_halves<T, 1, kMaxHalfRows>(p, rows);
-    p.panel += half_panel(p.panel), p.c += kPanel / 2;
-    multiply_halves<T, 1, kMaxHalfRows>(p, rows);
+    auto here = reinterpret_cast<const char *>(p.panel);
+    if (rows <= kMaxRows || kMaxHalfRows <= kMaxRows) {
+        p.upcoming = {here + kAheadBytes, kTurnBytes};
+        return multiply_halves<T, 2, kMaxRows>(p, rows, 0);
+    }
+    // Each pass over this panel brings in its share of the next one.
+    int64_t bytes = panel_elements(p.panel, p.depth) * static_cast<int64_t>(sizeof(T));
+    int64_t groups = ceil_div(rows, kMaxHalfRows), step = ceil_div(kTurnBytes, 2 * groups);
+    int64_t share = bytes / kTurnBytes * step;
+    p.upcoming = {here + bytes, step};
+    multiply_halves<T, 1, kMaxHalfRows>(p, rows, share);
+    p.panel += half_panel(p.panel), p.c += kPanel / 2, p.upcoming.line += groups * share;
+    multiply_halves<T, 1, kMaxHalfRows>(p, rows, share);
 }
 
 template <class T>
