@@ -5,7 +5,8 @@
 
 The hosts, the engine, the journal, the router and the balancer are those of the cluster; the same
 requests come at the same moments with balancing off and on. A few of them draw hundreds of tokens,
-which nobody knows beforehand. The requests of all seeds are judged together.
+which nobody knows beforehand. The requests of all seeds are judged together; each seed runs off and
+on in turns, the next one the other way round, for the machine's speed may drift.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ LONG_SHARE, LONG_TOKENS, SHORT_TOKENS, PROMPT_TOKENS = 0.12, (400, 900), (8, 64)
 LOOK_S = 0.5
 """Between two looks of the balancer."""
 SLO = Slo(1.0, 0.1)
+HEADER = (
+    "router       balancing  ttft p50   ttft p99  tpot p50  tpot p99  queue mean  "
+    "queue p99    gap p99  preempted  moved (failed)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,22 @@ class Coming:
 def main() -> None:
     options = parse()
     rows = []
+    if not options.json:
+        print(HEADER)
     with tempfile.TemporaryDirectory() as directory:
         write_model(options.shape, Path(directory) / "model")
         for router in options.routers:
-            for balance in (False, True):
-                seen = [
-                    asyncio.run(run(options, Path(directory), router, seed, balance=balance))
-                    for seed in options.seeds
-                ]
-                rows.append({"router": router, "balancing": balance, **figures_of(seen)})
+            seen: dict[bool, list[Seen]] = {False: [], True: []}
+            for number, seed in enumerate(options.seeds):
+                for balance in (False, True) if number % 2 == 0 else (True, False):
+                    one = asyncio.run(run(options, Path(directory), router, seed, balance=balance))
+                    seen[balance].append(one)
+                    if not options.json and len(options.seeds) > 1:
+                        show(f"seed {seed}", {"balancing": balance, **figures_of([one])})
+            for balance, runs in seen.items():
+                rows.append({"router": router, "balancing": balance, **figures_of(runs)})
                 if not options.json:
-                    show(rows[-1], first=len(rows) == 1)
+                    show(router, rows[-1])
     if options.json:
         print(json.dumps(rows, indent=1))
 
@@ -276,14 +286,9 @@ def figures_of(runs: list[Seen]) -> dict[str, Any]:
     }
 
 
-def show(row: dict[str, Any], *, first: bool) -> None:
-    if first:
-        print(
-            "router       balancing  ttft p50   ttft p99  tpot p50  tpot p99  queue mean  "
-            "queue p99    gap p99  preempted  moved (failed)"
-        )
+def show(what: str, row: dict[str, Any]) -> None:
     print(
-        f"{row['router']:12} {'on' if row['balancing'] else 'off':9} {row['ttft_p50_s']:9.3f}s "
+        f"{what:12} {'on' if row['balancing'] else 'off':9} {row['ttft_p50_s']:9.3f}s "
         f"{row['ttft_p99_s']:9.3f}s {row['tpot_p50_s']:8.4f}s {row['tpot_p99_s']:8.4f}s "
         f"{row['queue_mean_s']:10.3f}s {row['queue_p99_s']:9.3f}s {row['gap_p99_s']:9.3f}s "
         f"{row['preemptions']:10} {row['migrations']:6} ({row['failed_migrations']})",
