@@ -3,7 +3,9 @@
 #include "pointwise.inl"
 #include "product.inl"
 #include "linear.inl"
+#include "fetching.inl"
 #include "attention.inl"
+#include "few_rows.inl"
 
 void linear(const LinearArgs &args) {
     args.dtype == kBfloat16 ? linear_of<bf16>(args) : linear_of<float>(args);

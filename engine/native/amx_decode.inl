@@ -4,8 +4,6 @@
 // A, zero in the rows of other heads. Sums run in the order of attend_tile, so that a token attends
 // alike here and there.
 
-constexpr int64_t kFetchedElements = 32;  // of a run, a cache line of them
-
 // A token's KV heads whose query heads share a tile.
 struct Share {
     int64_t sequence, kv_head, kv_heads;
@@ -42,44 +40,35 @@ struct Run {
     int64_t stride;
 };
 
-// Brings a tile into L2 line by line while the one before it is worked on: bursts would hold up
-// the work, and pauses would idle the memory. Whoever works pays in its cycles, roughly.
-class Fetching {
+// The runs of a share's tile, if there is one; keys first.
+class RunByRun {
 public:
-    Fetching(const SharedTile *tile, int64_t cycles) : tile_(tile) {
-        if (tile == nullptr) return;
-        int64_t lines = 2 * tile->kv_heads * tile->cached * ceil_div(tile->kv.head_dim, kFetchedElements);
-        price_ = cycles / lines + 1;
+    explicit RunByRun(const SharedTile *tile) : tile_(tile) {}
+
+    int64_t lines() const {
+        if (tile_ == nullptr) return 0;
+        return 2 * tile_->kv_heads * tile_->cached * ceil_div(tile_->kv.head_dim * kElementBytes, kLineBytes);
     }
 
-    void pay(int64_t cycles) {
-        for (credit_ += cycles; credit_ >= price_; credit_ -= price_) {
-            if (line_ == end_ && !open_next()) return;
-            __builtin_prefetch(line_, 0, kIntoL2);
-            line_ += kFetchedElements;
-        }
-    }
-
-    void end() {
-        while (tile_ != nullptr) pay(price_);
-    }
-
-private:
-    bool open_next() {
-        if (tile_ == nullptr) return false;
+    bool open(const char *&line, const char *&end) {
+        if (tile_ == nullptr || next_ == 2 * tile_->runs() * tile_->kv_heads) return false;
         int64_t run = next_ % tile_->runs(), head = next_ / tile_->runs() % tile_->kv_heads;
         bool keys = next_ < tile_->runs() * tile_->kv_heads;
-        line_ = tile_->head(keys ? tile_->kv.key : tile_->kv.value, head) + tile_->at[run];
-        end_ = line_ + round_up(smaller_of(kRunTokens, tile_->cached - run * kRunTokens) * tile_->kv.head_dim, kFetchedElements);
+        int64_t tokens = smaller_of(kRunTokens, tile_->cached - run * kRunTokens);
+        const bf16 *first = tile_->head(keys ? tile_->kv.key : tile_->kv.value, head) + tile_->at[run];
+        line = reinterpret_cast<const char *>(first), end = line + tokens * tile_->kv.head_dim * kElementBytes;
         next_++;
-        if (next_ == 2 * tile_->runs() * tile_->kv_heads) tile_ = nullptr;
         return true;
     }
 
+private:
+    static constexpr int64_t kElementBytes = sizeof(bf16);
+
     const SharedTile *tile_;
-    const bf16 *line_ = nullptr, *end_ = nullptr;
-    int64_t next_ = 0, credit_ = 0, price_ = INT64_MAX;
+    int64_t next_ = 0;
 };
+
+using TileFetching = Fetching<RunByRun>;
 
 // What the parts of the work on a tile take, in cycles.
 constexpr int64_t kScoreCycles = 80, kPeakCycles = 4, kWeightCycles = 20, kPackCycles = 12;
@@ -139,7 +128,7 @@ struct Decoding {
     }
 
     // Four sums at a time keep the tiles busy. Scores of runs past the context are left as they are.
-    void score(const SharedTile &tile, float *scores, Fetching &fetching) const {
+    void score(const SharedTile &tile, float *scores, TileFetching &fetching) const {
         clear_sums();
         for (int64_t head = 0; head < task.kv_heads; head++) {
             Run runs[kTileRuns];
@@ -168,7 +157,7 @@ struct Decoding {
     }
 
     // `weigh` with a row a lane: the same sums in the same order, but nothing across lanes.
-    void weigh_lanes(const SharedTile &tile, float *scores, Fetching &fetching) const {
+    void weigh_lanes(const SharedTile &tile, float *scores, TileFetching &fetching) const {
         int64_t begin = task.first_seen(0) - tile.first, end = tile.cached;
         begin = begin < 0 ? 0 : begin;
         Vec before = load(task.maxima), peak = before;
@@ -216,7 +205,7 @@ struct Decoding {
 
     // Panels as of pack_values, but for the order of columns.
     template <int tiles>
-    void pack_head(const SharedTile &tile, int64_t head, int64_t column, bf16 *out, Fetching &fetching) const {
+    void pack_head(const SharedTile &tile, int64_t head, int64_t column, bf16 *out, TileFetching &fetching) const {
         for (int64_t run = 0; run < round_up(tile.runs(), 2); run++) {
             Run values = find(tile, tile.kv.value, head, run);
             bf16 *pairs = out + run / 2 * tiles * kTile + run % 2 * kTile / 2;
@@ -247,7 +236,7 @@ struct Decoding {
 
     // A head's values are packed while those packed before leave the core.
     template <int tiles>
-    void add_columns(const SharedTile &tile, int64_t column, Fetching &fetching) const {
+    void add_columns(const SharedTile &tile, int64_t column, TileFetching &fetching) const {
         int64_t size = kTileTokens * kColumns;
         pack_head<tiles>(tile, 0, column, packed, fetching);
         load_columns<tiles>(column);
@@ -291,7 +280,7 @@ struct Decoding {
     // `next` is brought in meanwhile, if there is one.
     void attend(const SharedTile &tile, const SharedTile *next) const {
         alignas(64) float scores[16 * kTileTokens];
-        Fetching fetching(next, cycles());
+        TileFetching fetching(RunByRun(next), cycles());
         score(tile, scores, fetching);
         weigh_lanes(tile, scores, fetching);
         int64_t column = 0;

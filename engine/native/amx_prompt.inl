@@ -218,7 +218,7 @@ void attend_prompt(const Task<bf16> &task) {
                         static_cast<uint32_t *>(room(kWeights, kTileTokens * kTileRows, sizeof(uint32_t)))};
     start(task);
     prompting.begin();
-    each_tile(task, [&](int64_t tile, const TileRows<bf16> &rows) {
+    each_packed_tile(task, [&](int64_t tile, const TileRows<bf16> &rows) {
         prompting.pack(rows);
         prompting.attend(tile);
     });

@@ -4,6 +4,7 @@
 
 constexpr int64_t kTileTokens = 64;
 constexpr int64_t kTaskRows = 128;  // rows that share one packing of keys and values
+constexpr int64_t kFewRows = 16;  // for which nothing is packed
 constexpr float kNothingSeen = -1e30f;
 
 alignas(64) const char zero_row[kMaxHeadDim * sizeof(float)] = {};
@@ -13,6 +14,11 @@ inline int64_t group_of(const AttentionArgs &args) { return args.heads / args.kv
 inline int64_t tokens_of(const AttentionArgs &args, int64_t sequence) {
     return args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence];
 }
+
+// Rows of a sequence's chunk over the keys of one KV head.
+struct Piece {
+    int64_t sequence, kv_head, first_row, rows;
+};
 
 template <class T>
 struct Task {
@@ -24,6 +30,7 @@ struct Task {
     float *outputs;           // [rows, depth]
     float *maxima, *sums;     // [rows]
     int64_t *positions;       // [rows]
+    const Piece *after = nullptr;  // what this thread probably works on then
 
     int64_t group() const { return kv_heads * group_of(args); }
     int64_t chunk_tokens() const { return tokens_of(args, sequence); }
@@ -75,19 +82,26 @@ struct TileRows {
 };
 
 template <class T>
-void find_rows(const Task<T> &task, int64_t tile, TileRows<T> &rows) {
-    const KvView &kv = task.args.kv;
-    const int32_t *table = task.args.block_tables + task.sequence * task.args.table_stride;
-    auto keys = reinterpret_cast<const T *>(kv.key) + task.kv_head * kv.head_stride;
-    auto values = reinterpret_cast<const T *>(kv.value) + task.kv_head * kv.head_stride;
-    int64_t block = tile / kv.block_tokens, place = tile % kv.block_tokens;
-    for (int64_t i = 0; i < kTileTokens; i++) {
-        bool cached = tile + i < task.context();
-        int64_t offset = cached ? table[block] * kv.block_stride + place * kv.token_stride : 0;
-        rows.keys[i] = cached ? keys + offset : reinterpret_cast<const T *>(zero_row);
-        rows.values[i] = cached ? values + offset : reinterpret_cast<const T *>(zero_row);
-        if (++place == kv.block_tokens) block++, place = 0;
+void find_rows(const AttentionArgs &args, int64_t sequence, int64_t kv_head, int64_t tile, TileRows<T> &rows) {
+    const KvView &kv = args.kv;
+    const int32_t *table = args.block_tables + sequence * args.table_stride;
+    auto keys = reinterpret_cast<const T *>(kv.key) + kv_head * kv.head_stride;
+    auto values = reinterpret_cast<const T *>(kv.value) + kv_head * kv.head_stride;
+    int64_t cached = args.context_lens[sequence] - tile;
+    if (cached > kTileTokens) cached = kTileTokens;
+    for (int64_t i = 0; i < cached;) {
+        int64_t block = (tile + i) / kv.block_tokens, place = tile + i - block * kv.block_tokens;
+        int64_t offset = table[block] * kv.block_stride + place * kv.token_stride;
+        for (; i < cached && place < kv.block_tokens; i++, place++, offset += kv.token_stride)
+            rows.keys[i] = keys + offset, rows.values[i] = values + offset;
     }
+    for (int64_t i = cached; i < kTileTokens; i++) rows.keys[i] = rows.values[i] = reinterpret_cast<const T *>(zero_row);
+}
+
+inline int64_t first_tile_of(const AttentionArgs &args, const Piece &piece) {
+    int64_t first_token = piece.first_row / group_of(args) - tokens_of(args, piece.sequence);
+    int64_t begin = args.window == 0 ? 0 : args.context_lens[piece.sequence] + first_token - args.window + 1;
+    return begin < 0 ? 0 : begin / kTileTokens * kTileTokens;
 }
 
 // Blocks lie apart: without this each of them is waited for.
@@ -208,17 +222,15 @@ float weigh(const Softmax &softmax, const float *scores, W *weights, int64_t beg
     return shrink;
 }
 
+// One row of a tile, whose earlier output it shrinks.
 template <class T>
-void weigh_rows(const Task<T> &task, const Softmax &softmax, int64_t tile, int64_t first, const float *scores, Left<T> *weights) {
-    for (int64_t row = first; row < task.rows; row++) {
-        int64_t begin = task.first_seen(row) - tile, end = task.positions[row] + 1 - tile;
-        begin = begin < 0 ? 0 : begin, end = end < 0 ? 0 : end > kTileTokens ? kTileTokens : end;
-        float shrink = weigh(softmax, scores + row * kTileTokens, weights + row * kTileTokens, begin, end,
-                             task.maxima[row], task.sums[row]);
-        if (shrink == 1) continue;
-        float *line = task.outputs + row * task.depth;
-        row_map(line, task.depth, [=](auto at) { return at(const_cast<const float *>(line)) * splat(shrink); });
-    }
+void weigh_row(const Task<T> &task, const Softmax &softmax, int64_t tile, int64_t row, const float *scores, Left<T> *weights) {
+    int64_t begin = task.first_seen(row) - tile, end = task.positions[row] + 1 - tile;
+    begin = begin < 0 ? 0 : begin, end = end < 0 ? 0 : end > kTileTokens ? kTileTokens : end;
+    float shrink = weigh(softmax, scores, weights, begin, end, task.maxima[row], task.sums[row]);
+    if (shrink == 1) return;
+    float *line = task.outputs + row * task.depth;
+    row_map(line, task.depth, [=](auto at) { return at(const_cast<const float *>(line)) * splat(shrink); });
 }
 
 // Whole passes over all rows: what one pass stores has left the core before the next loads it.
@@ -232,37 +244,53 @@ void attend_tile(const Task<T> &task, const Softmax &softmax, int64_t tile, cons
     int64_t rows = task.rows - first;
     multiply(task.queries + first * task.depth, task.depth, rows, keys, task.depth, kTileTokens,
              scores + first * kTileTokens, kTileTokens, false);
-    weigh_rows(task, softmax, tile, first, scores, weights);
+    for (int64_t row = first; row < task.rows; row++)
+        weigh_row(task, softmax, tile, row, scores + row * kTileTokens, weights + row * kTileTokens);
     multiply(weights + first * kTileTokens, kTileTokens, rows, values, kTileTokens, task.depth,
              task.outputs + first * task.depth, task.depth, true);
 }
 
-// Calls body(tile, rows) for each tile that a row sees, bringing the next one in meanwhile.
+// Calls body(tile, rows, next) for each tile that a row sees; next are the rows that are met after
+// it, of this task or of another, or null.
 template <class T, class Body>
 void each_tile(const Task<T> &task, Body body) {
-    int64_t dim = task.args.kv.head_dim, end = task.positions[task.rows - 1] + 1;
+    int64_t end = task.positions[task.rows - 1] + 1;
     int64_t tile = task.first_seen(0) / kTileTokens * kTileTokens;
-    TileRows<T> here, next;
-    find_rows(task, tile, next);
-    fetch_rows(next, dim);
-    for (; tile < end; tile += kTileTokens) {
-        here = next;
-        if (tile + kTileTokens < end) {
-            find_rows(task, tile + kTileTokens, next);
-            fetch_rows(next, dim);
-        }
-        body(tile, here);
+    TileRows<T> pair[2], *here = pair, *next = pair + 1;
+    find_rows(task.args, task.sequence, task.kv_head, tile, *here);
+    for (; tile < end; tile += kTileTokens, std::swap(here, next)) {
+        bool more = tile + kTileTokens < end;
+        if (more)
+            find_rows(task.args, task.sequence, task.kv_head, tile + kTileTokens, *next);
+        else if (task.after != nullptr)
+            find_rows(task.args, task.after->sequence, task.after->kv_head, first_tile_of(task.args, *task.after), *next);
+        body(tile, *here, more || task.after != nullptr ? next : nullptr);
     }
 }
+
+// The same for a body that packs a tile before it is used: the one after it comes in meanwhile.
+template <class T, class Body>
+void each_packed_tile(const Task<T> &task, Body body) {
+    int64_t dim = task.args.kv.head_dim;
+    each_tile(task, [&](int64_t tile, const TileRows<T> &rows, const TileRows<T> *next) {
+        if (tile <= task.first_seen(0)) fetch_rows(rows, dim);
+        if (next != nullptr) fetch_rows(*next, dim);
+        body(tile, rows);
+    });
+}
+
+template <class T>
+void attend_few(const Task<T> &task);
 
 template <class T>
 void attend(const Task<T> &task) {
     int64_t dim = task.args.kv.head_dim;
+    if (task.rows <= kFewRows && dim == task.depth) return attend_few(task);
     Softmax softmax = softmax_of(task.args);
     T *keys = static_cast<T *>(scratch(kKeys, kTileTokens * task.depth * sizeof(T)));
     T *values = static_cast<T *>(scratch(kValues, kTileTokens * task.depth * sizeof(T)));
     start(task);
-    each_tile(task, [&](int64_t tile, const TileRows<T> &rows) {
+    each_packed_tile(task, [&](int64_t tile, const TileRows<T> &rows) {
         pack_keys(rows.keys, dim, task.depth, keys);
         pack_values(rows.values, dim, task.depth, values);
         attend_tile(task, softmax, tile, keys, values);
@@ -270,29 +298,35 @@ void attend(const Task<T> &task) {
     finish(task);
 }
 
-// The sequences for which `wanted` holds.
+// What there is to do of the sequences for which `wanted` holds.
+template <class Wanted>
+std::vector<Piece> pieces_of(const AttentionArgs &args, Wanted wanted) {
+    std::vector<Piece> pieces;
+    for (int64_t s = 0; s < args.sequences; s++) {
+        if (!wanted(s)) continue;
+        int64_t all = tokens_of(args, s) * group_of(args);
+        // The last rows see the most keys: start with them.
+        for (int64_t first = round_up(all, kTaskRows) - kTaskRows; first >= 0; first -= kTaskRows)
+            for (int64_t head = 0; head < args.kv.kv_heads; head++)
+                pieces.push_back({s, head, first, all - first < kTaskRows ? all - first : kTaskRows});
+    }
+    return pieces;
+}
+
 template <class T, class Wanted>
 void attend_sequences(const AttentionArgs &args, void (*attend_task)(const Task<T> &), Wanted wanted) {
-    int64_t group = group_of(args), tasks = 0;
-    auto pieces = [&](int64_t sequence) {
-        return wanted(sequence) ? ceil_div(tokens_of(args, sequence) * group, kTaskRows) : 0;
-    };
-    for (int64_t s = 0; s < args.sequences; s++) tasks += pieces(s) * args.kv.kv_heads;
-    int64_t depth = round_up(args.kv.head_dim, kStep);
-    parallel(tasks, [&](int64_t index) {
-        int64_t sequence = 0;
-        for (; index >= pieces(sequence) * args.kv.kv_heads; sequence++) index -= pieces(sequence) * args.kv.kv_heads;
-        // The last pieces see the most keys: start with them.
-        int64_t piece = pieces(sequence) - 1 - index / args.kv.kv_heads;
-        int64_t all = tokens_of(args, sequence) * group;
-        int64_t first = piece * kTaskRows, rows = all - first < kTaskRows ? all - first : kTaskRows;
+    std::vector<Piece> pieces = pieces_of(args, wanted);
+    int64_t count = static_cast<int64_t>(pieces.size()), depth = round_up(args.kv.head_dim, kStep);
+    parallel(count, [&](int64_t index) {
+        const Piece &piece = pieces[index];
         // An AMX tile reads whole sixteens of rows; what it makes of the surplus is not used.
-        int64_t room = round_up(rows, 16);
+        int64_t room = round_up(piece.rows, 16);
         float maxima[kTaskRows], sums[kTaskRows];
         int64_t positions[kTaskRows];
         auto outputs = static_cast<float *>(scratch(kOutput, room * depth * sizeof(float)));
         auto queries = static_cast<Left<T> *>(scratch(kQuery, room * depth * sizeof(Left<T>)));
-        attend_task({args, sequence, index % args.kv.kv_heads, 1, first, rows, depth, queries, outputs, maxima, sums, positions});
+        const Piece *after = index + threads() < count ? &piece + threads() : nullptr;
+        attend_task({args, piece.sequence, piece.kv_head, 1, piece.first_row, piece.rows, depth, queries, outputs, maxima, sums, positions, after});
     });
 }
 

@@ -15,6 +15,11 @@ struct Upcoming {
     }
 };
 
+struct NothingAhead {
+    template <int H>
+    void fetch() const {}
+};
+
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kTurnBytes = 128;  // of a panel that a turn of the loops below reads, both halves
 
@@ -24,13 +29,13 @@ inline int64_t panel_elements(const float *, int64_t depth) { return depth * kPa
 inline int64_t half_panel(const bf16 *) { return kTile; }
 inline int64_t half_panel(const float *) { return kPanel / 2; }
 
-template <int R, int H>
-inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, int64_t depth, Upcoming upcoming, Vec (&sums)[R][H]) {
+template <int R, int H, class Ahead>
+inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, int64_t depth, Ahead ahead, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k += kStep, panel += 2 * kTile)
         for (int64_t pair = 0; pair < 16; pair++) {
             Pairs columns[H];
             for (int half = 0; half < H; half++) columns[half] = load_pairs(panel + half * kTile + pair * 32);
-            upcoming.fetch<H>();
+            ahead.template fetch<H>();
             for (int i = 0; i < R; i++) {
                 Pairs x = splat_pair(a + i * lda + k + 2 * pair);
                 for (int half = 0; half < H; half++) sums[i][half] = dot(sums[i][half], columns[half], x);
@@ -38,12 +43,12 @@ inline void add_products(const Left<bf16> *a, int64_t lda, const bf16 *panel, in
         }
 }
 
-template <int R, int H>
-inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Upcoming upcoming, Vec (&sums)[R][H]) {
+template <int R, int H, class Ahead>
+inline void add_products(const float *a, int64_t lda, const float *panel, int64_t depth, Ahead ahead, Vec (&sums)[R][H]) {
     for (int64_t k = 0; k < depth; k++, panel += kPanel) {
         Vec columns[H];
         for (int half = 0; half < H; half++) columns[half] = load(panel + half * 16);
-        upcoming.fetch<H>();
+        ahead.template fetch<H>();
         for (int i = 0; i < R; i++) {
             Vec x = splat(a[i * lda + k]);
             for (int half = 0; half < H; half++) sums[i][half] = fma(columns[half], x, sums[i][half]);

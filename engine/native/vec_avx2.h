@@ -99,6 +99,7 @@ inline Pairs load_pairs(const bf16 *p) {
             {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))}};
 }
 inline Pairs splat_pair(const float *p) { return {splat(p[0]), splat(p[1])}; }
+inline Pairs join_pairs(const bf16 *even, const bf16 *odd) { return {load(even), load(odd)}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.odd, fma(a.even, b.even, total)); }
 
 inline void transpose8(const uint32_t *const rows[8], int64_t from, uint32_t *out, int64_t stride) {

@@ -57,6 +57,12 @@ inline Vec keep(Vec a, int64_t begin, int64_t end, float fill) {
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// Sixteen pairs: (even[i], odd[i]).
+inline __m512i join(const bf16 *even, const bf16 *odd) {
+    auto widen = [](const bf16 *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); };
+    return _mm512_or_si512(widen(even), _mm512_slli_epi32(widen(odd), 16));
+}
+
 // Pairs of bf16, one pair a lane.
 #if defined(TANDEM_HAVE_DPBF16)
 struct Pairs {
@@ -68,6 +74,7 @@ inline Pairs splat_pair(const bf16 *p) {
     std::memcpy(&pair, p, 4);
     return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair))};
 }
+inline Pairs join_pairs(const bf16 *even, const bf16 *odd) { return {reinterpret_cast<__m512bh>(join(even, odd))}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return {_mm512_dpbf16_ps(total.v, a.v, b.v)}; }
 #else
 struct Pairs {
@@ -83,6 +90,7 @@ inline Pairs splat_pair(const bf16 *p) {
     std::memcpy(&pair, p, 4);
     return split(_mm512_set1_epi32(pair));
 }
+inline Pairs join_pairs(const bf16 *even, const bf16 *odd) { return {load(even), load(odd)}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.odd, fma(a.even, b.even, total)); }
 #endif
 
@@ -112,10 +120,8 @@ inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t s
 
 // Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
 inline void interleave(const bf16 *even, const bf16 *odd, bf16 *low, bf16 *high) {
-    auto widen = [](const bf16 *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); };
-    auto join = [](__m512i lower, __m512i upper) { return _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)); };
-    _mm512_storeu_si512(low, join(widen(even), widen(odd)));
-    _mm512_storeu_si512(high, join(widen(even + 16), widen(odd + 16)));
+    _mm512_storeu_si512(low, join(even, odd));
+    _mm512_storeu_si512(high, join(even + 16, odd + 16));
 }
 
 // Products take rows as they are.

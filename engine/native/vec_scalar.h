@@ -84,12 +84,13 @@ inline Pairs load_pairs(const bf16 *p) {
     return {lanewise([=](int i) { return widen(p[2 * i]); }), lanewise([=](int i) { return widen(p[2 * i + 1]); })};
 }
 inline Pairs splat_pair(const float *p) { return {splat(p[0]), splat(p[1])}; }
+inline Pairs join_pairs(const bf16 *even, const bf16 *odd) { return {load(even), load(odd)}; }
 inline Vec dot(Vec total, const Pairs &a, const Pairs &b) { return fma(a.odd, b.odd, fma(a.even, b.even, total)); }
 
 // 16 rows of 16 words become 16 columns of a matrix whose rows are `stride` words apart.
 inline void transpose16(const uint32_t *const rows[16], uint32_t *out, int64_t stride) {
     for (int column = 0; column < 16; column++)
-        for (int row = 0; row < 16; row++) out[column * stride + row] = rows[row][column];
+        for (int row = 0; row < 16; row++) std::memcpy(out + column * stride + row, rows[row] + column, 4);
 }
 
 // Two rows of 32 become pairs: (even[i], odd[i]) for i < 16 in `low`, the others in `high`.
