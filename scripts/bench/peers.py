@@ -1,4 +1,4 @@
-"""Runs another engine on a checkpoint, in a process and environment of its own."""
+"""Another engine on the same checkpoint, in a process and environment of its own."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from ctypes.util import find_library
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 PROGRAMS = {name: Path(__file__).parent / f"peer_{name}.py" for name in ("transformers", "vllm")}
 
 
-@dataclass(frozen=True)
-class PeerRates:
-    prefill_tokens_s: float
-    decode_tokens_s: dict[str, float]
-    """By batch size."""
+class Peer:
+    """Idle until it is asked."""
 
-    def tokens_s(self, phase: str, batch: int) -> float:
-        return self.prefill_tokens_s if phase == "prefill" else self.decode_tokens_s[str(batch)]
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def measure(self, phase: str, batch: int) -> list[float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"phase": phase, "batch": batch}), file=self._process.stdin, flush=True)
+        told = self._process.stdout.readline()
+        if not told:
+            raise SystemExit(f"{self._process.args!r} ended with status {self._process.wait()}")
+        return [float(each) for each in json.loads(told)]
 
 
-def run_peer(
+@contextmanager
+def open_peer(
     name: str, python: Path, checkpoint: Path, threads: int, options: argparse.Namespace
-) -> PeerRates:
+) -> Iterator[Peer]:
     work = {
         "checkpoint": str(checkpoint),
         "dtype": options.dtype,
@@ -39,18 +47,18 @@ def run_peer(
         "batches": options.batches,
         "threads": threads,
     }
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:threads])
     preload = preloads(python) if name == "vllm" else []
     print(f"{name}: {python}, preloading {preload or 'nothing'}", file=sys.stderr)
-    told = subprocess.run(
-        [str(python), str(PROGRAMS[name]), json.dumps(work)],
-        check=True,
+    process = subprocess.Popen(
+        ["taskset", "-c", cores, str(python), str(PROGRAMS[name]), json.dumps(work)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "LD_PRELOAD": ":".join(preload)},
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
-    return PeerRates(**json.loads(told.stdout.splitlines()[-1]))
+    with process:
+        yield Peer(process)
 
 
 def preloads(python: Path) -> list[str]:
