@@ -9,15 +9,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 Measure = Callable[[str, int], list[float]]
 """Seconds of each prefill, or of each decode step, of a batch."""
 
 
-def answer_questions(measure: Measure) -> None:
-    """Until there are no more; what a peer prints meanwhile goes to stderr."""
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        for line in sys.stdin:
-            asked = json.loads(line)
-            print(json.dumps(measure(asked["phase"], asked["batch"])), file=answers, flush=True)
+def keep_stdout() -> TextIO:
+    """For the answers; what a peer prints from then on goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def answer_questions(answers: TextIO, measure: Measure) -> None:
+    """Until there are no more."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(measure(asked["phase"], asked["batch"])), file=answers, flush=True)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.bench.peer_answers import answer_questions
+from scripts.bench.peer_answers import answer_questions, keep_stdout
 
 REPEATS = 4
 
 
 def main() -> None:
-    work = json.loads(sys.argv[1])
+    work, answers = json.loads(sys.argv[1]), keep_stdout()
     torch.set_num_threads(work["threads"])
     dtype = getattr(torch, work["dtype"])
     model = AutoModelForCausalLM.from_pretrained(work["checkpoint"], dtype=dtype).eval()
@@ -29,7 +29,7 @@ def main() -> None:
         return decode_steps(model, batch, work["context"], work["steps"])
 
     with torch.inference_mode():
-        answer_questions(measure)
+        answer_questions(answers, measure)
 
 
 def prefill(model: torch.nn.Module, batch: int, tokens: int) -> float:

@@ -16,13 +16,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.bench.peer_answers import answer_questions
+from scripts.bench.peer_answers import answer_questions, keep_stdout
 
 REPEATS = 4
 
 
 def main() -> None:
-    work = json.loads(sys.argv[1])
+    work, answers = json.loads(sys.argv[1]), keep_stdout()
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
@@ -46,7 +46,7 @@ def main() -> None:
             return [answer(engine, batch, work["prompt"], 1) for _ in range(REPEATS)]
         return decode_steps(engine.llm_engine, batch, work["context"], work["steps"])
 
-    answer_questions(measure)
+    answer_questions(answers, measure)
 
 
 def decode_steps(engine: Any, batch: int, context: int, steps: int) -> list[float]:
