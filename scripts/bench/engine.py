@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 64
 READ_BYTES = 1 << 29
 OURS = "tandem"
+WARM_UP_S = 0.5
+"""A peer's OpenMP threads spin for 200 ms after their last work."""
 GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 
 
@@ -216,11 +218,14 @@ class Engine:
 
 
 def decode(runner: Runner, batch: int, context: int, steps: int) -> list[float]:
-    spent = []
-    for step in range(steps + 1):
-        work = Batch(tuple(chunk(i, context + step, 1, context + steps) for i in range(batch)))
-        spent.append(runner.execute(work).duration_s)
-    return spent[1:]
+    def step(number: int) -> float:
+        work = Batch(tuple(chunk(i, context + number, 1, context + steps) for i in range(batch)))
+        return runner.execute(work).duration_s
+
+    warm_at = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm_at:
+        step(0)
+    return [step(number) for number in range(1, steps + 1)]
 
 
 def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
