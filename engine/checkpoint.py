@@ -10,8 +10,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from engine.errors import BadCheckpoint
 from engine.layout import KvLayout
 from engine.model.families import read_config
@@ -57,6 +55,8 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Equal only for one architecture holding the same weights, as far as a sample tells."""
+        import torch
+
         digest = blake2b(self.config.describe().encode(), digest_size=12)
         name = self.names.embed + ".weight"
         rows, width = min(SAMPLED_ROWS, self.config.vocab), self.tensors.shape(name)[-1]

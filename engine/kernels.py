@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.model.config import Activation
 from engine.native_library import load_library
-from engine.ops import Activation, Ops, TorchOps
+from engine.ops import Ops, TorchOps
 from engine.ragged_replay import RaggedReplays
 from engine.replay import Replays
 

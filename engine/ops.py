@@ -8,13 +8,13 @@ dtype; norms, RoPE and activations compute in fp32 and round once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from engine import attention
+from engine.model.config import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     Made = tuple[torch.Tensor | None, torch.Tensor]
     Layers = Callable[[Packed, torch.Tensor], Made]
     """All layers of a stage: from what enters them to the last sum and what is not yet in it."""
-
-
-class Activation(str, Enum):
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-    RELU = "relu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,11 @@ class Workspace:
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether torch computed anything itself: that would be missing from the calls."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks; to skip its compiler it would first import it, for seconds and 100 MB."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.computed = False

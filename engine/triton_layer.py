@@ -17,7 +17,8 @@ from engine.triton_shared import pool_strides
 
 if TYPE_CHECKING:
     from engine.attention import KvLayer
-    from engine.ops import Activation, QkNorm, Rotary
+    from engine.model.config import Activation
+    from engine.ops import QkNorm, Rotary
     from engine.packing import Packed
 
 COLUMNS_AT_ONCE = 1024

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import torch
 
     from engine.attention import AttentionShape, KvLayer
-    from engine.ops import Activation, QkNorm, Rotary
+    from engine.model.config import Activation
+    from engine.ops import QkNorm, Rotary
     from engine.packing import Packed
     from engine.scaled import ScaledWeight
 

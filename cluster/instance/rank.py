@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_KV_BYTES = 1 << 30
+CPU_KV_BYTES, CPU_KV_TOKENS = 1 << 30, 1 << 15
+"""Most of either that a worker on a CPU takes if not told: memory there is the whole machine's."""
 GPU_WORKSPACE_BYTES = 1 << 30
 """Left free on a GPU for activations."""
 
@@ -201,8 +202,10 @@ def count_blocks(
     most = max(layout.block_bytes(rank) for rank in range(layout.ranks))
     kv_bytes = config.engine.kv_bytes
     if kv_bytes is None:
-        on_cpu = device == "cpu"
-        kv_bytes = CPU_KV_BYTES if on_cpu else _free_gpu(config, checkpoint, layout, gpu_share)
+        if device == "cpu":
+            kv_bytes = min(CPU_KV_BYTES, CPU_KV_TOKENS // layout.block_tokens * most)
+        else:
+            kv_bytes = _free_gpu(config, checkpoint, layout, gpu_share)
     longest = -(-checkpoint.max_length // layout.block_tokens)
     useful = longest * config.engine.decode.max_sequences
     blocks = min(kv_bytes // most, useful)

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.model.rope import Rope
     from engine.model.scaling import Scaling
-    from engine.ops import Activation
+
+
+class Activation(str, Enum):
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
 
 
 class NormKind(str, Enum):

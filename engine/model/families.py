@@ -6,10 +6,9 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from engine.model.config import LayerConfig, ModelConfig, MoeConfig, NormKind
+from engine.model.config import Activation, LayerConfig, ModelConfig, MoeConfig, NormKind
 from engine.model.ropes import read_rope
 from engine.model.scaling import read_scaling
-from engine.ops import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

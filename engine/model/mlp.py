@@ -10,8 +10,7 @@ import torch
 from engine.model.weights import Loader, Part, Plane, Projection
 
 if TYPE_CHECKING:
-    from engine.model.config import MoeConfig
-    from engine.ops import Activation
+    from engine.model.config import Activation, MoeConfig
 
 
 @dataclass(slots=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,8 @@ class Rope:
 
     def table(self, positions: int, device: torch.device) -> torch.Tensor:
         """fp32 [positions, dims]: cosines, then sines."""
+        import torch
+
         powers = torch.arange(0, self.dims, 2, dtype=torch.int64).float() / self.dims
         frequencies = 1.0 / (self.theta**powers)
         amplitude = 1.0
@@ -79,7 +83,8 @@ class Yarn:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.dims - 1)
         span = high - low or 0.001
-        stretched = ((torch.arange(rope.dims // 2).float() - low) / span).clamp(0.0, 1.0)
+        dimensions = frequencies.new_tensor(range(rope.dims // 2))
+        stretched = ((dimensions - low) / span).clamp(0.0, 1.0)
         return frequencies / self.factor * stretched + frequencies * (1 - stretched)
 
     def _dimension(self, turns: float, rope: Rope) -> float:
@@ -103,4 +108,4 @@ class LongRope:
         return self.attention_factor
 
     def stretch(self, frequencies: torch.Tensor, _rope: Rope) -> torch.Tensor:
-        return frequencies / torch.tensor(self.divisors)
+        return frequencies / frequencies.new_tensor(self.divisors)

@@ -9,9 +9,8 @@ import torch
 
 from engine.errors import BadCheckpoint
 from engine.model.config import NormKind
-from engine.model.scaling import STORED, STORED_NAME, factors_of
 from engine.model.storage import OwnPieces
-from engine.scaled import ScaledWeight
+from engine.scaled import STORED, STORED_NAME, ScaledWeight, factors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cluster.config import parse_config
-from cluster.instance.rank import CPU_KV_BYTES, GPU_WORKSPACE_BYTES, count_blocks
+from cluster.instance.rank import CPU_KV_BYTES, CPU_KV_TOKENS, GPU_WORKSPACE_BYTES, count_blocks
 from cluster.roster import InstanceSpec
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig
@@ -55,9 +57,10 @@ def test_a_size_that_is_given_is_what_a_worker_takes(device, gpu_share):
     assert blocks == (50 << 20) // LAYOUT.block_bytes(0)
 
 
-def test_a_cpu_takes_its_own_default():
-    blocks = count_blocks(config(), CHECKPOINT, LAYOUT, "cpu")
-    assert blocks == CPU_KV_BYTES // LAYOUT.block_bytes(0)
+def test_a_cpu_takes_room_for_so_many_tokens_within_a_bound():
+    assert count_blocks(config(), CHECKPOINT, LAYOUT, "cpu") == CPU_KV_TOKENS // 16
+    wide = replace(LAYOUT, kv_heads=64 * LAYOUT.kv_heads)
+    assert count_blocks(config(), CHECKPOINT, wide, "cpu") == CPU_KV_BYTES // wide.block_bytes(0)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from engine.model.config import ModelConfig, MoeConfig, NormKind
+from engine.model.config import Activation, ModelConfig, MoeConfig, NormKind
 from engine.model.families import read_config
 from engine.model.fields import Fields
 from engine.model.rope import Linear, Llama3, LongRope, Rope
-from engine.ops import Activation
 
 LLAMA31_8B = {
     "model_type": "llama",

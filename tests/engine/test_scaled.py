@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from engine.batch import Batch
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadCheckpoint
-from engine.model.scaling import STORED, factors_of
 from engine.runner import Runner
-from engine.scaled import ScaledWeight
+from engine.scaled import STORED, ScaledWeight, factors_of
 from tests.engine import tiny
 from tests.engine.driving import Greedy, chunk
 

@@ -9,9 +9,9 @@ import torch
 
 import tests.engine.triton_here  # noqa: F401  # before the kernels
 from engine import attention
-from engine.model.scaling import STORED
-from engine.ops import Activation, QkNorm, Rotary, TorchOps
-from engine.scaled import ScaledWeight
+from engine.model.config import Activation
+from engine.ops import QkNorm, Rotary, TorchOps
+from engine.scaled import STORED, ScaledWeight
 from engine.triton_ops import TritonOps
 from tests.engine.attending import HEADS, Scene, assert_close, scene
 
