@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from decode.scheduler import DecodeScheduler, DecodeSettings
 from engine.batch import Batch, Chunk
-from placement.line import Line
+from placement.line import DriftingLine
 from prefill.scheduler import PrefillScheduler, PrefillSettings
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class RoleBatcher:
         self.decode = DecodeScheduler(pool, settings.decode)
         self.decode_step_s = 0.0
         """Smoothed duration of a batch with decodes only."""
-        self.step_cost = Line(1.0 / settings.prefill.tokens_per_s, MEMORY, keep_slope=True)
+        self.step_cost = DriftingLine(1.0 / settings.prefill.tokens_per_s, MEMORY)
         """Duration of a batch that holds both, over its prompt tokens. Decodes alone take a
         cheaper path, and a line through them too would promise little for many tokens."""
         self._most_prompts = 0.0

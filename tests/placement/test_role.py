@@ -101,3 +101,25 @@ def test_one_batch_that_was_held_up_does_not_stop_prompts():
     batcher.measured(taken, 5.0)
     assert len(step(batcher, now=0.0).prefills[0].tokens) > before / 2
     drain(batcher)
+
+
+def test_a_spell_of_slowness_teaches_nothing_of_what_prompts_cost():
+    """Its batches shrink to their least and then quicken of themselves, at one size."""
+    batcher = RoleBatcher(BlockPool(20_000, 16), RoleSettings())
+    for number in range(100):
+        batcher.prefill.add(start_sequence(request(f"prompt {number}", 1000), 1))
+    for number in range(3):
+        decode_on(batcher, number)
+
+    def slow_by(factor):
+        return lambda step: factor * (0.014 + 0.0011 * sum(len(c.tokens) for c in step.prefills))
+
+    for _ in range(60):
+        step(batcher, 0.0, slow_by(1.0))
+    fitting = []
+    for factor in (2.6, 1.9, 1.6, 1.5, 1.4, 1.2, 1.1, 1.3, 1.1, 1.05, 1.0, 1.0, 1.0, 1.0):
+        taken = step(batcher, 0.0, slow_by(factor))
+        fitting.append(slow_by(1.0)(taken))
+    assert max(fitting) < 1.15 * LIMIT_S
+    assert fitting[-1] > 0.8 * LIMIT_S
+    drain(batcher)
