@@ -14,7 +14,8 @@ started for each of its own. `table` puts all files of a folder together. SERVER
 then -mixed (one instance on two threads), -2x1 (two instances of a thread each) or -split (tandem
 only: one prefill beside one decode instance). Requests are drawn as Poisson arrivals with lognormal
 lengths: prompts of 256 tokens in the median and at most 1,024, outputs of 64 and at most 256.
-Latencies count from the moment a request was due. No server caches prefixes.
+Latencies count from the moment a request was due. No server caches prefixes. Where a hypervisor
+takes processors away, a gap in which it took one is also counted without the time it took.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +53,7 @@ from placement.workload import Workload
 from scripts.bench.attainment import bounded, crossing, lognormal, quantiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from cluster.bench.load import Conversation
     from cluster.bench.sample import Sample
@@ -70,6 +72,9 @@ MEASURED_FROM = 100_000
 ROUNDS_APART = 1000
 """Of their seeds, and of the prompts that warm up."""
 GAP_LIMIT_S = 0.1
+PROCESSORS, STOLEN = Path("/proc/stat"), 8
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+NOTED_EVERY_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Outcome:
     ttft_s: float | None
     tpot_s: float | None
     longest_gap_s: float
+    longest_own_gap_s: float
+    """Without what the hypervisor took of the processor that it took most of."""
     error: str | None
 
     def met(self, ttft_s: float, tpot_s: float) -> bool:
@@ -184,8 +191,9 @@ async def measure(contender: Contender, urls: Sequence[str], number: int) -> Non
         await closed_loop(server, warm, WARM_UP_USERS, Silent())
     for place, rate in enumerate(options.rates, number * len(options.rates) + 1):
         drawn = draw(rate, options.seconds, options.seed + number * ROUNDS_APART)
-        samples = await put(servers, conversations(drawn, place * MEASURED_FROM))
-        contender.outcomes[rate] += [outcome(one) for one in samples]
+        async with watched_host() as taken:
+            samples = await put(servers, conversations(drawn, place * MEASURED_FROM))
+        contender.outcomes[rate] += [outcome(one, taken) for one in samples]
         write(options, rate, contender.outcomes[rate])
     for server in servers:
         server.close()
@@ -209,8 +217,52 @@ async def put(servers: Sequence[Server], load: Sequence[Conversation]) -> list[S
     return [sample for samples in await asyncio.gather(*runs) for sample in samples]
 
 
-def outcome(sample: Sample) -> Outcome:
-    return Outcome(sample.ttft_s, sample.tpot_s, max(sample.gaps_s, default=0.0), sample.error)
+def outcome(sample: Sample, taken: Taken) -> Outcome:
+    gaps = list(pairwise(sample.token_s))
+    longest = max((end - start for start, end in gaps), default=0.0)
+    own = max((end - start - taken.between(start, end) for start, end in gaps), default=0.0)
+    return Outcome(sample.ttft_s, sample.tpot_s, longest, own, sample.error)
+
+
+# The host.
+
+
+@dataclass
+class Taken:
+    """What the hypervisor had taken of each processor, from moment to moment."""
+
+    at_s: list[float] = field(default_factory=list)
+    """Since the start of the watch."""
+    taken_s: list[list[float]] = field(default_factory=list)
+
+    def note(self, at_s: float) -> None:
+        rows = [line.split() for line in PROCESSORS.read_text().splitlines()]
+        ticks = [int(row[STOLEN]) for row in rows if re.fullmatch(r"cpu\d+", row[0])]
+        self.at_s.append(at_s)
+        self.taken_s.append([one / TICKS_PER_S for one in ticks])
+
+    def between(self, start_s: float, end_s: float) -> float:
+        before = max(bisect_right(self.at_s, start_s) - 1, 0)
+        after = min(bisect_left(self.at_s, end_s), len(self.at_s) - 1)
+        pairs = zip(self.taken_s[before], self.taken_s[after], strict=True)
+        return max(late - early for early, late in pairs)
+
+
+@asynccontextmanager
+async def watched_host() -> AsyncIterator[Taken]:
+    loop, taken = asyncio.get_running_loop(), Taken()
+    start_s = loop.time()
+    taken.note(0.0)
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(NOTED_EVERY_S)
+            taken.note(loop.time() - start_s)
+
+    watching = loop.create_task(watch())
+    yield taken
+    watching.cancel()
+    taken.note(loop.time() - start_s)
 
 
 def name_of(options: argparse.Namespace) -> str:
@@ -353,14 +405,17 @@ def share_met(run: dict[str, Any], ttft_s: float, tpot_s: float) -> float:
 
 def describe(run: dict[str, Any], ttft_s: float, tpot_s: float) -> str:
     outcomes = outcomes_of(run)
-    smooth = sum(one.error is None and one.longest_gap_s < GAP_LIMIT_S for one in outcomes)
+    finished = [one for one in outcomes if one.error is None]
+    smooth = sum(one.longest_gap_s < GAP_LIMIT_S for one in finished)
+    own = sum(one.longest_own_gap_s < GAP_LIMIT_S for one in finished)
     ttfts = [one.ttft_s for one in outcomes if one.ttft_s is not None]
     tpots = [one.tpot_s for one in outcomes if one.tpot_s is not None]
-    failed = sum(one.error is not None for one in outcomes)
+    failed = len(outcomes) - len(finished)
     return (
         f"{run['server']:<14} {run['rate_rps']:>5.2f}/s met {share_met(run, ttft_s, tpot_s):6.1%}  "
         f"ttft p50/p90 {quantiles(ttfts)} ms  tpot p50/p90 {quantiles(tpots)} ms  "
-        f"gaps < 100 ms in {smooth / len(outcomes):6.1%}  requests {len(outcomes)} failed {failed}"
+        f"gaps < 100 ms in {smooth / len(outcomes):6.1%} ({own / len(outcomes):.1%} without what "
+        f"the host took)  requests {len(outcomes)} failed {failed}"
     )
 
 
