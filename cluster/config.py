@@ -136,8 +136,8 @@ class EngineConfig(Section):
     block_tokens: Literal[8, 16, 32, 64, 128, 256] = 16
     """Tokens in a KV block."""
     kv_bytes: Count | None = None
-    """KV memory of a worker; if not given, on a CPU room for 32768 tokens but at most 1 GiB, on a
-    GPU what kv_share leaves."""
+    """KV memory of a worker; if not given, on a CPU room for 32768 tokens, or for one longest
+    sequence, but at most 1 GiB; on a GPU what kv_share leaves."""
     kv_share: Share = 0.9
     """Part of a GPU's memory that weights and KV may take: of the worker's share of it, where its
     pool's resources give it less than a whole GPU."""

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CPU_KV_BYTES, CPU_KV_TOKENS = 1 << 30, 1 << 15
-"""Most of either that a worker on a CPU takes if not told: memory there is the whole machine's."""
+"""Most of either that a worker on a CPU takes if not told: memory there is the whole machine's.
+One longest sequence may take more tokens."""
 GPU_WORKSPACE_BYTES = 1 << 30
 """Left free on a GPU for activations."""
 
@@ -200,13 +201,14 @@ def count_blocks(
 ) -> int:
     """The same in every rank: what fits the tightest one, and no more than can be used."""
     most = max(layout.block_bytes(rank) for rank in range(layout.ranks))
+    longest = -(-checkpoint.max_length // layout.block_tokens)
     kv_bytes = config.engine.kv_bytes
     if kv_bytes is None:
         if device == "cpu":
-            kv_bytes = min(CPU_KV_BYTES, CPU_KV_TOKENS // layout.block_tokens * most)
+            roomy = max(CPU_KV_TOKENS // layout.block_tokens, longest)
+            kv_bytes = min(CPU_KV_BYTES, roomy * most)
         else:
             kv_bytes = _free_gpu(config, checkpoint, layout, gpu_share)
-    longest = -(-checkpoint.max_length // layout.block_tokens)
     useful = longest * config.engine.decode.max_sequences
     blocks = min(kv_bytes // most, useful)
     if blocks < 2:

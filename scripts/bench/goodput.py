@@ -31,9 +31,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -51,13 +50,15 @@ from cluster.bench.load import Silent, closed_loop, open_loop
 from cluster.bench.server import Settings, connect
 from placement.workload import Workload
 from scripts.bench.attainment import bounded, crossing, lognormal, quantiles
+from scripts.bench.taken import watched_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from cluster.bench.load import Conversation
     from cluster.bench.sample import Sample
     from cluster.bench.server import Server
+    from scripts.bench.taken import Taken
 
 ROOT = Path(__file__).resolve().parents[2]
 POOLS = {"mixed": {"mixed": 1}, "2x1": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
@@ -72,9 +73,6 @@ MEASURED_FROM = 100_000
 ROUNDS_APART = 1000
 """Of their seeds, and of the prompts that warm up."""
 GAP_LIMIT_S = 0.1
-PROCESSORS, STOLEN = Path("/proc/stat"), 8
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-NOTED_EVERY_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -218,51 +216,9 @@ async def put(servers: Sequence[Server], load: Sequence[Conversation]) -> list[S
 
 
 def outcome(sample: Sample, taken: Taken) -> Outcome:
-    gaps = list(pairwise(sample.token_s))
-    longest = max((end - start for start, end in gaps), default=0.0)
-    own = max((end - start - taken.between(start, end) for start, end in gaps), default=0.0)
-    return Outcome(sample.ttft_s, sample.tpot_s, longest, own, sample.error)
-
-
-# The host.
-
-
-@dataclass
-class Taken:
-    """What the hypervisor had taken of each processor, from moment to moment."""
-
-    at_s: list[float] = field(default_factory=list)
-    """Since the start of the watch."""
-    taken_s: list[list[float]] = field(default_factory=list)
-
-    def note(self, at_s: float) -> None:
-        rows = [line.split() for line in PROCESSORS.read_text().splitlines()]
-        ticks = [int(row[STOLEN]) for row in rows if re.fullmatch(r"cpu\d+", row[0])]
-        self.at_s.append(at_s)
-        self.taken_s.append([one / TICKS_PER_S for one in ticks])
-
-    def between(self, start_s: float, end_s: float) -> float:
-        before = max(bisect_right(self.at_s, start_s) - 1, 0)
-        after = min(bisect_left(self.at_s, end_s), len(self.at_s) - 1)
-        pairs = zip(self.taken_s[before], self.taken_s[after], strict=True)
-        return max(late - early for early, late in pairs)
-
-
-@asynccontextmanager
-async def watched_host() -> AsyncIterator[Taken]:
-    loop, taken = asyncio.get_running_loop(), Taken()
-    start_s = loop.time()
-    taken.note(0.0)
-
-    async def watch() -> None:
-        while True:
-            await asyncio.sleep(NOTED_EVERY_S)
-            taken.note(loop.time() - start_s)
-
-    watching = loop.create_task(watch())
-    yield taken
-    watching.cancel()
-    taken.note(loop.time() - start_s)
+    longest = max(sample.gaps_s, default=0.0)
+    own = [end - start - taken.between(start, end) for start, end in pairwise(sample.token_s)]
+    return Outcome(sample.ttft_s, sample.tpot_s, longest, max(own, default=0.0), sample.error)
 
 
 def name_of(options: argparse.Namespace) -> str:

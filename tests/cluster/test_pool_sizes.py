@@ -59,6 +59,8 @@ def test_a_size_that_is_given_is_what_a_worker_takes(device, gpu_share):
 
 def test_a_cpu_takes_room_for_so_many_tokens_within_a_bound():
     assert count_blocks(config(), CHECKPOINT, LAYOUT, "cpu") == CPU_KV_TOKENS // 16
+    long = replace(CHECKPOINT, config=replace(CHECKPOINT.config, max_length=2 * CPU_KV_TOKENS))
+    assert count_blocks(config(), long, LAYOUT, "cpu") == 2 * CPU_KV_TOKENS // 16
     wide = replace(LAYOUT, kv_heads=64 * LAYOUT.kv_heads)
     assert count_blocks(config(), CHECKPOINT, wide, "cpu") == CPU_KV_BYTES // wide.block_bytes(0)
 
