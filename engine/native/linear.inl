@@ -38,24 +38,41 @@ const Left<T> *rows_of(const LinearArgs &args, int64_t &stride) {
     return copy;
 }
 
-constexpr int64_t kRowBlock = 8 * kMaxHalfRows;
+constexpr int64_t kRowBlock = 80 / kMaxHalfRows * kMaxHalfRows;  // whose sums leave most of L1 free
 constexpr int64_t kTaskWeightBytes = 128 << 10;
+constexpr int64_t kSlabDepth = 128;
+constexpr int kAbreast = 2;
+
+// Where rows pass a panel more than once they do so slab by slab, which stay in L1 meanwhile.
+template <class T>
+void multiply_rows(const LinearArgs &args, const Left<T> *x, int64_t stride, const T *panel, int64_t rows, float *sums) {
+    int64_t slab = rows <= kMaxRows ? args.in_features : kSlabDepth;
+    for (int64_t k = 0; k < args.in_features; k += slab) {
+        int64_t depth = args.in_features - k < slab ? args.in_features - k : slab;
+        multiply_panel<T>({x + k, stride, panel + k * kPanel, depth, sums, kPanel, k > 0}, rows);
+    }
+}
 
 template <class T>
 void linear_of(const LinearArgs &args) {
     int64_t stride;
     const Left<T> *x = rows_of<T>(args, stride);
     const T *weight = static_cast<const T *>(args.weight);
-    int64_t size = panel_elements(weight, args.in_features), panels = ceil_div(args.out_features, kPanel);
-    int64_t grain = ceil_div(kTaskWeightBytes, size * static_cast<int64_t>(sizeof(T)));
+    int64_t depth = args.in_features, size = panel_elements(weight, depth), panels = ceil_div(args.out_features, kPanel);
+    int64_t grain = round_up(ceil_div(kTaskWeightBytes, size * static_cast<int64_t>(sizeof(T))), kAbreast);
     int64_t groups = ceil_div(panels, grain);
     parallel(groups, [&](int64_t group) {
         alignas(64) float sums[kRowBlock * kPanel];
-        int64_t end = (group + 1) * grain < panels ? (group + 1) * grain : panels;
+        int64_t first = group * grain, end = first + grain < panels ? first + grain : panels;
+        if (args.rows == 1)
+            for (; first + kAbreast <= end; first += kAbreast) {
+                multiply_abreast<T, kAbreast>(x, weight + first * size, depth, sums);
+                for (int i = 0; i < kAbreast; i++) emit<T>(args, sums + i * kPanel, 0, 1, (first + i) * kPanel);
+            }
         for (int64_t row = 0; row < args.rows; row += kRowBlock)
-            for (int64_t panel = group * grain; panel < end; panel++) {
+            for (int64_t panel = first; panel < end; panel++) {
                 int64_t rows = args.rows - row < kRowBlock ? args.rows - row : kRowBlock;
-                multiply_panel<T>({x + row * stride, stride, weight + panel * size, args.in_features, sums, kPanel, false}, rows);
+                multiply_rows<T>(args, x + row * stride, stride, weight + panel * size, rows, sums);
                 emit<T>(args, sums, row, rows, panel * kPanel);
             }
     });

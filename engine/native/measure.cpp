@@ -7,15 +7,16 @@ namespace tandem {
 namespace {
 
 constexpr int64_t kPiece = 1 << 20;
-constexpr int64_t kAhead = 8192;
+constexpr int64_t kPlaces = 4;  // that are read in turns, which is faster than one after the other
 
 uint64_t read_piece(const char *data, int64_t bytes) {
+    int64_t apart = bytes / kPlaces / 64 * 64;
     uint64_t folded[8] = {};
-    for (int64_t line = 0; line + 64 <= bytes; line += 64) {
-        __builtin_prefetch(data + line + kAhead, 0, 2);
-        auto words = reinterpret_cast<const uint64_t *>(data + line);
-        for (int i = 0; i < 8; i++) folded[i] ^= words[i];
-    }
+    for (int64_t line = 0; line < apart; line += 64)
+        for (int64_t place = 0; place < kPlaces; place++) {
+            auto words = reinterpret_cast<const uint64_t *>(data + place * apart + line);
+            for (int i = 0; i < 8; i++) folded[i] ^= words[i];
+        }
     uint64_t all = 0;
     for (uint64_t word : folded) all ^= word;
     return all;

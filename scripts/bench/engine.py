@@ -4,12 +4,13 @@
         [--prompt 512] [--context 256] [--steps 24] [--dtype bfloat16]
         [--rounds 2] [--vs transformers] [--vllm-python PATH] [--json]
 
-The read bandwidth and the GEMM peak (torch.matmul) are measured in the same run, before and after
-each round, and the best counts. A decode step's `of bandwidth` is the bytes it must read (every
-weight once, and the cached keys and values) over its time; `of peak` is its floating-point
-operations over its time; `of bound` is the larger of the two least times over its time. Times are
-medians over all rounds. Peers run the same checkpoint and lengths in a process of their own; they
-and the engine take turns figure by figure, so that a machine whose speed drifts drifts for all.
+The read bandwidth and the GEMM peak (torch.matmul) are measured before and after each turn of the
+engine, the better of the two counts for it, and the best of all are printed. A decode step's
+`of bandwidth` is the bytes it must read (every weight once, and the cached keys and values) over
+its time; `of peak` is its floating-point operations over its time; `of bound` is the larger of the
+two least times over its time. Times and fractions are medians over all rounds. Peers run the same
+checkpoint and lengths in a process of their own; they and the engine take turns figure by figure,
+so that a machine whose speed drifts drifts for all.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,17 +53,37 @@ WARM_UP_S = 0.5
 GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 
 
-@dataclass
-class Machine:
-    """The best that was seen of so many of a machine's cores."""
+@dataclass(frozen=True)
+class Speed:
+    """Of so many of a machine's cores: bytes and operations a second."""
 
     threads: int
-    bandwidth: float = 0.0
-    peak: float = 0.0
+    bandwidth: float
+    peak: float
 
-    def measure(self) -> None:
-        self.bandwidth = max(self.bandwidth, read_bandwidth(self.threads))
-        self.peak = max(self.peak, gemm_peak(self.threads))
+    def best(self, other: Speed) -> Speed:
+        bandwidth, peak = max(self.bandwidth, other.bandwidth), max(self.peak, other.peak)
+        return Speed(self.threads, bandwidth, peak)
+
+
+@dataclass
+class Turns:
+    """What was measured of one figure, a list or an entry a round."""
+
+    sides_s: dict[str, list[list[float]]] = field(default_factory=partial(defaultdict, list))
+    speeds: list[Speed] = field(default_factory=list)
+    """Of the machine, at ours."""
+
+    def median_s(self, side: str) -> float:
+        return statistics.median(chain.from_iterable(self.sides_s[side]))
+
+    def fractions(self, nbytes: float, flops: float) -> list[tuple[float, float]]:
+        """Of the bandwidth and of the peak."""
+        rounds = [statistics.median(each) for each in self.sides_s[OURS]]
+        return [
+            (nbytes / speed.bandwidth / time_s, flops / speed.peak / time_s)
+            for time_s, speed in zip(rounds, self.speeds, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,27 +132,25 @@ def integers(text: str) -> list[int]:
 
 
 def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespace) -> None:
-    machine = Machine(threads)
-    machine.measure()
-    spent: dict[tuple[str, int], dict[str, list[float]]] = {
-        figure: defaultdict(list)
-        for figure in (("prefill", 1), *(("decode", batch) for batch in options.batches))
-    }
+    figures = {("prefill", 1): Turns(), **{("decode", one): Turns() for one in options.batches}}
     with ExitStack() as stack:
         sides: dict[str, Engine | Peer] = {OURS: Engine(shape, directory, threads, options)}
         for name, python in pythons(options).items():
             peer = open_peer(name, python, directory, threads, options)
             sides[name] = stack.enter_context(peer)
         for _ in range(options.rounds):
-            for (phase, batch), by_side in spent.items():
+            for (phase, batch), turns in figures.items():
+                before = measure_speed(threads)
                 for name, side in sides.items():
-                    by_side[name] += side.measure(phase, batch)
-            machine.measure()
-    rates = [rate(shape, machine, *each, options) for each in spent.items()]
+                    turns.sides_s[name].append(side.measure(phase, batch))
+                    if name == OURS:
+                        turns.speeds.append(before.best(measure_speed(threads)))
+    best = reduce(Speed.best, chain.from_iterable(turns.speeds for turns in figures.values()))
+    rates = [rate(shape, threads, *each, options) for each in figures.items()]
     if options.json:
-        print_json(machine, rates)
+        print_json(best, rates)
     else:
-        print_table(shape, machine, rates)
+        print_table(shape, best, rates)
 
 
 def pythons(options: argparse.Namespace) -> dict[str, Path]:
@@ -142,17 +162,26 @@ def pythons(options: argparse.Namespace) -> dict[str, Path]:
 # --- the machine -------------------------------------------------------------------------------
 
 
+def measure_speed(threads: int) -> Speed:
+    return Speed(threads, read_bandwidth(threads), gemm_peak(threads))
+
+
 def read_bandwidth(threads: int) -> float:
     """Bytes a second, the best of several passes over memory far larger than any cache share."""
-    library = load_library()
-    data = torch.empty(READ_BYTES // 8, dtype=torch.int64)
+    library, data = load_library(), much_memory()
     if library is None:
         torch.set_num_threads(threads)
-        return READ_BYTES / least_time(data.fill_(1).sum)
+        return READ_BYTES / least_time(data.sum)
     library.use(library.instruction_sets[0], threads)
-    library.use_huge_pages(data.data_ptr(), READ_BYTES)
-    data.fill_(1)
     return READ_BYTES / least_time(lambda: library.read_memory(data.data_ptr(), READ_BYTES))
+
+
+@cache
+def much_memory() -> torch.Tensor:
+    library, data = load_library(), torch.empty(READ_BYTES // 8, dtype=torch.int64)
+    if library is not None:
+        library.use_huge_pages(data.data_ptr(), READ_BYTES)
+    return data.fill_(1)
 
 
 def gemm_peak(threads: int) -> float:
@@ -174,7 +203,7 @@ def product_time(size: tuple[int, int, int], dtype: torch.dtype) -> float:
     return least_time(partial(torch.matmul, left, right))
 
 
-def least_time(work: Callable[[], object], repeats: int = 12) -> float:
+def least_time(work: Callable[[], object], repeats: int = 6) -> float:
     return min(times(work, repeats))
 
 
@@ -237,11 +266,7 @@ def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
 
 
 def rate(
-    shape: Shape,
-    machine: Machine,
-    figure: tuple[str, int],
-    spent: dict[str, list[float]],
-    options: argparse.Namespace,
+    shape: Shape, threads: int, figure: tuple[str, int], turns: Turns, options: argparse.Namespace
 ) -> Rate:
     phase, batch = figure
     prefill = phase == "prefill"
@@ -249,17 +274,16 @@ def rate(
     context = options.prompt / 2 if prefill else options.context + options.steps / 2
     flops = shape.flops(tokens, context, batch)
     read = shape.step_bytes(options.dtype, batch, round(context))
-    time_s, *others_s = map(statistics.median, spent.values())
-    of_bandwidth = read / machine.bandwidth / time_s
-    of_peak = flops / machine.peak / time_s
+    of_bandwidth, of_peak = map(statistics.median, zip(*turns.fractions(read, flops), strict=True))
+    time_s = turns.median_s(OURS)
     return Rate(
         shape.name,
-        machine.threads,
+        threads,
         phase,
         batch,
         time_s,
-        min(spent[OURS]),
-        dict(zip(pythons(options), others_s, strict=True)),
+        min(chain.from_iterable(turns.sides_s[OURS])),
+        {name: turns.median_s(name) for name in pythons(options)},
         tokens / time_s,
         of_bandwidth,
         of_peak,
@@ -270,16 +294,16 @@ def rate(
 # --- the report --------------------------------------------------------------------------------
 
 
-def print_json(machine: Machine, rates: list[Rate]) -> None:
-    print(json.dumps({"machine": asdict(machine)}))
+def print_json(best: Speed, rates: list[Rate]) -> None:
+    print(json.dumps({"machine": asdict(best)}))
     for each in rates:
         print(json.dumps(asdict(each)), flush=True)
 
 
-def print_table(shape: Shape, machine: Machine, rates: list[Rate]) -> None:
+def print_table(shape: Shape, best: Speed, rates: list[Rate]) -> None:
     print(
-        f"\n{shape.name}, {machine.threads} thread(s): read bandwidth "
-        f"{machine.bandwidth / 1e9:.1f} GB/s, GEMM peak {machine.peak / 1e9:.0f} GFLOP/s"
+        f"\n{shape.name}, {best.threads} thread(s): read bandwidth "
+        f"{best.bandwidth / 1e9:.1f} GB/s, GEMM peak {best.peak / 1e9:.0f} GFLOP/s"
     )
     columns = "".join(f"{f'vs {name}':>16}" for name in rates[0].peers_s)
     print(f"{'':12}{'ms':>9}{'best ms':>9}{'tokens/s':>10}{'of bandwidth':>14}{'of peak':>9}"
