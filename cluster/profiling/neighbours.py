@@ -18,7 +18,7 @@ LOOK_S = 0.2
 
 
 @contextmanager
-def busy_neighbours(count: int, work: Callable[[Event], None]) -> Iterator[None]:
+def busy_neighbours(count: int, work: Callable[[Event], None]) -> Iterator[list[int]]:
     """So many processes work until the end of the context; each sets its event once it does."""
     context = get_context("spawn")
     begun = [context.Event() for _ in range(count)]
@@ -32,7 +32,7 @@ def busy_neighbours(count: int, work: Callable[[Event], None]) -> Iterator[None]
                 waited_s += LOOK_S
                 if waited_s > START_S or not process.is_alive():
                     raise InstanceLost("a neighbour to be measured beside did not start")
-        yield
+        yield [process.pid for process in processes if process.pid is not None]
     finally:
         for process in processes:
             if process.pid is not None:

@@ -131,9 +131,9 @@ void attend_few(const Task<T> &task) {
     each_tile(task, [&](int64_t tile, const TileRows<T> &rows, const TileRows<T> *next) {
         Fetching<RowByRow<T>> fetching({next, dim}, cycles);
         int64_t first = 0;
-        for (int64_t groups = ceil_div(task.rows, kMaxHalfRows); groups > 0; groups--) {
+        for (int64_t groups = ceil_div(task.rows, kMaxHalfRows<T>); groups > 0; groups--) {
             int64_t here = ceil_div(task.rows - first, groups);
-            attend_rows<T>({task, softmax, tile, rows, first, fetching}, here, std::make_integer_sequence<int, kMaxHalfRows>());
+            attend_rows<T>({task, softmax, tile, rows, first, fetching}, here, std::make_integer_sequence<int, kMaxHalfRows<T>>());
             first += here;
         }
         fetching.end();

@@ -38,7 +38,8 @@ const Left<T> *rows_of(const LinearArgs &args, int64_t &stride) {
     return copy;
 }
 
-constexpr int64_t kRowBlock = 80 / kMaxHalfRows * kMaxHalfRows;  // whose sums leave most of L1 free
+template <class T>
+constexpr int64_t kRowBlock = 80 / kMaxHalfRows<T> * kMaxHalfRows<T>;  // whose sums leave most of L1 free
 constexpr int64_t kTaskWeightBytes = 128 << 10;
 constexpr int64_t kSlabDepth = 128;
 constexpr int kAbreast = 2;
@@ -62,16 +63,16 @@ void linear_of(const LinearArgs &args) {
     int64_t grain = round_up(ceil_div(kTaskWeightBytes, size * static_cast<int64_t>(sizeof(T))), kAbreast);
     int64_t groups = ceil_div(panels, grain);
     parallel(groups, [&](int64_t group) {
-        alignas(64) float sums[kRowBlock * kPanel];
+        alignas(64) float sums[kRowBlock<T> * kPanel];
         int64_t first = group * grain, end = first + grain < panels ? first + grain : panels;
         if (args.rows == 1)
             for (; first + kAbreast <= end; first += kAbreast) {
                 multiply_abreast<T, kAbreast>(x, weight + first * size, depth, sums);
                 for (int i = 0; i < kAbreast; i++) emit<T>(args, sums + i * kPanel, 0, 1, (first + i) * kPanel);
             }
-        for (int64_t row = 0; row < args.rows; row += kRowBlock)
+        for (int64_t row = 0; row < args.rows; row += kRowBlock<T>)
             for (int64_t panel = first; panel < end; panel++) {
-                int64_t rows = args.rows - row < kRowBlock ? args.rows - row : kRowBlock;
+                int64_t rows = args.rows - row < kRowBlock<T> ? args.rows - row : kRowBlock<T>;
                 multiply_rows<T>(args, x + row * stride, stride, weight + panel * size, rows, sums);
                 emit<T>(args, sums, row, rows, panel * kPanel);
             }

@@ -100,18 +100,18 @@ void multiply_halves(Panel<T> p, int64_t rows, int64_t share) {
 template <class T>
 void multiply_panel(Panel<T> p, int64_t rows) {
     auto here = reinterpret_cast<const char *>(p.panel);
-    if (rows <= kMaxRows || kMaxHalfRows <= kMaxRows) {
+    if (rows <= kMaxRows || kMaxHalfRows<T> <= kMaxRows) {
         p.upcoming = {here + kAheadBytes, kTurnBytes};
         return multiply_halves<T, 2, kMaxRows>(p, rows, 0);
     }
     // Each pass over this panel brings in its share of the next one.
     int64_t bytes = panel_elements(p.panel, p.depth) * static_cast<int64_t>(sizeof(T));
-    int64_t groups = ceil_div(rows, kMaxHalfRows), step = ceil_div(kTurnBytes, 2 * groups);
+    int64_t groups = ceil_div(rows, kMaxHalfRows<T>), step = ceil_div(kTurnBytes, 2 * groups);
     int64_t share = bytes / kTurnBytes * step;
     p.upcoming = {here + bytes, step};
-    multiply_halves<T, 1, kMaxHalfRows>(p, rows, share);
+    multiply_halves<T, 1, kMaxHalfRows<T>>(p, rows, share);
     p.panel += half_panel(p.panel), p.c += kPanel / 2, p.upcoming.line += groups * share;
-    multiply_halves<T, 1, kMaxHalfRows>(p, rows, share);
+    multiply_halves<T, 1, kMaxHalfRows<T>>(p, rows, share);
 }
 
 template <class T>

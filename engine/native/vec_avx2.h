@@ -144,5 +144,8 @@ inline void interleave(const bf16 *even, const bf16 *odd, bf16 *__restrict low, 
 template <class T>
 using Left = float;
 
-// Rows of a product whose sums fit the registers, over a whole panel and over half of one.
-constexpr int kMaxRows = 2, kMaxHalfRows = 5;
+// Rows of a product whose sums fit the registers, over a whole panel and over half of one: a pair of
+// bf16 takes two registers where a float takes one.
+constexpr int kMaxRows = 2;
+template <class T>
+constexpr int kMaxHalfRows = std::is_same_v<T, float> ? 6 : 5;

@@ -129,4 +129,6 @@ template <class T>
 using Left = T;
 
 // Rows of a product whose sums fit the registers, over a whole panel and over half of one.
-constexpr int kMaxRows = 12, kMaxHalfRows = 12;
+constexpr int kMaxRows = 12;
+template <class T>
+constexpr int kMaxHalfRows = 12;

@@ -104,4 +104,6 @@ template <class T>
 using Left = float;
 
 // Rows of a product whose sums fit the registers, over a whole panel and over half of one.
-constexpr int kMaxRows = 2, kMaxHalfRows = 2;
+constexpr int kMaxRows = 2;
+template <class T>
+constexpr int kMaxHalfRows = 2;

@@ -15,10 +15,11 @@ since the generator and the gateway share the two cores with the instances.
 
 Two predictions are compared with each measurement. One is by the profile as it was taken. But what
 else runs on a virtual machine's host makes it up to twice as slow, for seconds or for minutes, so
-before and after each rate, while the server idles, some of the profile's passes are timed again on
-one core: the other prediction is by the profile with all times in it made as much longer as these
-passes now take longer than in the profile, by their geometric mean. Nothing that was measured of
-the server or the rate goes into it.
+before and after each rate, while the server idles, some of the profile's passes are timed again,
+alone and beside a neighbour that computes: the other prediction is by the profile with its times
+made as much longer as these passes now take longer than in the profile, by their geometric mean
+over each kind of pass and company. Nothing that was measured of the server or the rate goes into
+it.
 
 How far a figure would lie from itself, were it measured again over as many requests, is printed
 beside it (a block bootstrap). Where the time to the first token and to the second went is told for
@@ -42,22 +43,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from prediction_report import (
+    ALONE,
+    BESIDE,
+    COMPANIES,
     FIGURES,
+    KINDS,
     MEASURED,
     PLAN,
     PROFILE,
     ROOT,
     TANDEM,
     WORKLOAD,
+    overall,
     read_measured,
     report,
     tandem,
@@ -66,12 +73,17 @@ from shapes import SHAPES, write_checkpoint
 
 sys.path.insert(0, str(ROOT))
 
-from cluster.profiling.measure import Device, Measuring, Rank
+from cluster.profiling.measure import Device, Measuring, Rank, compute_for_ever
+from cluster.profiling.neighbours import busy_neighbours
 from cluster.profiling.passes import passes_of, profile_entry
 from engine.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from prediction_report import Slowness
+
+    from cluster.profiling.passes import Pass
 
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
@@ -80,7 +92,6 @@ RESAMPLES = 200
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
 STOP_S = 60
-KINDS = ("prefill", "decode", "mixed")
 LONGEST_S = 0.1
 ROUNDS = 5
 """Of passes up to so long, to tell the machine's speed."""
@@ -256,30 +267,58 @@ class Clock:
     def __init__(self, folder: Path, plan: Path) -> None:
         model = yaml.safe_load(plan.read_text())["model"]
         run = json.loads((folder / PROFILE).read_text())["runs"][0]
-        then_s = {named(entry): entry["seconds"] for kind in KINDS for entry in run[kind]}
+        measuring = Measuring(model, Device("cpu", "cpu-core"), quick=True)
         checkpoint = open_checkpoint(model)
-        known = {
-            one: then_s[name]
-            for one in passes_of(checkpoint.max_length, quick=True)
-            if (name := named(profile_entry(one, 0.0))) in then_s
-        }
-        self._then_s = {one: seconds for one, seconds in known.items() if seconds < LONGEST_S}
-        self._rank = Rank(Measuring(model, Device("cpu", "cpu-core")), checkpoint)
-        self._seen: list[float] = []
+        passes = list(passes_of(checkpoint.max_length, quick=True))
+        self._then_s = {company: known(passes, run_in(run, company)) for company in COMPANIES}
+        self._rank = Rank(measuring, checkpoint)
+        self._seen: list[Slowness] = []
+        with ExitStack() as stack:
+            stack.callback(self._rank.runner.close)
+            working = busy_neighbours(1, partial(compute_for_ever, measuring))
+            (self._neighbour,) = stack.enter_context(working)
+            os.kill(self._neighbour, signal.SIGSTOP)
+            self._ending = stack.pop_all()
 
     def close(self) -> None:
-        self._rank.runner.close()
+        self._ending.close()
 
     def look(self) -> None:
-        now_s = self._rank.timer.run(list(self._then_s), ROUNDS, lambda _: None)
-        times = np.log(now_s) - np.log(list(self._then_s.values()))
-        self._seen.append(float(np.exp(times.mean())))
+        alone = self._slowness(ALONE)
+        os.kill(self._neighbour, signal.SIGCONT)
+        beside = self._slowness(BESIDE)
+        os.kill(self._neighbour, signal.SIGSTOP)
+        self._seen.append({ALONE: alone, BESIDE: beside})
 
-    def slower(self) -> tuple[float, float]:
-        """How many times as long everything took between the last two looks as in the profile, and
-        by what part that changed meanwhile."""
+    def _slowness(self, company: str) -> dict[str, float]:
+        then_s = self._then_s[company]
+        now_s = self._rank.timer.run(list(then_s), ROUNDS, lambda _: None)
+        times: dict[str, list[float]] = {}
+        for (one, before_s), after_s in zip(then_s.items(), now_s, strict=True):
+            times.setdefault(one.kind, []).append(after_s / before_s)
+        return {kind: geometric_mean(each) for kind, each in times.items()}
+
+    def slower(self) -> tuple[Slowness, float]:
+        """How many times as long passes took in the last two looks as in the profile, and by what
+        part that changed meanwhile."""
         before, after = self._seen[-2:]
-        return math.sqrt(before * after), abs(math.log(after / before))
+        between = {
+            company: {kind: math.sqrt(times * after[company][kind]) for kind, times in each.items()}
+            for company, each in before.items()
+        }
+        return between, abs(math.log(overall(after) / overall(before)))
+
+
+def run_in(run: dict[str, Any], company: str) -> dict[str, Any]:
+    part: dict[str, Any] = run if company == ALONE else run[BESIDE]
+    return part
+
+
+def known(passes: list[Pass], run: dict[str, Any]) -> dict[Pass, float]:
+    """What the short ones took when the profile was made."""
+    then_s = {named(entry): entry["seconds"] for kind in KINDS for entry in run[kind]}
+    found = {one: then_s.get(named(profile_entry(one, 0.0)), math.inf) for one in passes}
+    return {one: seconds for one, seconds in found.items() if seconds < LONGEST_S}
 
 
 def named(entry: dict[str, float]) -> tuple[tuple[str, float], ...]:
@@ -309,8 +348,7 @@ def sampling_errors(samples: Path) -> dict[str, float]:
 class Driven:
     others: float
     """Cores that other processes took."""
-    slower: float
-    """How many times as slow as when it was profiled the machine was."""
+    slower: Slowness
     changed: float
     """By what part its speed changed meanwhile."""
     figures: str

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,13 @@ SAME = 0.02
 LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
 PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
 WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
+KINDS = ("prefill", "decode", "mixed")
+ALONE, BESIDE = COMPANIES = "alone", "beside"
+"""What else computes on the machine; the second is also the name of a part of a profile."""
 SECONDS = {"seconds", "ttft_s", "tpot_s", "prefill_s", "loops_s", "doors_s"}
 """What takes longer on a slower machine, by its name in a profile."""
+Slowness = dict[str, dict[str, float]]
+"""How many times as long as when it was profiled the machine takes, by company and kind of pass."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +86,35 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def slowed(folder: Path, times: float) -> Path:
-    """The profile as it would be of a machine that takes so many times as long for everything."""
+def overall(slowness: Slowness) -> float:
+    return geometric_mean(times for kinds in slowness.values() for times in kinds.values())
+
+
+def slowed(folder: Path, slowness: Slowness) -> Path:
+    """The profile as it would be of a machine that is so much slower. Serving one instance is as
+    computing alone, serving two and computing over two cores as computing beside a neighbour."""
     document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
-
-    def lengthened(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: lengthened(one, name) for name, one in value.items()}
-        if isinstance(value, list):
-            return [lengthened(one) for one in value]
-        return value * times if key in SECONDS else value
-
-    path.write_text(json.dumps(lengthened(document)))
+    whole = {company: geometric_mean(slowness[company].values()) for company in COMPANIES}
+    alone, *cut = document["runs"]
+    for run, company in ((alone, ALONE), (alone[BESIDE], BESIDE)):
+        for kind, times in slowness[company].items():
+            run[kind] = lengthened(run[kind], times)
+    document["runs"] = [alone, *(lengthened(run, whole[BESIDE]) for run in cut)]
+    document["serving"] = [
+        lengthened(one, whole[BESIDE if one["instances"] > 1 or "handed_off" in one else ALONE])
+        for one in document["serving"]
+    ]
+    document["transfer"] = lengthened(document["transfer"], whole[BESIDE])
+    path.write_text(json.dumps(document))
     return path
+
+
+def lengthened(value: Any, times: float, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: lengthened(one, times, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [lengthened(one, times) for one in value]
+    return value * times if key in SECONDS else value
 
 
 def compare(folder: Path, *, at_speed: bool) -> Iterator[Pair]:
@@ -122,7 +144,7 @@ def report(folder: Path, *, as_json: bool) -> None:
     rows, at_speed = ([row for one in way for row in one.rows()] for way in (pairs, pairs_at_speed))
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
     others = max(one["others"] for one in measured)
-    slower = [one["slower"] for one in measured]
+    slower = [overall(one["slower"]) for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
         lists = {"rows": rows, "rows_at_speed": at_speed}

@@ -26,8 +26,9 @@ def children():
 
 
 def test_neighbours_are_there_as_long_as_they_are_needed(children):
-    with busy_neighbours(2, goes_on):
-        assert len(children()) == 2
+    with busy_neighbours(2, goes_on) as processes:
+        assert len(processes) == 2
+        assert {child.pid for child in children()} == set(processes)
     assert not children()
 
 
