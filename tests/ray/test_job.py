@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+    # As docs/operations.md says of a Ray for CPUs.
+    "RAY_worker_niceness": "0",
     # Ray's own limit for the end of a stopped job.
     "RAY_JOB_STOP_WAIT_TIME_S": f"{PATIENCE_S:.0f}",
 }
