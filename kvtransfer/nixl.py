@@ -68,7 +68,10 @@ class NixlAgent:
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT
         name = f"{me}-{os.getpid()}-{secrets.token_hex(4)}"
         self._agent = self._nixl.nixlAgent(name, config)
-        self._backend = self._agent.createBackend("UCX", {})
+        try:
+            self._backend = self._agent.createBackend("UCX", {})
+        except self.errors as error:
+            raise TransportError(f"nixl finds no way through UCX: {error}") from error
         self._registered = self._nixl.nixlRegDList(
             self._segment(pool.device), [(pool.address, pool.nbytes, _ordinal(pool.device), "")]
         )

@@ -150,7 +150,7 @@ class Leading:
                 for call in calls:
                     await answer(call, PULL_ANSWER_S)
             except TandemError as error:
-                # It died while we met: the roster will say so, and until then pulls fail.
+                # If it died, the roster will say so; else the next pull meets it.
                 log.warning("no way to peer=%s me=%s error=%s", name, self._spec.name, error)
 
     def lost(self, member: Member) -> None:

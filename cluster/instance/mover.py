@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.instance.serving import Asking, Serving, order_parts
-from engine.errors import TransferError, TransportError
+from engine.errors import PeerLost, TransferError, TransportError
 from kvtransfer.plan import plan_cells
 
 if TYPE_CHECKING:
@@ -90,6 +90,13 @@ class RankMover:
     def connect(self, peer: str, metadata: bytes) -> None:
         self._asking.connect(peer, metadata)
 
+    async def meet(self, peers: Sequence[str]) -> None:
+        """Connects to them; to one that does not answer now, before the next pull from it."""
+        for peer in peers:
+            self._asking.broken(peer)
+        for peer in peers:
+            await self._asking.mend(peer)
+
     def disconnect(self, peer: str) -> None:
         self._serving.forget(peer)
         self._asking.disconnect(peer)
@@ -135,6 +142,8 @@ class RankMover:
         two_sided = any(self._transport.two_sided(_peer(order, part)) for part in parts)
         nbytes = sum(part.copies.total_bytes for part in parts)
         with self._paced(order) as pace:
+            for part in parts:
+                await self._asking.mend(_peer(order, part))
             codec = self._codec(order, nbytes, two_sided=two_sided)
             if codec is not None:
                 await self._pull_coded(order, codec, pace)
@@ -167,8 +176,6 @@ class RankMover:
                 del self._paces[order.transfer]
 
     async def _pull_whole(self, order: PullOrder, parts: Sequence[RankPull]) -> None:
-        for part in parts:
-            await self._asking.mend(_peer(order, part))
         started: list[asyncio.Task[None]] = []
         try:
             started.extend(self._start(order, _peer(order, part), part.copies) for part in parts)
@@ -236,7 +243,7 @@ class RankMover:
         if not self._under_way[order.transfer]:
             del self._under_way[order.transfer]
         if failure is not None:
-            if request is not None:
+            if request is not None or isinstance(failure, PeerLost):
                 self._asking.broken(peer)
             raise refusal or failure
         if self._coder is not None:

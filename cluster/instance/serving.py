@@ -162,11 +162,13 @@ class Asking:
         return None
 
     def broken(self, peer: str) -> None:
-        """A copy did not end well: the two sides may no longer agree whose turn it is."""
+        """The connection is of no use: lost, or the sides may not agree whose turn it is."""
         self._broken.add(peer)
 
     async def mend(self, peer: str) -> None:
-        """Connects anew where the connection was lost."""
+        """Connects anew where the connection is broken, unless others make them for this rank."""
+        if self._peers is None:
+            return
         async with self._mending.setdefault(peer, asyncio.Lock()):
             if peer in self._broken:
                 metadata = await self._calls.metadata(peer)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.actors import PULL_ANSWER_S, answer, find_worker
 from cluster.collector import spare_what_is_loaded
 from cluster.config import Config
 from cluster.instance.leading import Leading
@@ -176,12 +175,7 @@ class Worker:
 
     async def meet(self, instance: str, ranks: int) -> None:
         """Makes the pools of another instance's ranks reachable."""
-        for rank in range(ranks):
-            peer = rank_name(instance, rank)
-            me = rank_name(self._spec.name, self._rank)
-            call = find_worker(instance, rank).metadata.remote(me)
-            metadata = await answer(call, PULL_ANSWER_S)
-            await asyncio.to_thread(self._rank_loaded.mover.connect, peer, metadata)
+        await self._rank_loaded.mover.meet([rank_name(instance, rank) for rank in range(ranks)])
 
     async def part(self, instance: str, ranks: int) -> None:
         for rank in range(ranks):

@@ -8,7 +8,7 @@ import torch
 
 from cluster.instance.coded import Coder, CodingSettings, slot_blocks
 from cluster.instance.mover import RankMover
-from engine.errors import TandemError
+from engine.errors import PeerLost, TandemError
 from engine.layout import KvLayout
 from kvtransfer.shared_memory import shared_pool
 from tests.kvtransfer.peers import TRANSPORTS, Process
@@ -49,6 +49,8 @@ class DirectPeers:
         self._movers = movers
 
     async def metadata(self, peer):
+        if peer not in self._movers:
+            raise PeerLost(f"{peer} is not there")
         return self._movers[peer].metadata(self.me)
 
     async def serve(self, peer, request):

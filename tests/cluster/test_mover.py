@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from cluster.instance.mover import InstanceMover, RankMover, rank_name
-from engine.errors import InstanceLost, TransportError
+from engine.errors import InstanceLost, PeerLost, TransportError
 from engine.layout import KvLayout
 from kvtransfer.memory import MemoryNetwork, MemoryTransport
 from kvtransfer.transfer import PullCancel, PullOrder
 from kvtransfer.transport import Pool
+from tests.cluster.movers import DirectPeers
 
 LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
+PREFILL = rank_name("prefill-0", 0)
 ORDER = PullOrder("t1", 1, "prefill-0", LAYOUT, (0, 2), (3, 1), 0, 2, 16)
 
 
@@ -51,6 +53,50 @@ async def test_a_cancelled_pull_is_fenced_and_reports_its_end(ranks):
         await pulling
     assert not network.step()
     assert not pool.bytes().any()
+
+
+class Meeting:
+    """A target, and a source that is there from `appear` on."""
+
+    def __init__(self):
+        self.network, self._movers, self.pool = MemoryNetwork(), {}, pool_of(0)
+        self._at = ""
+        peers = DirectPeers(rank_name("decode-0", 0), self._movers)
+        transport = MemoryTransport(peers.me, self.pool, self.network)
+        self.target = RankMover(LAYOUT, 0, transport, peers=peers)
+
+    def appear(self):
+        transport = MemoryTransport(PREFILL, pool_of(7), self.network)
+        self._at = transport._address
+        self._movers[PREFILL] = RankMover(LAYOUT, 0, transport)
+
+    def lose_connection(self):
+        self.network.leave(self._at)
+
+    def has_arrived(self):
+        blocks = self.pool.bytes().reshape(4, -1)
+        return [bool((block == 7).all()) for block in blocks] == [False, True, False, True]
+
+
+async def test_a_living_peer_whose_connection_was_lost_is_connected_anew_by_the_next_pull():
+    meeting = Meeting()
+    meeting.appear()
+    await meeting.target.meet([PREFILL])
+    meeting.lose_connection()
+    with pytest.raises(PeerLost):
+        await meeting.target.pull(ORDER)
+    meeting.appear()
+    await meeting.target.pull(ORDER)
+    assert meeting.has_arrived()
+
+
+async def test_a_peer_that_did_not_answer_is_met_by_the_next_pull():
+    meeting = Meeting()
+    with pytest.raises(PeerLost):
+        await meeting.target.meet([PREFILL])
+    meeting.appear()
+    await meeting.target.pull(ORDER)
+    assert meeting.has_arrived()
 
 
 async def test_a_pull_that_has_time_goes_piece_by_piece_and_arrives_whole(ranks, monkeypatch):

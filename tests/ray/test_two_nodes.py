@@ -93,6 +93,7 @@ def nodes(spaces, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     monkeypatch.setenv("UCX_TLS", "tcp,self")
+    monkeypatch.delenv("UCX_NET_DEVICES")
     for name, value in RAY_SETTINGS.items():
         monkeypatch.setenv(name, value)
     session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
