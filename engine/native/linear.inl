@@ -41,7 +41,7 @@ const Left<T> *rows_of(const LinearArgs &args, int64_t &stride) {
 template <class T>
 constexpr int64_t kRowBlock = 80 / kMaxHalfRows<T> * kMaxHalfRows<T>;  // whose sums leave most of L1 free
 constexpr int64_t kTaskWeightBytes = 128 << 10;
-constexpr int64_t kSlabDepth = 128;
+constexpr int64_t kSlabDepth = 256;
 constexpr int kAbreast = 2;
 
 // Where rows pass a panel more than once they do so slab by slab, which stay in L1 meanwhile.

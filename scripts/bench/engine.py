@@ -4,13 +4,14 @@
         [--prompt 512] [--context 256] [--steps 24] [--dtype bfloat16]
         [--rounds 2] [--vs transformers] [--vllm-python PATH] [--json]
 
-The read bandwidth and the GEMM peak (torch.matmul) are measured before and after each turn of the
-engine, the better of the two counts for it, and the best of all are printed. A decode step's
-`of bandwidth` is the bytes it must read (every weight once, and the cached keys and values) over
-its time; `of peak` is its floating-point operations over its time; `of bound` is the larger of the
-two least times over its time. Times and fractions are medians over all rounds. Peers run the same
-checkpoint and lengths in a process of their own; they and the engine take turns figure by figure,
-so that a machine whose speed drifts drifts for all.
+The read bandwidth and the GEMM peak (torch.matmul) are measured after each step of the engine, and
+the best of all are printed. A decode step's `of bandwidth` is the bytes it must read (every weight
+once, and the cached keys and values) over its time, as a fraction of the bandwidth measured beside
+it; `of peak` is the same of its floating-point operations; `of bound` is the larger of the two.
+Times and fractions are medians over all steps; `best` ones are of the fastest step, as fractions of
+the fastest the machine was seen at. Peers run the same checkpoint and lengths in a process of their
+own; they and the engine take turns figure by figure, so that a machine whose speed drifts drifts
+for all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial, reduce
 from itertools import chain
@@ -43,7 +44,7 @@ from scripts.bench.peers import Peer, open_peer
 from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 BLOCK_TOKENS = 64
 READ_BYTES = 1 << 29
@@ -55,41 +56,36 @@ GREEDY = Sampling(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 
 @dataclass(frozen=True)
 class Speed:
-    """Of so many of a machine's cores: bytes and operations a second."""
+    """Bytes and operations a second."""
 
-    threads: int
     bandwidth: float
     peak: float
 
     def best(self, other: Speed) -> Speed:
-        bandwidth, peak = max(self.bandwidth, other.bandwidth), max(self.peak, other.peak)
-        return Speed(self.threads, bandwidth, peak)
+        return Speed(max(self.bandwidth, other.bandwidth), max(self.peak, other.peak))
+
+    def fractions(self, nbytes: float, flops: float, time_s: float) -> tuple[float, float]:
+        """Of the bandwidth and of the peak that work of that time reached."""
+        return nbytes / self.bandwidth / time_s, flops / self.peak / time_s
 
 
 @dataclass
 class Turns:
-    """What was measured of one figure, a list or an entry a round."""
+    """What was measured of one figure, in all rounds."""
 
-    sides_s: dict[str, list[list[float]]] = field(default_factory=partial(defaultdict, list))
+    sides_s: dict[str, list[float]] = field(default_factory=partial(defaultdict, list))
     speeds: list[Speed] = field(default_factory=list)
-    """Of the machine, at ours."""
+    """Of the machine, after each step of ours."""
 
-    def median_s(self, side: str) -> float:
-        return statistics.median(chain.from_iterable(self.sides_s[side]))
-
-    def fractions(self, nbytes: float, flops: float) -> list[tuple[float, float]]:
-        """Of the bandwidth and of the peak."""
-        rounds = [statistics.median(each) for each in self.sides_s[OURS]]
-        return [
-            (nbytes / speed.bandwidth / time_s, flops / speed.peak / time_s)
-            for time_s, speed in zip(rounds, self.speeds, strict=True)
-        ]
+    def fractions(self, nbytes: float, flops: float) -> tuple[float, float]:
+        steps = zip(self.speeds, self.sides_s[OURS], strict=True)
+        each = [speed.fractions(nbytes, flops, time_s) for speed, time_s in steps]
+        of_bandwidth, of_peak = zip(*each, strict=True)
+        return statistics.median(of_bandwidth), statistics.median(of_peak)
 
 
 @dataclass(frozen=True)
 class Rate:
-    shape: str
-    threads: int
     phase: str
     batch: int
     time_s: float
@@ -98,7 +94,12 @@ class Rate:
     tokens_s: float
     of_bandwidth: float
     of_peak: float
-    of_bound: float
+    best_of_bandwidth: float
+    best_of_peak: float
+
+    @property
+    def of_bound(self) -> float:
+        return max(self.of_bandwidth, self.of_peak)
 
 
 def main() -> None:
@@ -134,23 +135,22 @@ def integers(text: str) -> list[int]:
 def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespace) -> None:
     figures = {("prefill", 1): Turns(), **{("decode", one): Turns() for one in options.batches}}
     with ExitStack() as stack:
-        sides: dict[str, Engine | Peer] = {OURS: Engine(shape, directory, threads, options)}
+        ours = Engine(shape, directory, threads, options)
+        sides: dict[str, Engine | Peer] = {OURS: ours}
         for name, python in pythons(options).items():
             peer = open_peer(name, python, directory, threads, options)
             sides[name] = stack.enter_context(peer)
         for _ in range(options.rounds):
             for (phase, batch), turns in figures.items():
-                before = measure_speed(threads)
                 for name, side in sides.items():
-                    turns.sides_s[name].append(side.measure(phase, batch))
-                    if name == OURS:
-                        turns.speeds.append(before.best(measure_speed(threads)))
+                    turns.sides_s[name] += side.measure(phase, batch)
+                turns.speeds += ours.speeds
     best = reduce(Speed.best, chain.from_iterable(turns.speeds for turns in figures.values()))
-    rates = [rate(shape, threads, *each, options) for each in figures.items()]
+    rates = [rate(shape, *each, best, options) for each in figures.items()]
     if options.json:
-        print_json(best, rates)
+        print_json(shape, threads, best, rates)
     else:
-        print_table(shape, best, rates)
+        print_table(shape, threads, best, rates)
 
 
 def pythons(options: argparse.Namespace) -> dict[str, Path]:
@@ -162,18 +162,41 @@ def pythons(options: argparse.Namespace) -> dict[str, Path]:
 # --- the machine -------------------------------------------------------------------------------
 
 
-def measure_speed(threads: int) -> Speed:
-    return Speed(threads, read_bandwidth(threads), gemm_peak(threads))
+class Machine:
+    """So many of its cores."""
 
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        with self._torch_threads():
+            # Where the CPU has no instructions for bf16, fp32 is faster.
+            small = (128, 768, 768)
+            kinds = (torch.bfloat16, torch.float32)
+            dtype = min(
+                kinds, key=lambda dtype: time_of(partial(torch.matmul, *pair(small, dtype)))
+            )
+            sizes = ((2048, 2048, 2048), (512, 1024, 3072), (512, 768, 2048))
+            self._size = max(sizes, key=lambda size: gemm_rate(size, pair(size, dtype)))
+        self._pair = pair(self._size, dtype)
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second, the best of several passes over memory far larger than any cache share."""
-    library, data = load_library(), much_memory()
-    if library is None:
-        torch.set_num_threads(threads)
-        return READ_BYTES / least_time(data.sum)
-    library.use(library.instruction_sets[0], threads)
-    return READ_BYTES / least_time(lambda: library.read_memory(data.data_ptr(), READ_BYTES))
+    def speed(self) -> Speed:
+        with self._torch_threads():
+            peak = gemm_rate(self._size, self._pair)
+        return Speed(self._read_bandwidth(), peak)
+
+    def _read_bandwidth(self) -> float:
+        """Of memory far larger than any cache share."""
+        library, data = load_library(), much_memory()
+        if library is None:
+            with self._torch_threads():
+                return READ_BYTES / time_of(data.sum)
+        library.use(library.instruction_sets[0], self._threads)
+        return READ_BYTES / time_of(lambda: library.read_memory(data.data_ptr(), READ_BYTES))
+
+    @contextmanager
+    def _torch_threads(self) -> Iterator[None]:
+        torch.set_num_threads(self._threads)
+        yield
+        torch.set_num_threads(1)
 
 
 @cache
@@ -184,37 +207,22 @@ def much_memory() -> torch.Tensor:
     return data.fill_(1)
 
 
-def gemm_peak(threads: int) -> float:
-    """Operations a second of torch.matmul in bf16 or, where the CPU has no such instructions and
-    fp32 is faster, in that; the best over sizes that suit it."""
-    torch.set_num_threads(threads)
-    dtype = min((torch.bfloat16, torch.float32), key=partial(product_time, (128, 768, 768)))
-    peak = max(
-        2 * rows * inner * columns / product_time((rows, inner, columns), dtype)
-        for rows, inner, columns in ((2048, 2048, 2048), (512, 1024, 3072), (512, 768, 2048))
-    )
-    torch.set_num_threads(1)
-    return peak
-
-
-def product_time(size: tuple[int, int, int], dtype: torch.dtype) -> float:
+def pair(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rows, inner, columns = size
-    left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-    return least_time(partial(torch.matmul, left, right))
+    return torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
 
 
-def least_time(work: Callable[[], object], repeats: int = 6) -> float:
-    return min(times(work, repeats))
+def gemm_rate(size: tuple[int, int, int], matrices: tuple[torch.Tensor, torch.Tensor]) -> float:
+    rows, inner, columns = size
+    return 2 * rows * inner * columns / time_of(partial(torch.matmul, *matrices))
 
 
-def times(work: Callable[[], object], repeats: int) -> list[float]:
+def time_of(work: Callable[[], object]) -> float:
+    """The second time, after one that warms up."""
     work()
-    spent = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        spent.append(time.perf_counter() - start)
-    return spent
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 # --- the engine --------------------------------------------------------------------------------
@@ -237,24 +245,32 @@ class Engine:
             threads=threads,
         )
 
+        self._machine = Machine(threads)
+        self.speeds: list[Speed] = []
+        """Of the machine, after each step of the last turn."""
+
     def measure(self, phase: str, batch: int) -> list[float]:
         """Seconds of each prefill or decode step."""
-        options = self._options
-        if phase == "decode":
-            return decode(self._runner, batch, options.context, options.steps)
-        prompts = Batch(tuple(chunk(i, 0, options.prompt, options.prompt) for i in range(batch)))
-        return times(lambda: self._runner.execute(prompts), max(4, options.steps // 4))
+        options, self.speeds = self._options, []
+        if phase == "prefill":
+            work = Batch(tuple(chunk(i, 0, options.prompt, options.prompt) for i in range(batch)))
+            self._runner.execute(work)
+            return [self._step(work) for _ in range(max(4, options.steps // 4))]
+        warm_at = time.perf_counter() + WARM_UP_S
+        while time.perf_counter() < warm_at:
+            self._runner.execute(self._decoding(batch, 0))
+        return [self._step(self._decoding(batch, number + 1)) for number in range(options.steps)]
 
+    def _decoding(self, batch: int, number: int) -> Batch:
+        context, longest = self._options.context, self._options.context + self._options.steps
+        return Batch(tuple(chunk(i, context + number, 1, longest) for i in range(batch)))
 
-def decode(runner: Runner, batch: int, context: int, steps: int) -> list[float]:
-    def step(number: int) -> float:
-        work = Batch(tuple(chunk(i, context + number, 1, context + steps) for i in range(batch)))
-        return runner.execute(work).duration_s
-
-    warm_at = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < warm_at:
-        step(0)
-    return [step(number) for number in range(1, steps + 1)]
+    def _step(self, work: Batch) -> float:
+        start = time.perf_counter()
+        self._runner.execute(work)
+        time_s = time.perf_counter() - start
+        self.speeds.append(self._machine.speed())
+        return time_s
 
 
 def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
@@ -266,7 +282,7 @@ def chunk(sequence: int, start: int, tokens: int, longest: int) -> Chunk:
 
 
 def rate(
-    shape: Shape, threads: int, figure: tuple[str, int], turns: Turns, options: argparse.Namespace
+    shape: Shape, figure: tuple[str, int], turns: Turns, best: Speed, options: argparse.Namespace
 ) -> Rate:
     phase, batch = figure
     prefill = phase == "prefill"
@@ -274,46 +290,45 @@ def rate(
     context = options.prompt / 2 if prefill else options.context + options.steps / 2
     flops = shape.flops(tokens, context, batch)
     read = shape.step_bytes(options.dtype, batch, round(context))
-    of_bandwidth, of_peak = map(statistics.median, zip(*turns.fractions(read, flops), strict=True))
-    time_s = turns.median_s(OURS)
+    time_s, best_s = statistics.median(turns.sides_s[OURS]), min(turns.sides_s[OURS])
     return Rate(
-        shape.name,
-        threads,
         phase,
         batch,
         time_s,
-        min(chain.from_iterable(turns.sides_s[OURS])),
-        {name: turns.median_s(name) for name in pythons(options)},
+        best_s,
+        {name: statistics.median(turns.sides_s[name]) for name in pythons(options)},
         tokens / time_s,
-        of_bandwidth,
-        of_peak,
-        max(of_bandwidth, of_peak),
+        *turns.fractions(read, flops),
+        *best.fractions(read, flops, best_s),
     )
 
 
 # --- the report --------------------------------------------------------------------------------
 
 
-def print_json(best: Speed, rates: list[Rate]) -> None:
-    print(json.dumps({"machine": asdict(best)}))
+def print_json(shape: Shape, threads: int, best: Speed, rates: list[Rate]) -> None:
+    about = {"shape": shape.name, "threads": threads}
+    print(json.dumps({**about, "machine": asdict(best)}))
     for each in rates:
-        print(json.dumps(asdict(each)), flush=True)
+        print(json.dumps({**about, **asdict(each), "of_bound": each.of_bound}), flush=True)
 
 
-def print_table(shape: Shape, best: Speed, rates: list[Rate]) -> None:
+def print_table(shape: Shape, threads: int, best: Speed, rates: list[Rate]) -> None:
     print(
-        f"\n{shape.name}, {best.threads} thread(s): read bandwidth "
+        f"\n{shape.name}, {threads} thread(s): read bandwidth "
         f"{best.bandwidth / 1e9:.1f} GB/s, GEMM peak {best.peak / 1e9:.0f} GFLOP/s"
     )
     columns = "".join(f"{f'vs {name}':>16}" for name in rates[0].peers_s)
-    print(f"{'':12}{'ms':>9}{'best ms':>9}{'tokens/s':>10}{'of bandwidth':>14}{'of peak':>9}"
-          f"{'of bound':>10}{columns}")  # fmt: skip
+    print(f"{'':12}{'ms':>9}{'tokens/s':>10}{'of bandwidth':>14}{'of peak':>9}{'of bound':>10}"
+          f"{'best ms':>9}{'of bandwidth':>14}{'of peak':>9}{columns}")  # fmt: skip
     for each in rates:
         label = f"{each.phase} {each.batch}"
         versus = "".join(f"{theirs_s / each.time_s:>15.2f}x" for theirs_s in each.peers_s.values())
         print(
-            f"{label:12}{each.time_s * 1e3:>9.2f}{each.best_s * 1e3:>9.2f}{each.tokens_s:>10.0f}"
-            f"{each.of_bandwidth:>14.0%}{each.of_peak:>9.0%}{each.of_bound:>10.0%}{versus}",
+            f"{label:12}{each.time_s * 1e3:>9.2f}{each.tokens_s:>10.0f}"
+            f"{each.of_bandwidth:>14.0%}{each.of_peak:>9.0%}{each.of_bound:>10.0%}"
+            f"{each.best_s * 1e3:>9.2f}{each.best_of_bandwidth:>14.0%}{each.best_of_peak:>9.0%}"
+            f"{versus}",
             flush=True,
         )
 
