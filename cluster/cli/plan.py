@@ -187,7 +187,9 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU worker.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="auto, or float8_e4m3fn on a GPU.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Over all passes; lower quartiles count.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Over all passes; the mean of middle halves counts.")
+    ] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer passes.")] = False,
     neighbours: Annotated[
         int, typer.Option(min=0, help="Measures also while so many other instances compute here.")

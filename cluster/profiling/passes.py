@@ -56,9 +56,10 @@ def passes_of(max_length: int, *, quick: bool) -> Iterator[Pass]:
             yield Pass(((tokens, 0),), (min(256, longest),) * batch)
 
 
-def undisturbed(seconds: Sequence[float]) -> float:
-    """The lower quartile: what else goes on in a machine makes things slower, and never faster."""
-    return seconds[0] if len(seconds) == 1 else statistics.quantiles(seconds, method="inclusive")[0]
+def usual(seconds: Sequence[float]) -> float:
+    """The mean of the middle half: what is slow half of the time is so in service, too."""
+    outer = len(seconds) // 4
+    return statistics.fmean(sorted(seconds)[outer : len(seconds) - outer])
 
 
 def profile_entry(one: Pass, seconds: float) -> dict[str, float]:

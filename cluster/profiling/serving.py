@@ -54,8 +54,8 @@ LOOPS = (
     Loop(16, 16, 48, 3),
 )
 """Short answers tell what a request costs, short prompts what a token does."""
-HANDED_OFF = (Loop(1, 64, 4, 24),)
-"""Like one of a server that hands nothing off, to be compared with it."""
+HANDED_OFF = (Loop(1, 64, 4, 24), Loop(1, 16, 48, 3))
+"""Like those of a server that hands nothing off, to be compared with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,9 @@ class _Run(NamedTuple):
 class _Server:
     url: str
     process: int
-    computing: int
-    """Threads of its instances, of which passes keep each busy."""
+    instances: int
+    threads: int
+    """Of each instance, of which passes keep each busy."""
     lasting_s: float
 
     def measure(self, loop: Loop, instances: int, number: int) -> dict[str, Any]:
@@ -146,6 +147,7 @@ class _Server:
             "tpot_s": median(tpot_s),
             "prefill_s": median(prefill_s),
             "requests": len(run.samples),
+            "passes_s": run.spent.passes_s / self.threads,
             "loops_s": run.spent.loops_s,
             "doors_s": run.spent.doors_s,
         }
@@ -173,7 +175,9 @@ class _Server:
         assert span.began_s is not None
         lasted_s = time.perf_counter() - span.began_s
         after = {client: time.process_time(), **family_times(self.process)}
-        spent = spent_between({**before, client: span.client_s}, after, computing=self.computing)
+        spent = spent_between(
+            {**before, client: span.client_s}, after, computing=self.instances * self.threads
+        )
         return _Run(measured.samples, lasted_s, spent)
 
 
@@ -194,8 +198,8 @@ def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
             [*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            computing = sum(pools.values()) * settings.threads
-            yield _Server(_url_of(server), server.pid, computing, settings.lasting_s)
+            url, instances = _url_of(server), sum(pools.values())
+            yield _Server(url, server.pid, instances, settings.threads, settings.lasting_s)
         finally:
             server.terminate()
             try:

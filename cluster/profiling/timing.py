@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from cluster.profiling.passes import profile_entry, undisturbed
+from cluster.profiling.passes import profile_entry, usual
 from engine.batch import Batch, Chunk, Draw
 from engine.blocks import blocks_for
 from engine.request import Sampling
@@ -44,7 +44,7 @@ class PassTimer:
                 if turn:  # the first round only warms up
                     seconds[number].append(lasted_s)
                 progress(turn * len(passes) + number + 1)
-        return [undisturbed(times) for times in seconds]
+        return [usual(times) for times in seconds]
 
     def _time(self, batch: Batch) -> float:
         began_s = time.process_time()

@@ -12,6 +12,7 @@ from placement.latency.serving_costs import (
     Served,
     ServingCosts,
     WithServing,
+    at_speed_of,
     fit_doors,
     fit_serving,
     handing_of,
@@ -77,7 +78,7 @@ class Profile:
 
     def machine(self, tensor_parallel: int, pipeline_parallel: int) -> Machine | None:
         """What instances share with what serves their tokens; None where that was not measured."""
-        doors = fit_doors(self.served)
+        doors = fit_doors(self._told)
         if doors is None or self.processors is None:
             return None
         return Machine(self.processors, self.threads * tensor_parallel * pipeline_parallel, doors)
@@ -93,16 +94,27 @@ class Profile:
     @property
     def handing_s(self) -> float:
         """How much longer a prompt takes whose KV is handed off; 0 where not measured."""
-        return handing_of(self.served)
+        return handing_of(self._told)
 
     @property
     def handoff_s(self) -> float:
         """Of its messages, beyond the copy; 0 where not measured."""
-        served = [one for one in self.served if one.handed_off]
+        served = [one for one in self._told if one.handed_off]
         return handoff_of(served, self._with_serving(fit_run(self.runs[0])[0]))
 
     def _served_by(self, instances: int) -> list[Served]:
-        return [one for one in self.served if one.instances == instances and not one.handed_off]
+        return [one for one in self._told if one.instances == instances and not one.handed_off]
+
+    @property
+    def _told(self) -> list[Served]:
+        """What each server did, at the speed at which the passes were timed."""
+        run, found = self.runs[0], list[Served]()
+        alone = fit_run(run)[0]
+        beside = fit_run(run.beside)[0] if run.crowded_samples else alone
+        for server in dict.fromkeys((one.instances, one.handed_off) for one in self.served):
+            loops = [one for one in self.served if (one.instances, one.handed_off) == server]
+            found += at_speed_of(alone if server[0] == 1 else beside, loops)
+        return found
 
     @property
     def serving(self) -> ServingCosts | None:

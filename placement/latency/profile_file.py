@@ -6,8 +6,8 @@ each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, 
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s; optionally requests,
-loops_s, doors_s, prefill_s, handed_off), as clients of a server on this machine see it, whose
-instances compute on so many `threads` of its `processors`.
+loops_s, doors_s, passes_s, prefill_s, handed_off), as clients of a server on this machine see it,
+whose instances compute on so many `threads` of its `processors`.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _served(where: str, raw: Mapping[str, Any]) -> Served:
         loops_s=_number(where, raw, "loops_s", 0),
         prefill_s=_number(where, raw, "prefill_s", 0),
         handed_off=bool(raw.get("handed_off")),
+        passes_s=_number(where, raw, "passes_s", 0),
     )
 
 

@@ -39,6 +39,8 @@ class Served(NamedTuple):
     """Part of the TTFT, as the server tells it: from the prompt's turn to its first token."""
     handed_off: bool = False
     """Whether a prefill and a decode instance served it."""
+    passes_s: float = 0.0
+    """Processor time of a thread of each instance's passes, for all requests."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +56,16 @@ class Served(NamedTuple):
     def contexts(self) -> list[int]:
         """Of a batch half-way through its answers."""
         return [self.prompt_tokens + self.output_tokens // 2] * self.users
+
+    def slower(self, latency: LatencyModel) -> float:
+        """How many times as long its passes took as this latency says."""
+        prompts_s = latency.prefill_s([(self.prompt_tokens, 0)] * self.users)
+        said_s = prompts_s + (self.output_tokens - 1) * latency.decode_s(self.contexts)
+        return self.passes_s * self.users / max(self.requests, 1) / said_s
+
+    def lengthened(self, times: float) -> Served:
+        found = {name: times * getattr(self, name) for name in self._fields if name[-2:] == "_s"}
+        return self._replace(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,15 @@ class Machine:
     def slowed(self, demand: float) -> float:
         """How many times as long all takes where more processors are asked for than there are."""
         return max(1.0, demand / self.processors)
+
+
+def at_speed_of(latency: LatencyModel, served: Sequence[Served]) -> list[Served]:
+    """The loops of one server as if its passes had taken as long as this latency says: the machine
+    may have been slower or faster then. Short answers tell of their prompts rather than of it."""
+    longest = max(one.output_tokens for one in served)
+    flowing = {one: one.slower(latency) for one in served if one.output_tokens == longest}
+    usual = median(flowing.values())
+    return [one.lengthened(1.0 / flowing.get(one, usual)) for one in served] if usual else [*served]
 
 
 def fit_serving(served: Sequence[Served], latency: LatencyModel) -> ServingCosts:
@@ -178,8 +199,11 @@ def way_of(served: Sequence[Served], latency: LatencyModel) -> float:
 
 def handoff_of(served: Sequence[Served], latency: LatencyModel) -> float:
     """How much longer the second token takes after a hand-off, all of it told by the mean."""
+    shortest = min((one.output_tokens for one in served), default=0)
     waits = [
-        (one.tpot_s - latency.decode_s(one.contexts)) * (one.output_tokens - 1) for one in served
+        (one.tpot_s - latency.decode_s(one.contexts)) * (one.output_tokens - 1)
+        for one in served
+        if one.output_tokens == shortest
     ]
     return _at_least_nothing(waits)
 

@@ -25,7 +25,7 @@ def main() -> None:
     work, answers = json.loads(sys.argv[1]), keep_stdout()
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -62,6 +62,8 @@ def decode_steps(engine: Any, batch: int, context: int, steps: int) -> list[floa
         if all_decode and len(told) == batch:
             spent.append(time.perf_counter() - start)
         begun.update(output.request_id for output in told)
+    if not spent:
+        raise SystemExit(f"no step held all {batch} sequences: VLLM_CPU_KVCACHE_SPACE is too small")
     return spent
 
 

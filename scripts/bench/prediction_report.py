@@ -28,7 +28,7 @@ WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
 KINDS = ("prefill", "decode", "mixed")
 ALONE, BESIDE = COMPANIES = "alone", "beside"
 """What else computes on the machine; the second is also the name of a part of a profile."""
-SECONDS = {"seconds", "ttft_s", "tpot_s", "prefill_s", "loops_s", "doors_s"}
+SECONDS = {"seconds", "ttft_s", "tpot_s", "prefill_s", "loops_s", "doors_s", "passes_s"}
 """What takes longer on a slower machine, by its name in a profile."""
 Slowness = dict[str, dict[str, float]]
 """How many times as long as when it was profiled the machine takes, by company and kind of pass."""

@@ -15,6 +15,7 @@ from placement.latency.serving_costs import (
     Machine,
     Served,
     WithServing,
+    at_speed_of,
     fit_doors,
     fit_serving,
     handing_of,
@@ -113,6 +114,24 @@ def test_prompts_by_themselves_take_longer_than_one_of_many_alike() -> None:
     for one in alone:
         prompt = [(one.prompt_tokens, 0)]
         assert whole.prefill_s(prompt) == pytest.approx(one.prefill_s, rel=0.01)
+
+
+def test_a_server_whose_passes_took_longer_is_told_at_the_speed_of_the_profile() -> None:
+    flowing = [told(served(users)) for users in (1, 4, 16)]
+    short = told(served(1)._replace(output_tokens=4))
+    late = [one.lengthened(times) for one, times in zip(flowing, (2.0, 1.5, 3.0), strict=True)]
+    found = at_speed_of(Passes(), [*late, short.lengthened(2.0)])
+    for one, then in zip(found, [*flowing, short], strict=True):
+        assert one == pytest.approx(then)
+    assert at_speed_of(Passes(), [served(1)]) == [served(1)]
+
+
+def told(one: Served) -> Served:
+    """With what its passes took."""
+    rounds = one.requests / one.users
+    prompts_s = Passes().prefill_s([(one.prompt_tokens, 0)] * one.users)
+    decodes_s = (one.output_tokens - 1) * Passes().decode_s(one.contexts)
+    return one._replace(passes_s=rounds * (prompts_s + decodes_s))
 
 
 def test_gateway_and_clients_cost_nothing_where_they_were_not_measured() -> None:
