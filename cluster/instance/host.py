@@ -127,15 +127,15 @@ class Host:
 
         while True:
             batch = self.instance.next_batch(self._clock.now())
-            self.pump()
             if batch is None:
+                self.pump()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             told = group_done if self.instance.hands_layers_on else None
             running = loop.run_in_executor(thread, self._execute, batch, told)
+            self.pump()  # the last batch's tokens leave while this one runs
             await self._finish(batch, running)
-            self.pump()
 
     async def _finish(self, batch: Batch, running: asyncio.Future[StepResult]) -> None:
         """A failed batch costs its requests a retry; only a lost rank, or a fault that follows
