@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.thread_names import LOOP, PASSES, name_thread
 from engine.errors import InstanceLost, TandemError
 from engine.messages import Lost
 from kvtransfer.transfer import PullCancel, PullOrder
@@ -72,7 +73,10 @@ class Host:
 
     async def run(self) -> None:
         """Until cancelled; raises what broke, and then the instance must be given up."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="execute")
+        name_thread(LOOP)
+        thread = ThreadPoolExecutor(
+            1, thread_name_prefix="execute", initializer=name_thread, initargs=(PASSES,)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive())

@@ -19,6 +19,7 @@ from cluster.instance.mover import rank_name
 from cluster.instance.rank import free_meeting, lead_ranks, load_rank
 from cluster.instance.warm_up import warm_up, warm_up_batches
 from cluster.roster import Roster, Seat
+from cluster.thread_names import PASSES, name_thread
 from cluster.watching.logs import set_up_logging
 from engine.errors import InstanceLost
 
@@ -58,7 +59,9 @@ class Worker:
         set_up_logging()
         self._config = Config.model_validate_json(config)
         self._spec, self._rank, self._network = spec, rank, network
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="rank", initializer=name_thread, initargs=(PASSES,)
+        )
         self._loaded: LoadedRank | None = None
         self._executor: Executor | None = None
         self._progress = 0.0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from cluster.thread_names import LOOP, PASSES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Thread = tuple[int, int]
-"""Its process and its own number."""
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Thread(NamedTuple):
+    process: int
+    number: int
+    name: str
 
 
 class Spent(NamedTuple):
@@ -28,31 +33,24 @@ class Spent(NamedTuple):
 def family_times(first: int) -> dict[Thread, float]:
     """Seconds that each thread of this process, and of all that descend from it, has computed."""
     return {
-        (process, int(path.name)): seconds
+        Thread(process, int(path.name), name): seconds
         for process in _family(first)
         for path in Path(f"/proc/{process}/task").glob("[0-9]*")
-        if (seconds := _computed_s(path)) is not None
+        if (seconds := _computed_s(path)) is not None and (name := _name(path)) is not None
     }
 
 
-def spent_between(
-    before: Mapping[Thread, float], after: Mapping[Thread, float], *, computing: int
-) -> Spent:
-    """The busiest so many threads compute passes, and of each of their processes the next busiest
-    one is the loop around them."""
+def spent_between(before: Mapping[Thread, float], after: Mapping[Thread, float]) -> Spent:
+    """A loop's name is also that of threads that it starts: of each process the busiest one is
+    meant."""
     spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
-    order = sorted(spent, key=lambda thread: spent[thread], reverse=True)
-    passes, others = order[:computing], order[computing:]
-    looping = Counter({process: 1 for process, _ in passes})
-    passes_s = sum(spent[thread] for thread in passes)
-    loops_s = doors_s = 0.0
-    for thread in others:
-        if looping[thread[0]]:
-            looping[thread[0]] -= 1
-            loops_s += spent[thread]
-        else:
-            doors_s += spent[thread]
-    return Spent(passes_s, loops_s, doors_s)
+    passes_s = sum(seconds for thread, seconds in spent.items() if thread.name == PASSES)
+    loops: dict[int, float] = {}
+    for thread, seconds in spent.items():
+        if thread.name == LOOP:
+            loops[thread.process] = max(seconds, loops.get(thread.process, 0.0))
+    loops_s = sum(loops.values())
+    return Spent(passes_s, loops_s, sum(spent.values()) - passes_s - loops_s)
 
 
 def _family(first: int) -> list[int]:
@@ -75,6 +73,13 @@ def _computed_s(thread: Path) -> float | None:
     except FileNotFoundError:
         fields = _stat(thread / "stat")
         return (int(fields[11]) + int(fields[12])) * TICK_S if fields else None
+
+
+def _name(thread: Path) -> str | None:
+    try:
+        return (thread / "comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _stat(path: Path) -> list[str]:

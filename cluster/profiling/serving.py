@@ -20,7 +20,7 @@ from cluster.bench.http import parse_target
 from cluster.bench.load import Silent
 from cluster.bench.run import Bench, Plan
 from cluster.bench.server import Settings
-from cluster.profiling.processor_time import family_times, spent_between
+from cluster.profiling.processor_time import Thread, family_times, spent_between
 from engine.errors import InstanceLost
 from engine.messages import Role
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from cluster.bench.load import Progress
     from cluster.bench.sample import Sample
-    from cluster.profiling.processor_time import Spent, Thread
+    from cluster.profiling.processor_time import Spent
 
 STOP_S = 60.0
 
@@ -121,7 +121,6 @@ class _Run(NamedTuple):
 class _Server:
     url: str
     process: int
-    instances: int
     threads: int
     """Of each instance, of which passes keep each busy."""
     lasting_s: float
@@ -171,13 +170,11 @@ class _Server:
             return span
 
         (measured,) = await Bench(plan, begins).run([parse_target(self.url)])
-        client = os.getpid(), 0
+        client = Thread(os.getpid(), 0, "client")
         assert span.began_s is not None
         lasted_s = time.perf_counter() - span.began_s
         after = {client: time.process_time(), **family_times(self.process)}
-        spent = spent_between(
-            {**before, client: span.client_s}, after, computing=self.instances * self.threads
-        )
+        spent = spent_between({**before, client: span.client_s}, after)
         return _Run(measured.samples, lasted_s, spent)
 
 
@@ -198,8 +195,7 @@ def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
             [*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            url, instances = _url_of(server), sum(pools.values())
-            yield _Server(url, server.pid, instances, settings.threads, settings.lasting_s)
+            yield _Server(_url_of(server), server.pid, settings.threads, settings.lasting_s)
         finally:
             server.terminate()
             try:

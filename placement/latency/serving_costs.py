@@ -124,9 +124,8 @@ def at_speed_of(latency: LatencyModel, served: Sequence[Served]) -> list[Served]
     """The loops of one server as if its passes had taken as long as this latency says: the machine
     may have been slower or faster then. Short answers tell of their prompts rather than of it."""
     longest = max(one.output_tokens for one in served)
-    flowing = {one: one.slower(latency) for one in served if one.output_tokens == longest}
-    usual = median(flowing.values())
-    return [one.lengthened(1.0 / flowing.get(one, usual)) for one in served] if usual else [*served]
+    slower = median(one.slower(latency) for one in served if one.output_tokens == longest)
+    return [one.lengthened(1.0 / slower) for one in served] if slower else [*served]
 
 
 def fit_serving(served: Sequence[Served], latency: LatencyModel) -> ServingCosts:

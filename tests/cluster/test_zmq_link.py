@@ -84,7 +84,7 @@ async def test_tcp_links_talk_only_to_holders_of_the_key(network):
     stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
     stranger.curve_serverkey = key.public
     stranger.connect(instance.address)
-    stranger.send_multipart([b"gateway-0", wire.encode(Abort("evil", 1))])
+    stranger.send(b"gateway-0\0" + wire.encode(Abort("evil", 1)))
     friend.connect("prefill-0", instance.address)
     friend.send("prefill-0", Abort("good", 1))
     assert await next_of(instance) == ("gateway-0", Abort("good", 1))
@@ -102,9 +102,9 @@ async def test_noise_from_a_peer_is_logged_and_skipped(network, caplog):
     instance = network("prefill-0")
     peer = zmq.Context.instance().socket(zmq.PUSH)
     peer.connect(instance.address)
-    for frames in ([b"x"], [b"gateway-0", b"\xc1"], [b"\xff\xfe", b"x"]):
-        peer.send_multipart(frames)
-    peer.send_multipart([b"gateway-0", wire.encode(Abort("good", 1))])
+    for frame in (b"x", b"gateway-0\0\xc1", b"\xff\xfe\0x"):
+        peer.send(frame)
+    peer.send(b"gateway-0\0" + wire.encode(Abort("good", 1)))
     assert await next_of(instance) == ("gateway-0", Abort("good", 1))
     assert caplog.text.count("message refused") == 3
     peer.close()

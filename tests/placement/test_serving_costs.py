@@ -119,8 +119,7 @@ def test_prompts_by_themselves_take_longer_than_one_of_many_alike() -> None:
 def test_a_server_whose_passes_took_longer_is_told_at_the_speed_of_the_profile() -> None:
     flowing = [told(served(users)) for users in (1, 4, 16)]
     short = told(served(1)._replace(output_tokens=4))
-    late = [one.lengthened(times) for one, times in zip(flowing, (2.0, 1.5, 3.0), strict=True)]
-    found = at_speed_of(Passes(), [*late, short.lengthened(2.0)])
+    found = at_speed_of(Passes(), [one.lengthened(2.0) for one in (*flowing, short)])
     for one, then in zip(found, [*flowing, short], strict=True):
         assert one == pytest.approx(then)
     assert at_speed_of(Passes(), [served(1)]) == [served(1)]
