@@ -54,6 +54,9 @@ class TransferSettings:
     this bound two instances that prefill for each other could wait for one another for ever."""
     layer_groups: int = 4
     """Pieces in which a prefill lets its KV be pulled while it still computes."""
+    piece_bytes: int = 1 << 20
+    """Smaller pieces wait for the first token: a message and a pull of their own cost more time
+    than they hide."""
     pause_budget_s: float = 0.05
     """A migration seals once the rest can move within this, or one TPOT target if smaller."""
     max_rounds: int = 8

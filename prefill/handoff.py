@@ -37,6 +37,12 @@ class Handoffs:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._destinations
 
+    def in_pieces(self, request_id: str, tokens: int) -> bool:
+        """Whether so much of a prompt's KV may be pulled while more of it is computed."""
+        layout, settings = self._departures.layout, self._departures.settings
+        nbytes = tokens * layout.instance_block_bytes // layout.block_tokens
+        return request_id in self and nbytes >= settings.piece_bytes * settings.layer_groups
+
     def find(self, request_id: str) -> Sequence | None:
         return self._held.get(request_id)
 

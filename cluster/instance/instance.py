@@ -139,7 +139,9 @@ class Instance:
         """Whether KV of the batch under way may move before the batch is over."""
         if self._step is None or self._layout.pipeline_parallel > 1:
             return False
-        return any(chunk.request_id in self._handoffs for chunk in self._step.prefills)
+        return any(
+            self._handoffs.in_pieces(chunk.request_id, chunk.end) for chunk in self._step.prefills
+        )
 
     def layer_group_done(self, group: int, now: float) -> None:
         """KV of this group of layers stands, for the batch under way. Stages after the first
@@ -147,7 +149,8 @@ class Instance:
         if self._step is None or self._layout.pipeline_parallel > 1:
             return
         for chunk in self._step.prefills:
-            if chunk.request_id in self._prefill and chunk.request_id in self._handoffs:
+            in_pieces = self._handoffs.in_pieces(chunk.request_id, chunk.end)
+            if in_pieces and chunk.request_id in self._prefill:
                 sequence = self._residents.find(chunk.request_id)
                 assert sequence is not None
                 self._handoffs.computed(sequence, chunk.end, self._groups[group], now)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.blocks import blocks_for
 from engine.slo import Slo
+from kvtransfer.transfer import TransferSettings
 from placement.role import RoleSettings
 from placement.routing.router import RouterSettings
 
@@ -59,6 +60,8 @@ class Overheads:
     """How much longer the last pass of a prompt takes whose KV is handed off."""
     layer_groups: int = 4
     """A hand-off's copy starts once the first of so many groups of layers is computed."""
+    piece_bytes: int = TransferSettings().piece_bytes
+    """Or with the first token, where a group's KV is less."""
 
 
 @dataclass(frozen=True, slots=True)

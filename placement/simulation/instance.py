@@ -29,7 +29,10 @@ class SimulatedInstance(Batching):
         super().__init__(name, model, deployment, world)
         self.role: Role = model.role
         self.state = InstanceState.READY
-        self._layer_groups = deployment.overheads.layer_groups
+        overheads = deployment.overheads
+        self._layer_groups = overheads.layer_groups
+        whole_bytes = overheads.piece_bytes * overheads.layer_groups
+        self._tokens_in_pieces = whole_bytes / deployment.kv_bytes_per_token
         self.egress_free_s = self.ingress_free_s = 0.0
         self.inbox = Inbox(self, deployment, world)
         self._targets: dict[str, SimulatedInstance | None] = {}
@@ -125,8 +128,10 @@ class SimulatedInstance(Batching):
             self.join(sequence, now)
         else:
             sequence.state = SequenceState.HELD
-            last_share = last_chunk_tokens / (len(sequence.tokens) - 1)
-            tail_share = last_share / self._layer_groups
+            prompt_tokens = len(sequence.tokens) - 1
+            tail_share = 1.0
+            if prompt_tokens >= self._tokens_in_pieces:
+                tail_share = last_chunk_tokens / prompt_tokens / self._layer_groups
             handoff = Handoff(sequence, self, target, started_s, now, tail_share)
             self._held[request.id] = handoff
             target.inbox.add(handoff, now)

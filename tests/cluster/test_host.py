@@ -67,9 +67,9 @@ class InstantRank:
 
 
 @asynccontextmanager
-async def hosted(network, name, role, *, executor=None, rank=None):
+async def hosted(network, name, role, *, executor=None, rank=None, settings=SETTINGS):
     pool = BlockPool(32, 4)
-    instance = Instance(name, role, pool, LAYOUT, settings=SETTINGS, eos=frozenset())
+    instance = Instance(name, role, pool, LAYOUT, settings=settings, eos=frozenset())
     async with asyncio.TaskGroup() as tasks:
         host = Host(
             instance,
@@ -129,20 +129,26 @@ async def test_a_mixed_instance_streams_every_token_and_ends_empty():
         assert is_empty(host)
 
 
-async def test_only_what_is_handed_off_is_told_of_layer_by_layer():
+@pytest.mark.parametrize("least_tokens", [len(REQUEST.prompt), len(REQUEST.prompt) + 1])
+async def test_only_what_is_handed_off_in_large_pieces_is_told_of_layer_by_layer(least_tokens):
+    groups, token_bytes = 2, LAYOUT.instance_block_bytes // LAYOUT.block_tokens
+    pieces = {"layer_groups": groups, "piece_bytes": least_tokens * token_bytes // groups}
+    settings = replace(SETTINGS, transfer=replace(SETTINGS.transfer, **pieces))
     network = LocalNetwork()
     gateway = network.join("gateway-0")
     prefill, decode, mixed = ListeningExecutor(), ListeningExecutor(), ListeningExecutor()
     async with (
-        hosted(network, "prefill-0", Role.PREFILL, executor=prefill),
-        hosted(network, "decode-0", Role.DECODE, executor=decode),
-        hosted(network, "mixed-0", Role.MIXED, executor=mixed),
+        hosted(network, "prefill-0", Role.PREFILL, executor=prefill, settings=settings),
+        hosted(network, "decode-0", Role.DECODE, executor=decode, settings=settings),
+        hosted(network, "mixed-0", Role.MIXED, executor=mixed, settings=settings),
     ):
         gateway.send("prefill-0", Start(REQUEST, 1, (), "decode-0", 2))
         await tokens_of(gateway, 6)
         gateway.send("mixed-0", Start(replace(REQUEST, id="r2"), 1))
         await tokens_of(gateway, 6)
-    assert (prefill.heard[0], any(decode.heard), any(mixed.heard)) == (True, False, False)
+    assert prefill.heard[0] == (least_tokens == len(REQUEST.prompt))
+    assert not any(decode.heard)
+    assert not any(mixed.heard)
 
 
 async def test_a_handoff_goes_on_at_the_next_token():

@@ -95,9 +95,12 @@ def test_a_lone_request_takes_its_passes() -> None:
 
 def test_a_handoff_waits_for_what_of_the_copy_could_not_overlap() -> None:
     whole = deployment(Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=1))
-    halves = deployment(Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=2))
+    halves = deployment(
+        Role.PREFILL, Role.DECODE, overheads=Overheads(layer_groups=2, piece_bytes=100 * KV_BYTES)
+    )
+    small = replace(halves, overheads=replace(halves.overheads, piece_bytes=101 * KV_BYTES))
     copy_s = 200 * KV_BYTES / 1e9
-    for target, visible_s in ((whole, copy_s), (halves, copy_s / 2)):
+    for target, visible_s in ((whole, copy_s), (halves, copy_s / 2), (small, copy_s)):
         outcome = simulate(target, lone(200, 3))
         transfer_s = outcome.transferred_s[0] - outcome.first_token_s[0]
         assert transfer_s == pytest.approx(visible_s)

@@ -43,7 +43,7 @@ class Scene(World):
         self._names, self._blocks = names, blocks or {}
         self._settings = InstanceSettings(
             RoleSettings(PrefillSettings(token_budget=16), decode or DecodeSettings()),
-            TransferSettings(layer_groups=GROUPS),
+            TransferSettings(layer_groups=GROUPS, piece_bytes=0),
         )
         self._routes: dict[str, Route] = {}
         self._before: dict[type[Message], list[tuple[int, Act]]] = {}

@@ -123,6 +123,7 @@ class World:
             ),
             transfer=TransferSettings(
                 layer_groups=GROUPS,
+                piece_bytes=rng.choice((0, 8 << 10)),
                 max_rounds=rng.choice((1, 3, 8)),
                 max_offers=rng.choice((2, 64)),
                 checksums=rng.random() < 0.5,
