@@ -140,6 +140,8 @@ def bench(shape: Shape, directory: Path, threads: int, options: argparse.Namespa
         for name, python in pythons(options).items():
             peer = open_peer(name, python, directory, threads, options)
             sides[name] = stack.enter_context(peer)
+        for side in sides.values():  # what has just started still has work of its own
+            side.measure("prefill", 1)
         for _ in range(options.rounds):
             for (phase, batch), turns in figures.items():
                 for name, side in sides.items():
