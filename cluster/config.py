@@ -164,6 +164,9 @@ class EngineConfig(Section):
     """The decode scheduler."""
     tpot_share: Share = 0.9
     """Part of the tightest TPOT target that a batch of a mixed instance may take."""
+    step_log: Path | None = None
+    """Directory in which every instance writes a CSV of its batches: what each held, and how long
+    it took."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,27 +293,27 @@ def _both_ways(run: Run) -> Iterator[tuple[float, float]]:
 
 
 def _show_serving(measured: Measurements) -> None:
-    """What a server adds to passes, in what it takes of its own processor and of others'."""
-    costs, machine = measured.serving, measured.machine(1, 1)
-    if costs is not None:
-        print(
-            f"serving: {costs.step_s * 1e3:.2f} ms a step, {costs.token_s * 1e6:.0f} us a token, "
-            f"{costs.prompts_s * 1e3:.2f} ms a step with prompts, "
-            f"{costs.prompt_token_s * 1e6:.0f} us a prompt token; "
-            f"a request is {measured.arrival_s * 1e3:.1f} ms on its way"
-        )
+    """What steps take in service, and what requests wait for beside them."""
+    machine = measured.machine(1, 1)
     if machine is not None:
-        doors = machine.doors
+        between, times = measured.in_service.between, measured.in_service.times
+        prompts, decodes, _ = machine.waits
         print(
-            f"gateway and clients: {doors.step_s * 1e3:.2f} ms of a processor a step, "
-            f"{doors.token_s * 1e6:.0f} us a token, {doors.request_s * 1e3:.2f} ms a request"
+            f"in service, passes take {times.prompts:.2f} (prompts) and {times.decodes:.2f} times "
+            f"(decodes) as long, and {machine.rest_s * 1e3:.2f} ms more after a rest"
         )
-    if any(one.handed_off for one in measured.served):
-        taken = "" if machine is None else f", {machine.doors.handoff_s * 1e3:.1f} ms of processors"
         print(
-            f"hand-off: {measured.handoff_s * 1e3:.1f} ms beside its copy, "
-            f"{measured.handing_s * 1e3:.1f} ms more to the first token{taken}"
+            f"between passes: {between.step_s * 1e3:.2f} ms, {between.token_s * 1e6:.0f} us a "
+            f"token, {between.prompts_s * 1e3:.2f} ms more after prompts"
         )
+        print(
+            f"waiting for a processor: prompts {prompts.alone:.0%} of their time, "
+            f"{prompts.beside:.0%} beside neighbours; decodes {decodes.alone:.0%} and "
+            f"{decodes.beside:.0%}"
+        )
+        print(f"a request is {measured.arrival_s * 1e3:.1f} ms on its way")
+    if measured.handoff_s:
+        print(f"a hand-off takes {measured.handoff_s * 1e3:.1f} ms beside its copy")
 
 
 def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:

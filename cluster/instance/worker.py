@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.instance.leading import Leading
 from cluster.instance.mover import rank_name
 from cluster.instance.rank import free_meeting, lead_ranks, load_rank
+from cluster.instance.step_log import StepLog
 from cluster.instance.warm_up import warm_up, warm_up_batches
 from cluster.roster import Roster, Seat
 from cluster.thread_names import PASSES, name_thread
@@ -64,6 +65,7 @@ class Worker:
         )
         self._loaded: LoadedRank | None = None
         self._executor: Executor | None = None
+        self._step_log: StepLog | None = None
         self._progress = 0.0
         self._leading: Leading | None = None
         self._work: asyncio.Future[None] | None = None
@@ -106,6 +108,10 @@ class Worker:
     async def lead(self, seats: tuple[Seat, ...]) -> None:
         """Rank 0: hosts the instance from now on."""
         assert self._executor is not None, "not warmed up"
+        logs = self._config.engine.step_log
+        if logs is not None:
+            path = logs / f"{self._spec.name}-{os.getpid()}.csv"
+            self._executor = self._step_log = StepLog(self._executor, path)
         self._leading = Leading(
             self._config,
             self._spec,
@@ -220,6 +226,8 @@ class Worker:
             self._over.set()
 
     def _close(self) -> None:
+        if self._step_log is not None:
+            self._step_log.close()
         if self._leading is not None:
             self._leading.close()
         self._rank_loaded.transport.close()

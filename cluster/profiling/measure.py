@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,8 @@ from cluster.config import Config
 from cluster.instance.rank import count_blocks
 from cluster.profiling.copies import copy_times
 from cluster.profiling.neighbours import busy_neighbours
-from cluster.profiling.passes import passes_of
-from cluster.profiling.serving import Serving, measure_serving
+from cluster.profiling.passes import Pass, passes_of
+from cluster.profiling.serving import LOAD, Serving, loads_of, measure_serving
 from cluster.profiling.timing import PassTimer, samples_of
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.synchronize import Event
 
-    from cluster.profiling.passes import Pass
     from engine.batch import Executor
     from engine.checkpoint import Checkpoint
     from engine.parallel import Parallel
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
 
 MOST_KV_BYTES = 1 << 30
 """Of the pool that is measured; passes that need more are left out."""
+REQUEST_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,13 @@ class Measuring:
     """Whether a server is measured, too."""
     tensor_parallel: int = 1
     """Passes are also measured over so many ranks of this machine."""
+
+    @property
+    def servers(self) -> tuple[int, ...]:
+        """Mixed instances of each that is measured."""
+        if not self.serving:
+            return ()
+        return (1, self.neighbours + 1) if self.neighbours else (1,)
 
 
 def find_device(wanted: str, catalog_name: str | None) -> Device:
@@ -94,11 +100,12 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     if settings.tensor_parallel > 1 and settings.device.torch_name != "cpu":
         raise Unsupported("profile --tensor-parallel: several workers are measured on CPUs only")
     checkpoint = open_checkpoint(settings.model)
-    serving = _serving(settings, checkpoint.max_length)
+    if settings.serving and settings.device.torch_name != "cpu":
+        raise Unsupported("profile --serving: a server is measured on CPUs only")
     rank = Rank(settings, checkpoint)
     try:
         passes = _passes(settings, checkpoint, rank)
-        stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings, serving)
+        stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings)
         run: dict[str, Any] = {
             **rank.description,
             **samples_of(passes, rank.timer.run(passes, settings.rounds, stages.alone)),
@@ -108,42 +115,53 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
                 seconds = rank.timer.run(passes, settings.rounds, stages.beside)
             run["beside"] = {"neighbours": settings.neighbours, **samples_of(passes, seconds)}
         transfer = copy_times(rank.runner.kv, settings.rounds)
+        request_s = _request_s(rank, checkpoint.max_length) if settings.serving else 0.0
     finally:
         rank.runner.close()
     runs = [run]
     if settings.tensor_parallel > 1:
         runs.append(_cut_run(settings, checkpoint, stages.cut))
     layout = rank.layout
-    served = [] if serving is None else measure_serving(serving, stages.served)
+    token_bytes = layout.block_bytes(0) // layout.block_tokens
+    served: dict[str, Any] = {}
+    if settings.serving:
+        copies = tuple((one["bytes"], one["seconds"]) for one in transfer)
+        serving = Serving(
+            settings.model,
+            settings.threads,
+            settings.servers,
+            checkpoint.max_length,
+            request_s,
+            copies,
+            token_bytes,
+        )
+        served = measure_serving(serving, stages.served)
     return {
         "model": _name_of(settings.model),
         "device": settings.device.catalog_name,
         "dtype": rank.dtype,
         "kv_dtype": layout.dtype,
         "threads": settings.threads,
-        "processors": len(os.sched_getaffinity(0)),
-        "kv_bytes_per_token": layout.block_bytes(0) // layout.block_tokens,
+        "kv_bytes_per_token": token_bytes,
         "runs": runs,
         "transfer": transfer,
-        "serving": served,
+        **served,
     }
 
 
 class _Stages:
     """How much of all is done, over the stages of a measurement."""
 
-    def __init__(
-        self, progress: Progress, steps: int, settings: Measuring, serving: Serving | None
-    ) -> None:
+    def __init__(self, progress: Progress, steps: int, settings: Measuring) -> None:
         self._progress, self._steps = progress, steps
         self._uncut = steps * (2 if settings.neighbours else 1)
         self._passes = self._uncut + steps * (settings.tensor_parallel > 1)
-        self._loops = 0 if serving is None else serving.loops
-        self._loop_steps = self._passes // max(self._loops, 1)
+        self._loads = loads_of(settings.servers)
+        self._load_steps = self._passes // max(self._loads, 1)
 
     @property
     def _total(self) -> int:
-        return self._passes + self._loops * self._loop_steps
+        return self._passes + self._loads * self._load_steps
 
     def alone(self, done: int) -> None:
         self._progress(done, self._total)
@@ -155,16 +173,15 @@ class _Stages:
         self._progress(self._uncut + done, self._total)
 
     def served(self, done: int) -> None:
-        self._progress(self._passes + done * self._loop_steps, self._total)
+        self._progress(self._passes + done * self._load_steps, self._total)
 
 
-def _serving(settings: Measuring, max_length: int) -> Serving | None:
-    if not settings.serving:
-        return None
-    if settings.device.torch_name != "cpu":
-        raise Unsupported("profile --serving: a server is measured on CPUs only")
-    instances = (1, settings.neighbours + 1) if settings.neighbours else (1,)
-    return Serving(settings.model, settings.threads, instances, max_length)
+def _request_s(rank: Rank, max_length: int) -> float:
+    """How long the median request of a server's load takes by itself."""
+    prompt = min(LOAD.prompt_tokens, max_length - 1)
+    passes = [Pass(((prompt, 0),)), Pass(contexts=(prompt,))]
+    prefill_s, decode_s = rank.timer.run(passes, REQUEST_ROUNDS, lambda _: None)
+    return prefill_s + LOAD.output_tokens * decode_s
 
 
 def _passes(settings: Measuring, checkpoint: Checkpoint, rank: Rank) -> list[Pass]:

@@ -1,61 +1,50 @@
-"""What serving costs beyond passes: closed loops against a real server of this model, here."""
+"""What serving costs beyond passes: real servers of this model on this machine, under load.
+
+Requests come as they do in service, while every instance logs its steps: passes take longer there
+than one after another, and there is more to do between them.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import count
 from math import ceil
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
-from cluster.bench.load import Silent
 from cluster.bench.run import Bench, Plan
-from cluster.bench.server import Settings
-from cluster.profiling.processor_time import Thread, family_times, spent_between
+from cluster.profiling.speed import SpeedProbe, lengthened, speed_of
+from cluster.profiling.steps import steps_at_work
 from engine.errors import InstanceLost
 from engine.messages import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from cluster.bench.load import Progress
     from cluster.bench.sample import Sample
-    from cluster.profiling.processor_time import Spent
+    from cluster.profiling.speed import Reading, Speed
 
 STOP_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Loop:
-    """Users of each instance who all ask at once, again and again."""
-
-    users: int
-    prompt_tokens: int
-    output_tokens: int
-    turns: int
-    """At least."""
-
-
-LOOPS = (
-    Loop(1, 64, 4, 24),
-    Loop(1, 256, 4, 12),
-    Loop(8, 64, 4, 6),
-    Loop(1, 16, 48, 3),
-    Loop(4, 16, 48, 3),
-    Loop(16, 16, 48, 3),
-)
-"""Short answers tell what a request costs, short prompts what a token does."""
-HANDED_OFF = (Loop(1, 64, 4, 24), Loop(1, 16, 48, 3))
-"""Like those of a server that hands nothing off, to be compared with them."""
+LOAD = Synthetic(prompt_tokens=96, output_tokens=24, spread=0.7)
+LOAD_SHARES = (0.2, 0.4)
+"""Of what an instance would serve that took its requests one by one."""
+FEWEST_REQUESTS = 24
+UNDISTURBED = 0.7
+"""About so many of the requests at the lower rate find nobody before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,127 +54,132 @@ class Serving:
     instances: tuple[int, ...]
     """Servers of so many mixed instances are measured one after another."""
     max_length: int
-    lasting_s: float = 2.0
-    """A loop takes more turns until it takes about so long."""
+    request_s: float
+    """How long one of the load's median requests would take by itself."""
+    copies: tuple[tuple[float, float], ...] = ()
+    """(bytes, seconds) of KV that is handed off."""
+    kv_bytes_per_token: int = 0
+    load_s: float = 15.0
+    """How long requests come at each rate."""
 
-    @property
-    def hands_off(self) -> bool:
-        """Whether a prefill instance beside a decode instance is measured, too."""
-        return max(self.instances) > 1
-
-    @property
-    def fitting(self) -> list[Loop]:
-        return [one for one in LOOPS if one.prompt_tokens + one.output_tokens <= self.max_length]
-
-    @property
-    def loops(self) -> int:
-        return len(self.instances) * len(self.fitting) + self.hands_off * len(HANDED_OFF)
-
-
-def measure_serving(settings: Serving, progress: Callable[[int], None]) -> list[dict[str, Any]]:
-    """As a profile lists them; `progress` is told how many loops are done."""
-    entries: list[dict[str, Any]] = []
-    for instances in settings.instances:
-        with _server(settings, {"mixed": instances}) as server:
-            for loop in settings.fitting:
-                entries.append(server.measure(loop, instances, len(entries)))
-                progress(len(entries))
-    if settings.hands_off:
-        with _server(settings, {"prefill": 1, "decode": 1}) as server:
-            for loop in HANDED_OFF:
-                entry = server.measure(loop, 1, len(entries))
-                entries.append({**entry, "handed_off": True})
-                progress(len(entries))
-    return entries
-
-
-class _Span(Silent):
-    """From the first request on: what is prepared before it counts for nothing."""
-
-    def __init__(self) -> None:
-        self.began_s: float | None = None
-        self.client_s = 0.0
-
-    def sent(self) -> None:
-        if self.began_s is None:
-            self.began_s, self.client_s = time.perf_counter(), time.process_time()
-
-
-class _Run(NamedTuple):
-    samples: list[Sample]
-    lasted_s: float
-    spent: Spent
+    def copy_s(self, tokens: int) -> float:
+        if not self.copies:
+            return 0.0
+        sizes, seconds = zip(*self.copies, strict=True)
+        return float(np.interp(tokens * self.kv_bytes_per_token, sizes, seconds))
 
 
 @dataclass(frozen=True, slots=True)
-class _Server:
-    url: str
-    process: int
-    threads: int
-    """Of each instance, of which passes keep each busy."""
-    lasting_s: float
+class _Pools:
+    """A server to be measured."""
 
-    def measure(self, loop: Loop, instances: int, number: int) -> dict[str, Any]:
-        users = instances * loop.users
-        run = asyncio.run(self._run(loop, users, loop.turns, number))
-        if run.lasted_s < self.lasting_s:
-            turns = ceil(loop.turns * self.lasting_s / run.lasted_s)
-            run = asyncio.run(self._run(loop, users, turns, number))
-        ttft_s = [one.ttft_s for one in run.samples if one.ttft_s is not None]
-        tpot_s = [one.tpot_s for one in run.samples if one.tpot_s is not None]
-        told_s = [(one.parts_s or {}).get("prefill") for one in run.samples]
-        prefill_s = [one for one in told_s if one is not None]
-        if len(tpot_s) < len(run.samples) or not prefill_s:
-            raise InstanceLost("the server to be measured failed some requests")
-        return {
-            "instances": instances,
-            "users": loop.users,
-            "prompt_tokens": loop.prompt_tokens,
-            "output_tokens": loop.output_tokens,
-            "ttft_s": median(ttft_s),
-            "tpot_s": median(tpot_s),
-            "prefill_s": median(prefill_s),
-            "requests": len(run.samples),
-            "passes_s": run.spent.passes_s / self.threads,
-            "loops_s": run.spent.loops_s,
-            "doors_s": run.spent.doors_s,
-        }
+    pools: Mapping[str, int]
+    taking: int
+    """Instances that take requests in."""
+    handed_off: bool = False
 
-    async def _run(self, loop: Loop, users: int, turns: int, number: int) -> _Run:
-        """What the clients saw, and what processor time went where."""
-        recipe = Synthetic(
-            requests=users * turns,
-            prompt_tokens=loop.prompt_tokens,
-            output_tokens=loop.output_tokens,
-        )
-        settings = Settings(prompt_seed=number)
-        plan = Plan(Arrangement(draw(recipe)), concurrency=users, settings=settings)
-        span = _Span()
-        before: dict[Thread, float] = {}
 
-        def begins(_stage: str, _requests: int) -> Progress:
-            """The last stage is the one that counts: those before it warm up."""
-            nonlocal span, before
-            span, before = _Span(), family_times(self.process)
-            return span
+def _servers(instances: Sequence[int]) -> tuple[_Pools, ...]:
+    """Where several fit, a pair that hands KV off does so, too."""
+    mixed = [_Pools({"mixed": count}, count) for count in instances]
+    if max(instances, default=1) == 1:
+        return tuple(mixed)
+    return (*mixed, _Pools({"prefill": 1, "decode": 1}, 1, handed_off=True))
 
-        (measured,) = await Bench(plan, begins).run([parse_target(self.url)])
-        client = Thread(os.getpid(), 0, "client")
-        assert span.began_s is not None
-        lasted_s = time.perf_counter() - span.began_s
-        after = {client: time.process_time(), **family_times(self.process)}
-        spent = spent_between({**before, client: span.client_s}, after)
-        return _Run(measured.samples, lasted_s, spent)
+
+def loads_of(instances: Sequence[int]) -> int:
+    """How often it is told of what is done."""
+    return len(_servers(instances)) * len(LOAD_SHARES)
+
+
+def measure_serving(settings: Serving, progress: Callable[[int], None]) -> dict[str, Any]:
+    """As a profile has it; `progress` is told under how many loads servers have been."""
+    measured: list[_Measured] = []
+    done = count(1)
+    with SpeedProbe() as probe:
+        for pools in _servers(settings.instances):
+            one = _Measured(pools)
+            with tempfile.TemporaryDirectory() as logs:
+                with _server(settings, pools, logs) as url:
+                    probe.readings()
+                    began_s = time.time()
+                    for share in LOAD_SHARES:
+                        rate_rps = share * pools.taking / settings.request_s
+                        one.samples.append(_load(url, rate_rps, settings))
+                        progress(next(done))
+                    one.readings = probe.readings()
+                one.steps = steps_at_work(Path(logs), began_s)
+            measured.append(one)
+    speed = speed_of([reading for one in measured for reading in one.readings])
+    at_work = [one.told(speed, settings) for one in measured]
+    return {"at_work": at_work, "speed": speed.described()}
+
+
+@dataclass(slots=True)
+class _Measured:
+    """One server, told as if the machine had been as fast as in the mean over all of them."""
+
+    pools: _Pools
+    samples: list[list[Sample]] = field(default_factory=list)
+    """At each rate."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+
+    def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:
+        told: dict[str, Any] = {"handed_off": self.pools.handed_off, "steps": self.steps}
+        if self.pools.handed_off:
+            told["handoff_s"] = _handoff_s(self.samples[0], settings)
+        elif self.pools.taking == 1:
+            told["way_s"] = _way_s(self.samples[0])
+        here: dict[str, Any] = lengthened(told, mean.slower_than(speed_of(self.readings)))
+        return here
+
+
+def _load(url: str, rate_rps: float, settings: Serving) -> list[Sample]:
+    """Requests come at this rate, as in service."""
+    room = settings.max_length // 2
+    recipe = replace(
+        LOAD,
+        requests=max(ceil(rate_rps * settings.load_s), FEWEST_REQUESTS),
+        rate_rps=rate_rps,
+        longest_prompt=room,
+        longest_output=room,
+    )
+    bench = Bench(Plan(Arrangement(draw(recipe))))
+    (measured,) = asyncio.run(bench.run([parse_target(url)]))
+    if not all(one.finished for one in measured.samples):
+        raise InstanceLost("the server to be measured failed some requests")
+    return measured.samples
+
+
+def _way_s(samples: list[Sample]) -> float:
+    """What those that find nobody before them wait for besides their prefill, in the median."""
+    waits_s = [
+        one.ttft_s - (one.parts_s["prefill"] or 0.0)
+        for one in samples
+        if one.parts_s is not None and one.ttft_s is not None
+    ]
+    return sorted(waits_s)[int(UNDISTURBED / 2 * len(waits_s))]
+
+
+def _handoff_s(samples: list[Sample], settings: Serving) -> float:
+    """What a hand-off takes besides its copy, in the median."""
+    longer_s = [
+        transfer_s - settings.copy_s(one.prompt_tokens)
+        for one in samples
+        if (transfer_s := (one.parts_s or {}).get("transfer")) is not None
+    ]
+    return max(median(longer_s), 0.0) if longer_s else 0.0
 
 
 @contextmanager
-def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
+def _server(settings: Serving, served: _Pools, logs: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        counts = [(role.value, pools.get(role.value, 0)) for role in Role]
+        counts = [(role.value, served.pools.get(role.value, 0)) for role in Role]
         named = ", ".join(f"{role}: {{instances: {count}}}" for role, count in counts)
         config.write(
             f"model: {settings.model}\ndevice: cpu\n"
-            f"engine: {{threads: {settings.threads}, cache_prefixes: false}}\n"
+            f"engine: {{threads: {settings.threads}, cache_prefixes: false, step_log: {logs}}}\n"
             f"pools: {{{named}}}\n"
         )
         config.flush()
@@ -195,7 +189,7 @@ def _server(settings: Serving, pools: dict[str, int]) -> Iterator[_Server]:
             [*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            yield _Server(_url_of(server), server.pid, settings.threads, settings.lasting_s)
+            yield _url_of(server)
         finally:
             server.terminate()
             try:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import BadConfig
-from placement.latency.measured import CarriedOver, fit_run
-from placement.latency.serving_costs import (
-    Machine,
-    Served,
-    ServingCosts,
-    WithServing,
-    at_speed_of,
-    fit_doors,
-    fit_serving,
-    handing_of,
-    handoff_of,
-    way_of,
+from engine.messages import Role
+from placement.latency.at_work import (
+    AtWork,
+    StepsAtWork,
+    between_passes,
+    rest_of,
+    times_of,
+    waits_of,
 )
+from placement.latency.machine import Machine
+from placement.latency.measured import CarriedOver, fit_run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from placement.latency.measured import FitReport, Measured, Run
     from placement.latency.model import LatencyModel
     from placement.latency.roofline import Roofline
@@ -33,10 +33,16 @@ class Profile:
     runs: tuple[Run, ...]
     transfers: tuple[tuple[float, float], ...] = ()
     """(bytes, seconds)."""
-    served: tuple[Served, ...] = ()
-    processors: int | None = None
-    threads: int = 1
-    """Of each rank."""
+    steps: tuple[StepsAtWork, ...] = ()
+    """Of instances in service."""
+    paces: tuple[float, ...] = ()
+    """How unsteady the machine was meanwhile."""
+    arrival_s: float = 0.0
+    """From a client to an instance and back, beyond the passes."""
+    handoff_s: float = 0.0
+    """A hand-off's messages, beyond its copy."""
+    role: Role = Role.MIXED
+    """Of the instances whose latency it tells."""
 
     def run(self, tensor_parallel: int, pipeline_parallel: int) -> Run | None:
         for run in self.runs:
@@ -74,58 +80,43 @@ class Profile:
         run = self.run(tensor_parallel, pipeline_parallel)
         if run is None or not run.crowded_samples:
             return None
-        return self._with_serving(fit_run(run.beside)[0])
+        return self._served(fit_run(run.beside)[0], beside=True)
+
+    def of_role(self, role: Role) -> Profile:
+        """As it tells of instances that are mixed, or hand KV off to each other."""
+        return replace(self, role=role)
 
     def machine(self, tensor_parallel: int, pipeline_parallel: int) -> Machine | None:
-        """What instances share with what serves their tokens; None where that was not measured."""
-        doors = fit_doors(self._told)
-        if doors is None or self.processors is None:
+        """What instances share on their machine; None where no server was measured."""
+        if not self.steps:
             return None
-        return Machine(self.processors, self.threads * tensor_parallel * pipeline_parallel, doors)
+        return Machine(
+            waits_of(self._alike),
+            tensor_parallel * pipeline_parallel,
+            rest_of(self.steps, self.in_service),
+            self.paces,
+        )
 
     @property
-    def arrival_s(self) -> float:
-        """From the client to an instance and back, beyond the passes; 0 where not measured."""
-        alone = self._served_by(1)
-        if not alone:
-            return 0.0
-        return way_of(alone, self._with_serving(fit_run(self.runs[0])[0]))
+    def in_service(self) -> AtWork:
+        """An instance with the machine to itself, uncut; one after another if no server was
+        measured."""
+        return self._at_work(fit_run(self.runs[0])[0])
+
+    def _at_work(self, passes: Measured, *, beside: bool = False) -> AtWork:
+        times = times_of(self.steps, passes, beside=beside)
+        between = between_passes(self._alike)
+        return AtWork(passes, between, times, passes.pipeline_parallel)
+
+    def _served(self, passes: Measured, *, beside: bool = False) -> LatencyModel:
+        return self._at_work(passes, beside=beside) if self.steps else passes
 
     @property
-    def handing_s(self) -> float:
-        """How much longer a prompt takes whose KV is handed off; 0 where not measured."""
-        return handing_of(self._told)
-
-    @property
-    def handoff_s(self) -> float:
-        """Of its messages, beyond the copy; 0 where not measured."""
-        served = [one for one in self._told if one.handed_off]
-        return handoff_of(served, self._with_serving(fit_run(self.runs[0])[0]))
-
-    def _served_by(self, instances: int) -> list[Served]:
-        return [one for one in self._told if one.instances == instances and not one.handed_off]
-
-    @property
-    def _told(self) -> list[Served]:
-        """What each server did, at the speed at which the passes were timed."""
-        run, found = self.runs[0], list[Served]()
-        alone = fit_run(run)[0]
-        beside = fit_run(run.beside)[0] if run.crowded_samples else alone
-        for server in dict.fromkeys((one.instances, one.handed_off) for one in self.served):
-            loops = [one for one in self.served if (one.instances, one.handed_off) == server]
-            found += at_speed_of(alone if server[0] == 1 else beside, loops)
-        return found
-
-    @property
-    def serving(self) -> ServingCosts | None:
-        """What an instance's own thread does beside its passes; None where not measured."""
-        alone = self._served_by(1)
-        return fit_serving(alone, fit_run(self.runs[0])[0]) if alone else None
-
-    def _with_serving(self, passes: Measured) -> LatencyModel:
-        costs = self.serving
-        return passes if costs is None else WithServing(passes, costs)
+    def _alike(self) -> Sequence[StepsAtWork]:
+        """Steps of servers of such instances; of any where none was measured."""
+        handed_off = self.role is not Role.MIXED
+        return [one for one in self.steps if one.handed_off is handed_off] or self.steps
 
     def _served_run(self, run: Run) -> tuple[LatencyModel, FitReport]:
         passes, report = fit_run(run)
-        return self._with_serving(passes), report
+        return self._served(passes), report

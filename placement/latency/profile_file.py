@@ -5,9 +5,10 @@ each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, 
 `prefill` (tokens, squares, seconds; optionally prompts, context), `decode` (batch, context,
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
-and `serving` (instances, users, prompt_tokens, output_tokens, ttft_s, tpot_s; optionally requests,
-loops_s, doors_s, passes_s, prefill_s, handed_off), as clients of a server on this machine see it,
-whose instances compute on so many `threads` of its `processors`.
+`at_work`, of servers under load the means over `steps` that were alike (count,
+tokens, draws, pairs, kv_read_tokens, processor_s; optionally waited_s, others, rested, mixed,
+followed, then_s), with `handed_off` and optionally `way_s` and `handoff_s`; and `speed`, whose
+`paces` tell how unsteady the machine was.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig, unknown_name
+from placement.latency.at_work import StepsAtWork
 from placement.latency.measured import Run, Sample
 from placement.latency.model import Step
 from placement.latency.profile import Profile
-from placement.latency.serving_costs import Served
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,40 +51,56 @@ def profile_from(content: object) -> Profile:
         (_number("profile.transfer", raw, "bytes"), _number("profile.transfer", raw, "seconds"))
         for raw in _mappings("profile.transfer", content.get("transfer", []))
     )
-    served = tuple(
-        _served(f"profile.serving[{i}]", raw)
-        for i, raw in enumerate(_mappings("profile.serving", content.get("serving", [])))
+    at_work = _mappings("profile.at_work", content.get("at_work", []))
+    steps = tuple(
+        _step_at_work(f"profile.at_work[{i}].steps[{j}]", raw, server)
+        for i, server in enumerate(at_work)
+        for j, raw in enumerate(_mappings(f"profile.at_work[{i}].steps", server.get("steps")))
     )
-    processors = content.get("processors")
+    way_s, handoff_s = (
+        max((_number("profile.at_work", server, key, 0) for server in at_work), default=0.0)
+        for key in ("way_s", "handoff_s")
+    )
     return Profile(
         str(content["model"]),
         str(content["device"]),
         runs,
         transfers,
-        served,
-        None if processors is None else _count("profile", content, "processors"),
-        _count("profile", content, "threads", 1),
+        steps,
+        _paces(content.get("speed")),
+        way_s,
+        handoff_s,
     )
 
 
-def _served(where: str, raw: Mapping[str, Any]) -> Served:
-    ttft_s, tpot_s = (_number(where, raw, key) for key in ("ttft_s", "tpot_s"))
-    if min(ttft_s, tpot_s) <= 0:
-        raise BadConfig(where, dict(raw), "needs positive seconds")
-    return Served(
-        instances=_count(where, raw, "instances"),
-        users=_count(where, raw, "users"),
-        prompt_tokens=_count(where, raw, "prompt_tokens"),
-        output_tokens=_count(where, raw, "output_tokens"),
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        requests=int(_number(where, raw, "requests", 0)),
-        doors_s=_number(where, raw, "doors_s", 0),
-        loops_s=_number(where, raw, "loops_s", 0),
-        prefill_s=_number(where, raw, "prefill_s", 0),
-        handed_off=bool(raw.get("handed_off")),
-        passes_s=_number(where, raw, "passes_s", 0),
+def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any]) -> StepsAtWork:
+    tokens, draws, pairs, read = (
+        round(_number(where, raw, key)) for key in ("tokens", "draws", "pairs", "kv_read_tokens")
     )
+    return StepsAtWork(
+        _count(where, raw, "count"),
+        Step(tokens, draws, pairs, read, bool(raw.get("mixed"))),
+        _number(where, raw, "processor_s"),
+        _number(where, raw, "waited_s", 0),
+        _number(where, raw, "others", 0),
+        bool(raw.get("rested")),
+        int(_number(where, raw, "followed", 0)),
+        _number(where, raw, "then_s", 0),
+        bool(server.get("handed_off")),
+    )
+
+
+def _paces(speed: object) -> tuple[float, ...]:
+    if speed is None:
+        return ()
+    paces = speed.get("paces") if isinstance(speed, dict) else None
+    if not isinstance(paces, list) or not all(_is_positive(pace) for pace in paces):
+        raise BadConfig("profile.speed.paces", paces, "must be a list of positive numbers")
+    return tuple(paces)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def _count(where: str, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from engine.messages import Role
 from placement.latency.roofline import Roofline, power_w
 from placement.role import RoleSettings
 from placement.simulation.deployment import GPU_RESERVE, InstanceModel, Overheads
@@ -13,12 +14,11 @@ from placement.simulation.deployment import GPU_RESERVE, InstanceModel, Overhead
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from engine.messages import Role
     from placement.latency.catalog import Hardware, NodeGroup
+    from placement.latency.machine import Machine
     from placement.latency.model import LatencyModel
     from placement.latency.model_shape import ModelShape
     from placement.latency.profile import Profile
-    from placement.latency.serving_costs import Machine
 
 DECODE_POWER_SHARE = 0.15
 """Arithmetic of a decode step, as a share of peak, beside its memory traffic."""
@@ -56,10 +56,10 @@ class CostBook:
     def group(self, cut: Cut) -> NodeGroup:
         return self.hardware.group(cut.device)
 
-    def latency(self, cut: Cut) -> LatencyModel:
-        known = self._latencies.get(cut)
+    def latency(self, cut: Cut, role: Role = Role.MIXED) -> LatencyModel:
+        known = self._latencies.get((cut, role))
         if known is None:
-            known = self._latencies[cut] = self._find_latency(cut)
+            known = self._latencies[cut, role] = self._find_latency(cut, role)
         return known
 
     def kv_tokens(self, cut: Cut) -> int:
@@ -82,7 +82,7 @@ class CostBook:
     ) -> InstanceModel:
         return InstanceModel(
             role=role,
-            latency=self.latency(cut),
+            latency=self.latency(cut, role),
             kv_tokens=self.kv_tokens(cut),
             link=self.group(cut).link,
             node=node,
@@ -91,15 +91,15 @@ class CostBook:
             pipeline_parallel=cut.pipeline,
             pipelined=self.pipelined,
             settings=settings or RoleSettings(),
-            crowded=self._crowded(cut),
+            crowded=self._crowded(cut, role),
             neighbours=self._neighbours(cut),
-            machine=self._machine(cut),
+            machine=self._machine(cut, role),
         )
 
     @property
     def overheads(self) -> Overheads:
         """What profiles say of them; several devices' clients wait for the slowest."""
-        known = [(one.arrival_s, one.handoff_s, one.handing_s) for one in self.profiles.values()]
+        known = [(one.arrival_s, one.handoff_s) for one in self.profiles.values()]
         return Overheads(*map(max, zip(*known, strict=True)))
 
     def cost_per_hour(self, cut: Cut) -> float:
@@ -126,11 +126,15 @@ class CostBook:
         return replace(self, pipelined=False)
 
     @cached_property
-    def _latencies(self) -> dict[Cut, LatencyModel]:
+    def _latencies(self) -> dict[tuple[Cut, Role], LatencyModel]:
         return {}
 
-    def _crowded(self, cut: Cut) -> LatencyModel | None:
+    def _profile(self, cut: Cut, role: Role) -> Profile | None:
         profile = self.profiles.get(cut.device)
+        return None if profile is None else profile.of_role(role)
+
+    def _crowded(self, cut: Cut, role: Role) -> LatencyModel | None:
+        profile = self._profile(cut, role)
         return None if profile is None else profile.crowded(cut.tensor, cut.pipeline)
 
     def _neighbours(self, cut: Cut) -> int:
@@ -138,11 +142,11 @@ class CostBook:
         run = None if profile is None else profile.run(cut.tensor, cut.pipeline)
         return 1 if run is None else max(run.neighbours, 1)
 
-    def _machine(self, cut: Cut) -> Machine | None:
-        profile = self.profiles.get(cut.device)
+    def _machine(self, cut: Cut, role: Role) -> Machine | None:
+        profile = self._profile(cut, role)
         return None if profile is None else profile.machine(cut.tensor, cut.pipeline)
 
-    def _find_latency(self, cut: Cut) -> LatencyModel:
+    def _find_latency(self, cut: Cut, role: Role) -> LatencyModel:
         group = self.group(cut)
         spread = cut.accelerators > group.devices_per_node
         roofline = Roofline(
@@ -153,7 +157,7 @@ class CostBook:
             cut.pipeline,
             self.hardware.network if spread else group.link,
         )
-        profile = self.profiles.get(cut.device)
+        profile = self._profile(cut, role)
         if profile is None:
             return roofline
         return profile.latency(roofline, cut.tensor, cut.pipeline)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
 from engine.request import SequenceState
@@ -12,6 +13,7 @@ from placement.simulation.flow import Flow
 from placement.simulation.pace import Pace
 from placement.simulation.run import Run, work_of
 from placement.simulation.steady import SteadyBatcher
+from placement.simulation.unsteadiness import unsteadiness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from placement.role import Step as RoleStep
     from placement.simulation.deployment import Deployment, InstanceModel
     from placement.simulation.world import World
+
+REST_S = 0.005
+"""Without work for so long, an instance begins from a rest."""
 
 
 class Batching(ABC):
@@ -40,7 +45,8 @@ class Batching(ABC):
         self._pace = Pace(model, model.latency)
         self._crowded_pace = None if model.crowded is None else Pace(model, model.crowded)
         self._machine = model.machine
-        self._handing_s = deployment.overheads.handing_s
+        self._unsteady = unsteadiness(name, model.machine)
+        self._ended_s = -inf
         alone = model.crowded is None and model.machine is None
         self._crowd = None if alone else world.crowd(model.node)
         self._flow = Flow(self.pool)
@@ -75,18 +81,14 @@ class Batching(ABC):
         """It is prefilled once it has left the last stage of a pipeline."""
 
     @abstractmethod
-    def _hands_off(self, request_id: str) -> bool:
-        """Whether it goes on elsewhere once it is prefilled."""
-
-    @abstractmethod
     def _take_offers(self, now: float) -> None:
         """There may be more room than before."""
 
     # Between runs.
 
     @property
-    def demand(self) -> float | None:
-        return None if self._run is None else self._run.demand
+    def slowed(self) -> float | None:
+        return None if self._run is None else self._run.slowed
 
     def between_steps(self, action: Callable[[float], None], now: float) -> None:
         """Once the step under way has ended."""
@@ -165,7 +167,7 @@ class Batching(ABC):
 
     def _slowed(self, run: Run) -> float:
         assert self._crowd is not None
-        return self._crowd.slowed(self, run.crowded_ratio, run.demand)
+        return self._crowd.slowed(self, run.crowded_ratio, prompts=bool(run.step.prefills))
 
     # Starting.
 
@@ -221,12 +223,14 @@ class Batching(ABC):
         first_s = self._pace.step_s(work, decodes=decodes > 0)
         if step.batch.swaps:
             first_s += self._swap_s(step)
-        handed = self._handed(step) if step.prefills else 0
-        first_s += self._handing_s * handed
         growth_s = self._pace.growth_s(decodes) if steps > 1 else 0.0
+        if self._machine is not None:
+            first_s += self._rest_s(now)
+            if self._unsteady is not None:
+                first_s, growth_s, steps = self._unsteady.go(first_s, growth_s, steps, now)
         run = self._run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
         if self._crowd is not None:
-            self._share(run, work, handed, now)
+            self._share(run, work, now)
         for chunk in step.prefills:
             if chunk.request_id not in self._started_s:
                 self._started_s[chunk.request_id] = now
@@ -235,21 +239,17 @@ class Batching(ABC):
             self._mark_first_steps(run)
         self._schedule(run)
 
-    def _share(self, run: Run, work: Step, handed: int, now: float) -> None:
+    def _share(self, run: Run, work: Step, now: float) -> None:
         """The machine, with its neighbours and with what serves their tokens."""
-        alone_s = run.first_step_s
         if self._crowded_pace is not None:
             crowded_s = self._crowded_pace.step_s(work, decodes=run.decodes > 0)
-            run.crowded_ratio = crowded_s / alone_s
-        if self._machine is not None:
-            firsts = work.draws - run.decodes
-            run.demand = self._machine.demand(alone_s, work.draws, firsts, handed)
+            run.crowded_ratio = crowded_s / self._pace.step_s(work, decodes=run.decodes > 0)
         run.go_on(self._slowed(run), now)
 
-    def _handed(self, step: RoleStep) -> int:
-        """Prompts that the step completes and that are decoded elsewhere."""
-        ending = [chunk.request_id for chunk in step.prefills if chunk.draw is not None]
-        return sum([self._hands_off(request_id) for request_id in ending])
+    def _rest_s(self, now: float) -> float:
+        """How much longer the first pass after a rest takes."""
+        assert self._machine is not None
+        return self._machine.rest_s if now - self._ended_s > REST_S else 0.0
 
     def _schedule(self, run: Run) -> None:
         self._run_number += 1
@@ -281,6 +281,7 @@ class Batching(ABC):
         run = self._run
         assert run is not None
         self._run, self._changed, self._ending = None, True, True
+        self._ended_s = now
         self._account_for(run)
         ended = self._flow.advance(run.steps) if run.steady else self._take_tokens(run)
         for sequence in ended:

@@ -13,8 +13,8 @@ class Neighbour(Protocol):
     model: InstanceModel
 
     @property
-    def demand(self) -> float | None:
-        """Processors that it keeps busy; None while it does not compute."""
+    def slowed(self) -> float | None:
+        """How many times as long all takes there; None while it does not compute."""
         ...
 
     def hurry_or_slow(self, now: float) -> None:
@@ -27,35 +27,32 @@ class Crowd:
 
     def __init__(self) -> None:
         self._computing: dict[str, Neighbour] = {}
-        self._demands: dict[str, float] = {}
 
     @property
     def times(self) -> float:
         """How many times as long all takes that needs its processors, now."""
-        machines = [one.model.machine for one in self._computing.values()]
-        if not machines or machines[0] is None:
-            return 1.0
-        return machines[0].slowed(sum(self._demands.values()))
+        slowed = [one.slowed or 1.0 for one in self._computing.values()]
+        return sum(slowed) / len(slowed) if slowed else 1.0
 
-    def slowed(self, one: Neighbour, crowded_ratio: float, demand: float) -> float:
+    def slowed(self, one: Neighbour, crowded_ratio: float, *, prompts: bool) -> float:
         """How many times as long a run of this one takes: by the neighbours that its crowded
-        latency was measured beside, and by what is left of the processors."""
+        latency was measured beside, and by what waits for the processors."""
         others = len(self._computing) - (one.name in self._computing)
         times = 1.0 + min(1.0, others / one.model.neighbours) * (crowded_ratio - 1.0)
-        if one.model.machine is None:
+        machine = one.model.machine
+        if machine is None:
             return times
-        beside = sum(self._demands.values()) - self._demands.get(one.name, 0.0)
-        return times * one.model.machine.slowed(beside + demand)
+        widths = [near.model.accelerators for near in self._computing.values() if near is not one]
+        return times * machine.waits.slowed(sum(widths) + machine.width - 1, prompts=prompts)
 
     def settle(self, one: Neighbour, now: float) -> None:
-        """It may have begun to compute something else, or have nothing to do any more."""
-        demand = one.demand
-        if demand == self._demands.get(one.name):
+        """It may have begun to compute, or have nothing to do any more."""
+        if (one.slowed is None) is (one.name not in self._computing):
             return
-        if demand is None:
-            del self._computing[one.name], self._demands[one.name]
+        if one.slowed is None:
+            del self._computing[one.name]
         else:
-            self._computing[one.name], self._demands[one.name] = one, demand
+            self._computing[one.name] = one
         for other in self._computing.values():
             if other is not one:
                 other.hurry_or_slow(now)

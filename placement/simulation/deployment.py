@@ -14,8 +14,8 @@ from placement.routing.router import RouterSettings
 if TYPE_CHECKING:
     from engine.messages import Role
     from placement.latency.catalog import Link
+    from placement.latency.machine import Machine
     from placement.latency.model import LatencyModel
-    from placement.latency.serving_costs import Machine
 
 GPU_RESERVE = 0.1
 """Part of an accelerator's memory that is neither weights nor KV."""
@@ -56,8 +56,6 @@ class Overheads:
     """From the client to the instance, and the first token's way back."""
     handoff_s: float = 0.0
     """Messages of a hand-off before its copy starts and after it ends."""
-    handing_s: float = 0.0
-    """How much longer the last pass of a prompt takes whose KV is handed off."""
     layer_groups: int = 4
     """A hand-off's copy starts once the first of so many groups of layers is computed."""
     piece_bytes: int = TransferSettings().piece_bytes

@@ -145,9 +145,6 @@ class SimulatedInstance(Batching):
         if self._draining.pop(sequence.id, None) is sequence:
             self._prefilled(sequence, last_chunk_tokens, now)
 
-    def _hands_off(self, request_id: str) -> bool:
-        return self._targets[request_id] not in (None, self)
-
     def _let_go(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []

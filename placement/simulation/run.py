@@ -28,8 +28,6 @@ class Run:
     steady: bool
     crowded_ratio: float = 1.0
     """How many times as long it takes beside busy neighbours."""
-    demand: float = 1.0
-    """Processors that it keeps busy."""
     slowed: float = 1.0
     """How many times as long it takes now."""
     moved_s: float = 0.0

@@ -14,18 +14,16 @@ The profile also tells what passes cost beside a busy neighbour, and what servin
 since the generator and the gateway share the two cores with the instances.
 
 Two predictions are compared with each measurement. One is by the profile as it was taken. But what
-else runs on a virtual machine's host makes it up to twice as slow, for seconds or for minutes, so
-before and after each rate, while the server idles, some of the profile's passes are timed again,
-alone and beside a neighbour that computes: the other prediction is by the profile with its times
-made as much longer as these passes now take longer than in the profile, by their geometric mean
-over each kind of pass and company. Nothing that was measured of the server or the rate goes into
-it.
+else runs on a virtual machine's host makes it up to twice as slow, for tenths of seconds or for
+minutes, so while a server was profiled and while each rate is driven, a small process times a
+product and a loop in Python every now and then: the other prediction is by the profile with its
+times made as much longer as these take longer. Nothing that was measured of the server or the rate
+goes into it.
 
 How far a figure would lie from itself, were it measured again over as many requests, is printed
 beside it (a block bootstrap). Where the time to the first token and to the second went is told for
 the mean request, as predicted and as measured. With a folder the stages may run one by one, and a
-rate that was measured is not measured again. Rates are driven again during which other processes
-computed, or before and after which the machine was not equally fast.
+rate that was measured is not measured again, unless other processes computed meanwhile.
 """
 
 from __future__ import annotations
@@ -33,57 +31,41 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from prediction_report import (
-    ALONE,
-    BESIDE,
-    COMPANIES,
     FIGURES,
-    KINDS,
     MEASURED,
     PLAN,
     PROFILE,
     ROOT,
     TANDEM,
     WORKLOAD,
-    overall,
     read_measured,
     report,
     tandem,
 )
 from shapes import SHAPES, write_checkpoint
 
-sys.path.insert(0, str(ROOT))
-
-from cluster.profiling.measure import Device, Measuring, Rank, compute_for_ever
-from cluster.profiling.neighbours import busy_neighbours
-from cluster.profiling.passes import passes_of, profile_entry
-from engine.checkpoint import open_checkpoint
+from cluster.profiling.speed import Speed, SpeedProbe, speed_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from prediction_report import Slowness
-
-    from cluster.profiling.passes import Pass
 
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
@@ -92,13 +74,8 @@ RESAMPLES = 200
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
 STOP_S = 60
-LONGEST_S = 0.1
-ROUNDS = 5
-"""Of passes up to so long, to tell the machine's speed."""
 DISTURBED_CORES = 0.1
 """Measured again where other processes took more of this machine."""
-UNSTEADY = 0.1
-"""And where the machine was so much slower, or faster, after it than before."""
 STAGES = ["prepare", "measure", "report"]
 RATES = "rates.json"
 
@@ -248,82 +225,17 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
         return
     slo = yaml.safe_load(plan.read_text())["slo"]
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
-    with closing(Clock(folder, plan)) as clock, serving(plan) as url:
-        clock.look()
+    then = Speed(**json.loads((folder / PROFILE).read_text())["speed"])
+    with SpeedProbe() as probe, serving(plan) as url:
         for rate in rates:
             samples = folder / f"{deployment}-{rate:.1f}.csv"
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
-            driven = undisturbed(bench, most_tries, clock)
+            driven = undisturbed(bench, most_tries, probe)
             line = {"deployment": deployment, "rate_rps": rate, "others": driven.others}
-            line |= {"slower": driven.slower, "sampling": sampling_errors(samples)}
+            line |= {"slower": driven.speed.slower_than(then), "sampling": sampling_errors(samples)}
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(driven.figures)}) + "\n")
-
-
-class Clock:
-    """How fast this machine is, told by passes that the profile holds too."""
-
-    def __init__(self, folder: Path, plan: Path) -> None:
-        model = yaml.safe_load(plan.read_text())["model"]
-        run = json.loads((folder / PROFILE).read_text())["runs"][0]
-        measuring = Measuring(model, Device("cpu", "cpu-core"), quick=True)
-        checkpoint = open_checkpoint(model)
-        passes = list(passes_of(checkpoint.max_length, quick=True))
-        self._then_s = {company: known(passes, run_in(run, company)) for company in COMPANIES}
-        self._rank = Rank(measuring, checkpoint)
-        self._seen: list[Slowness] = []
-        with ExitStack() as stack:
-            stack.callback(self._rank.runner.close)
-            working = busy_neighbours(1, partial(compute_for_ever, measuring))
-            (self._neighbour,) = stack.enter_context(working)
-            os.kill(self._neighbour, signal.SIGSTOP)
-            self._ending = stack.pop_all()
-
-    def close(self) -> None:
-        self._ending.close()
-
-    def look(self) -> None:
-        alone = self._slowness(ALONE)
-        os.kill(self._neighbour, signal.SIGCONT)
-        beside = self._slowness(BESIDE)
-        os.kill(self._neighbour, signal.SIGSTOP)
-        self._seen.append({ALONE: alone, BESIDE: beside})
-
-    def _slowness(self, company: str) -> dict[str, float]:
-        then_s = self._then_s[company]
-        now_s = self._rank.timer.run(list(then_s), ROUNDS, lambda _: None)
-        times: dict[str, list[float]] = {}
-        for (one, before_s), after_s in zip(then_s.items(), now_s, strict=True):
-            times.setdefault(one.kind, []).append(after_s / before_s)
-        return {kind: geometric_mean(each) for kind, each in times.items()}
-
-    def slower(self) -> tuple[Slowness, float]:
-        """How many times as long passes took in the last two looks as in the profile, and by what
-        part that changed meanwhile."""
-        before, after = self._seen[-2:]
-        between = {
-            company: {kind: math.sqrt(times * after[company][kind]) for kind, times in each.items()}
-            for company, each in before.items()
-        }
-        return between, abs(math.log(overall(after) / overall(before)))
-
-
-def run_in(run: dict[str, Any], company: str) -> dict[str, Any]:
-    part: dict[str, Any] = run if company == ALONE else run[BESIDE]
-    return part
-
-
-def known(passes: list[Pass], run: dict[str, Any]) -> dict[Pass, float]:
-    """What the short ones took when the profile was made."""
-    then_s = {named(entry): entry["seconds"] for kind in KINDS for entry in run[kind]}
-    found = {one: then_s.get(named(profile_entry(one, 0.0)), math.inf) for one in passes}
-    return {one: seconds for one, seconds in found.items() if seconds < LONGEST_S}
-
-
-def named(entry: dict[str, float]) -> tuple[tuple[str, float], ...]:
-    """A pass by what it computes."""
-    return tuple(sorted((key, value) for key, value in entry.items() if key != "seconds"))
 
 
 def sampling_errors(samples: Path) -> dict[str, float]:
@@ -348,27 +260,21 @@ def sampling_errors(samples: Path) -> dict[str, float]:
 class Driven:
     others: float
     """Cores that other processes took."""
-    slower: Slowness
-    changed: float
-    """By what part its speed changed meanwhile."""
+    speed: Speed
+    """Of the machine meanwhile."""
     figures: str
 
-    @property
-    def disturbance(self) -> float:
-        """Beyond 1 it is too much."""
-        return max(self.others / DISTURBED_CORES, self.changed / UNSTEADY)
 
-
-def undisturbed(work: Callable[[], str], most_tries: int, clock: Clock) -> Driven:
-    """What came of it; again if others took too much, or the machine's speed changed."""
+def undisturbed(work: Callable[[], str], most_tries: int, probe: SpeedProbe) -> Driven:
+    """What came of it; again if others took too much."""
     tries: list[Driven] = []
-    while len(tries) < most_tries and (not tries or tries[-1].disturbance > 1.0):
+    while len(tries) < most_tries and (not tries or tries[-1].others > DISTURBED_CORES):
         began_s, before_s = time.monotonic(), foreign_s()
+        probe.readings()
         text = work()
         others = (foreign_s() - before_s) / (time.monotonic() - began_s)
-        clock.look()
-        tries.append(Driven(max(others, 0.0), *clock.slower(), text))
-    return min(tries, key=lambda one: one.disturbance)
+        tries.append(Driven(max(others, 0.0), speed_of(probe.readings()), text))
+    return min(tries, key=lambda one: one.others)
 
 
 def foreign_s() -> float:

@@ -17,6 +17,10 @@ import yaml
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.profiling.speed import lengthened
+
 ROOT = Path(__file__).resolve().parents[2]
 TANDEM = (sys.executable, "-m", "cluster")
 FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "p90"))
@@ -25,13 +29,8 @@ SAME = 0.02
 LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
 PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
 WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
-KINDS = ("prefill", "decode", "mixed")
-ALONE, BESIDE = COMPANIES = "alone", "beside"
-"""What else computes on the machine; the second is also the name of a part of a profile."""
-SECONDS = {"seconds", "ttft_s", "tpot_s", "prefill_s", "loops_s", "doors_s", "passes_s"}
-"""What takes longer on a slower machine, by its name in a profile."""
-Slowness = dict[str, dict[str, float]]
-"""How many times as long as when it was profiled the machine takes, by company and kind of pass."""
+Slowness = dict[str, float]
+"""How many times as long as in the profile, by the kind of code."""
 
 
 @dataclass(frozen=True)
@@ -87,38 +86,18 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
 
 
 def overall(slowness: Slowness) -> float:
-    return geometric_mean(times for kinds in slowness.values() for times in kinds.values())
+    return geometric_mean(slowness.values())
 
 
 def slowed(folder: Path, slowness: Slowness) -> Path:
-    """The profile as it would be of a machine that is so much slower. Serving one instance is as
-    computing alone, serving two and computing over two cores as computing beside a neighbour."""
+    """The profile as it would be of a machine that is so much slower."""
     document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
-    whole = {company: geometric_mean(slowness[company].values()) for company in COMPANIES}
-    alone, *cut = document["runs"]
-    for run, company in ((alone, ALONE), (alone[BESIDE], BESIDE)):
-        for kind, times in slowness[company].items():
-            run[kind] = lengthened(run[kind], times)
-    document["runs"] = [alone, *(lengthened(run, whole[BESIDE]) for run in cut)]
-    document["serving"] = [
-        lengthened(one, whole[BESIDE if one["instances"] > 1 or "handed_off" in one else ALONE])
-        for one in document["serving"]
-    ]
-    document["transfer"] = lengthened(document["transfer"], whole[BESIDE])
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(lengthened(document, slowness)))
     return path
 
 
-def lengthened(value: Any, times: float, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: lengthened(one, times, name) for name, one in value.items()}
-    if isinstance(value, list):
-        return [lengthened(one, times) for one in value]
-    return value * times if key in SECONDS else value
-
-
 def compare(folder: Path, *, at_speed: bool) -> Iterator[Pair]:
-    """By the profile as it is, or at the speed that the machine had before and after each rate."""
+    """By the profile as it is, or at the speed that the machine had meanwhile."""
     for one in read_measured(folder):
         deployment, rate = one["deployment"], one["rate_rps"]
         plan, profile = folder / f"{deployment}.yaml", folder / PROFILE
@@ -157,7 +136,7 @@ def report(folder: Path, *, as_json: bool) -> None:
     for pair in pairs_at_speed:
         print(pair.parts)
     print(summary("as profiled", rows))
-    print(summary("at the speed that the machine had before and after each rate", at_speed))
+    print(summary("at the speed that the machine had meanwhile", at_speed))
     print(f"planned={planned} expected_better={expected} measured_better={better}")
     print(
         f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "

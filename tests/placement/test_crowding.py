@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ import pytest
 from engine.messages import Role
 from engine.slo import Slo
 from placement.latency.catalog import Link
+from placement.latency.machine import Machine, Wait, Waits
 from placement.latency.model import LatencyModel
-from placement.latency.serving_costs import DoorCosts, Machine
 from placement.routing.router import Policy, RouterSettings
 from placement.simulation.deployment import Deployment, InstanceModel, Overheads
 from placement.simulation.dynamics import Dynamics, Failure
@@ -96,10 +96,35 @@ def test_busy_time_is_what_passed() -> None:
         assert outcome.busy_s[name] == pytest.approx(outcome.e2e_s[index])
 
 
-def test_a_request_is_longer_on_its_way_while_others_compute() -> None:
-    machine = Machine(processors=1, threads=1, doors=DoorCosts(0.0, 0.0, 0.0))
+def waiting(prompts: Wait, decodes: Wait, **fields: Any) -> Deployment:
+    """A pair whose passes wait for processors."""
+    machine = Machine(Waits(prompts, decodes))
     shared = tuple(replace(one, machine=machine) for one in pair().instances)
-    crowded = pair(instances=shared, overheads=Overheads(arrival_s=0.01))
+    return pair(instances=shared, **fields)
+
+
+def test_passes_wait_for_processors_alone_and_more_beside_others() -> None:
+    crowded = waiting(Wait(0.1, 0.5), Wait(0.2, 1.0))
+    apart, alone = (simulate(one, arriving(0.0)) for one in (pair(), crowded))
+    assert alone.ttft_s[0] == pytest.approx(1.1 * apart.ttft_s[0])
+    assert alone.tpot_s[0] == pytest.approx(1.2 * apart.tpot_s[0])
+    both = simulate(crowded, arriving(0.0, 0.0))
+    np.testing.assert_allclose(both.ttft_s, 1.5 * apart.ttft_s[0])
+    np.testing.assert_allclose(both.tpot_s, 2.0 * apart.tpot_s[0])
+
+
+def test_an_instance_as_wide_as_the_machine_is_never_alone() -> None:
+    wide = Machine(Waits(Wait(0.1, 0.5), Wait(0.2, 1.0)), width=2)
+    model = replace(pair().instances[0], machine=wide, tensor_parallel=2)
+    apart = simulate(pair(), arriving(0.0))
+    found = simulate(pair(instances=(model,)), arriving(0.0))
+    assert found.ttft_s[0] == pytest.approx(1.5 * apart.ttft_s[0])
+    assert found.tpot_s[0] == pytest.approx(2.0 * apart.tpot_s[0])
+
+
+def test_a_request_is_longer_on_its_way_while_others_compute() -> None:
+    twice = Wait(1.0, 1.0)
+    crowded = waiting(twice, twice, overheads=Overheads(arrival_s=0.01))
     outcome = simulate(crowded, arriving(0.0, 0.0, 0.2))
     waits_s = outcome.prefill_started_s - outcome.arrived_s
     assert waits_s[:2].tolist() == pytest.approx([0.01, 0.01])
@@ -133,41 +158,3 @@ def test_skipping_steps_changes_nothing_among_neighbours(monkeypatch: pytest.Mon
     skipped, every = simulate(target, load), walked(target, load, monkeypatch)
     np.testing.assert_allclose(skipped.first_token_s, every.first_token_s, atol=1e-4)
     np.testing.assert_allclose(skipped.finished_s, every.finished_s, atol=1e-4)
-
-
-def split(handoff_s: float = 0.0, handing_s: float = 0.0) -> Deployment:
-    """One instance prefills for another on a machine of one processor."""
-    doors = DoorCosts(0.0, 0.0, 0.0, handoff_s)
-    machine = Machine(processors=1, threads=1, doors=doors)
-    models = tuple(replace(one, machine=machine) for one in pair().instances)
-    roles = tuple(map(replace_role, models, (Role.PREFILL, Role.DECODE)))
-    router = RouterSettings(local_prompt_tokens=0)
-    return pair(instances=roles, router=router, overheads=Overheads(handing_s=handing_s))
-
-
-def replace_role(model: InstanceModel, role: Role) -> InstanceModel:
-    return replace(model, role=role)
-
-
-def test_a_prompt_that_is_handed_off_takes_longer() -> None:
-    load = arriving(0.0)
-    alike, longer = simulate(split(), load), simulate(split(handing_s=0.004), load)
-    assert longer.first_token_s[0] == pytest.approx(alike.first_token_s[0] + 0.004)
-    assert longer.tpot_s[0] == pytest.approx(alike.tpot_s[0])
-
-
-def test_a_handoff_takes_its_processor_time_from_the_pass_before_it() -> None:
-    load = arriving(0.0)
-    alike, longer = simulate(split(), load), simulate(split(handoff_s=0.005), load)
-    assert longer.first_token_s[0] == pytest.approx(alike.first_token_s[0] + 0.005)
-    assert longer.tpot_s[0] == pytest.approx(alike.tpot_s[0])
-
-
-def test_who_hands_nothing_off_pays_for_no_handoff() -> None:
-    load = arriving(0.0, 0.1)
-    costly = split(handoff_s=0.005, handing_s=0.004)
-    kept = replace(
-        costly, instances=tuple(replace_role(one, Role.MIXED) for one in costly.instances)
-    )
-    free = replace(split(), instances=kept.instances)
-    np.testing.assert_allclose(simulate(kept, load).finished_s, simulate(free, load).finished_s)

@@ -1,22 +1,27 @@
 """A server that is measured for a profile: what its clients see beyond its passes."""
 
-from cluster.profiling.serving import LOOPS, Serving, measure_serving
+from cluster.profiling.serving import Serving, loads_of, measure_serving
 
 
-def test_every_loop_of_a_server_is_timed():
+def test_servers_are_measured_under_load():
     done = []
-    entries = measure_serving(Serving("demo", 1, (1,), 2048, lasting_s=0.0), done.append)
-    assert [entry["users"] for entry in entries] == [loop.users for loop in LOOPS]
-    assert done == list(range(1, len(LOOPS) + 1))
-    for loop, entry in zip(LOOPS, entries, strict=True):
-        assert entry["instances"] == 1
-        assert entry["requests"] == loop.users * loop.turns
-        assert entry["ttft_s"] > entry["prefill_s"] > 0.0
-        assert min(entry[part] for part in ("tpot_s", "passes_s", "loops_s", "doors_s")) > 0.0
+    settings = Serving("demo", 1, (1, 2), 2048, request_s=0.05, load_s=0.0)
+    measured = measure_serving(settings, done.append)
+    assert done == list(range(1, loads_of((1, 2)) + 1))
+    one, two, pair = measured["at_work"]
+    assert one["way_s"] > 0.0
+    assert pair["handoff_s"] >= 0.0
+    assert [server["handed_off"] for server in (one, two, pair)] == [False, False, True]
+    for server in (one, two, pair):
+        steps = server["steps"]
+        prompts = sum(step["count"] for step in steps if step["pairs"])
+        assert 0 < prompts < sum(step["count"] for step in steps)
+        assert all(step["processor_s"] > 0.0 for step in steps)
+    assert not any(step["others"] for step in one["steps"])
+    assert min(measured["speed"]["paces"]) > 0.0
 
 
-def test_loops_longer_than_the_model_are_left_out():
-    short = Serving("demo", 1, (1,), 64)
-    assert [loop for loop in LOOPS if loop not in short.fitting]
-    assert all(loop.prompt_tokens + loop.output_tokens <= 64 for loop in short.fitting)
-    assert short.loops == len(short.fitting)
+def test_a_single_instance_is_measured_without_a_pair():
+    assert loads_of((1,)) == 2
+    assert loads_of((1, 2)) == 6
+    assert loads_of(()) == 0

@@ -1,0 +1,92 @@
+"""A line for every batch of an instance: what it held, and how long it took."""
+
+from __future__ import annotations
+
+import csv
+import time
+from typing import TYPE_CHECKING
+
+from placement.latency.model import pairs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from engine.batch import Batch, Executor, StepResult
+
+COLUMNS = (
+    "began_s",
+    "pass_s",
+    "processor_s",
+    "tokens",
+    "draws",
+    "prompts",
+    "pairs",
+    "kv_read_tokens",
+    "then_s",
+)
+LINES_KEPT = 64
+"""In memory, before they are written together."""
+
+
+class StepLog:
+    """Runs batches as the executor within does. A line tells when a pass began, how long it took,
+    how much of that its thread computed, the batch in the terms of the latency model, and how long
+    it was until the next pass, where a request of this batch went on in it."""
+
+    def __init__(self, executor: Executor, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._executor = executor
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._lines = csv.writer(self._file)
+        self._lines.writerow(COLUMNS)
+        self._kept: list[tuple[float | int | str, ...]] = []
+        self._last: tuple[float | int, ...] | None = None
+        self._ended_s = 0.0
+        self._ran: frozenset[str] = frozenset()
+
+    def execute(
+        self, batch: Batch, on_layer_group: Callable[[int], None] | None = None
+    ) -> StepResult:
+        began_s, computed_s = time.time(), time.thread_time()
+        self._complete(batch, began_s)
+        result = self._executor.execute(batch, on_layer_group)
+        self._ended_s = time.time()
+        lasted_s, computed_s = self._ended_s - began_s, time.thread_time() - computed_s
+        prompts = [chunk for chunk in batch.chunks if len(chunk.tokens) > 1]
+        self._last = (
+            began_s,
+            lasted_s,
+            computed_s,
+            sum(len(chunk.tokens) for chunk in batch.chunks),
+            sum(chunk.draw is not None for chunk in batch.chunks),
+            len(prompts),
+            sum(pairs_of(len(chunk.tokens), chunk.start) for chunk in prompts),
+            sum(chunk.start for chunk in batch.chunks),
+        )
+        return result
+
+    def close(self) -> None:
+        self._complete(None, 0.0)
+        self._write()
+        self._file.close()
+
+    def _complete(self, following: Batch | None, now: float) -> None:
+        """The last line, once it is known what came after it."""
+        ran = frozenset() if following is None else _requests(following)
+        if self._last is not None:
+            then_s = now - self._ended_s if ran & self._ran else ""
+            self._kept.append((*self._last, then_s))
+            self._last = None
+            if len(self._kept) >= LINES_KEPT:
+                self._write()
+        self._ran = ran
+
+    def _write(self) -> None:
+        self._lines.writerows(self._kept)
+        self._kept.clear()
+        self._file.flush()
+
+
+def _requests(batch: Batch) -> frozenset[str]:
+    return frozenset(chunk.request_id for chunk in batch.chunks)

@@ -1,0 +1,119 @@
+"""What batches took in a server at work, from the logs of its instances, as a profile tells it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from math import log2
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+REST_S = 0.005
+"""A pass that begins so long after another has ended comes from a rest."""
+BESIDE, ALONE = 0.8, 0.2
+"""Parts of a pass during which others computed from which, and up to which, it counts as either."""
+TOLD_APART = 8
+"""Batches of up to so many draws; beyond, by the powers of the square root of two."""
+WORK = ("tokens", "draws", "prompts", "pairs", "kv_read_tokens")
+
+
+class Kind(NamedTuple):
+    """Steps that are told by their mean."""
+
+    beside: bool
+    rested: bool
+    mixed: bool
+    prompts: bool
+    draws: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Steps:
+    """All of one kind."""
+
+    work: list[tuple[float, ...]] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+    waited_s: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    """That computed meanwhile."""
+    then_s: list[float] = field(default_factory=list)
+    """Where the next one followed at once."""
+
+    def add(self, step: dict[str, float], others: float) -> None:
+        self.work.append(tuple(step[name] for name in WORK))
+        self.processor_s.append(step["processor_s"])
+        self.waited_s.append(max(step["pass_s"] - step["processor_s"], 0.0))
+        self.others.append(others)
+        if not np.isnan(step["then_s"]):
+            self.then_s.append(step["then_s"])
+
+    def described(self, kind: Kind) -> dict[str, Any]:
+        means = np.mean(self.work, axis=0).tolist()
+        found: dict[str, Any] = {
+            "count": len(self.work),
+            "others": float(np.mean(self.others)) if kind.beside else 0.0,
+            "rested": kind.rested,
+            "mixed": kind.mixed,
+            **dict(zip(WORK, means, strict=True)),
+            "processor_s": float(np.mean(self.processor_s)),
+            "waited_s": float(np.mean(self.waited_s)),
+        }
+        if self.then_s:
+            found |= {"followed": len(self.then_s), "then_s": float(np.mean(self.then_s))}
+        return found
+
+
+def steps_at_work(logs: Path, since_s: float) -> list[dict[str, Any]]:
+    """Means over steps that are much alike."""
+    instances = [[*_read(path, since_s)] for path in sorted(logs.glob("*.csv"))]
+    spans = [_spans(steps) for steps in instances]
+    kinds: dict[Kind, _Steps] = {}
+    for number, steps in enumerate(instances):
+        others = [span for place, span in enumerate(spans) if place != number]
+        ended_s = -np.inf
+        for step in steps:
+            began_s, lasted_s = step["began_s"], step["pass_s"]
+            beside = sum(_shared_s(began_s, began_s + lasted_s, one) for one in others) / lasted_s
+            if beside <= ALONE or beside >= BESIDE:
+                kind = _kind(step, beside=beside >= BESIDE, rested=began_s - ended_s > REST_S)
+                kinds.setdefault(kind, _Steps()).add(step, beside)
+            ended_s = began_s + lasted_s
+    return [kinds[kind].described(kind) for kind in sorted(kinds)]
+
+
+def _kind(step: dict[str, float], *, beside: bool, rested: bool) -> Kind:
+    tokens, draws, prompts = (int(step[name]) for name in ("tokens", "draws", "prompts"))
+    mixed = 0 < prompts < draws
+    return Kind(beside, rested, mixed, prompts > 0, _about(draws), _about(tokens))
+
+
+def _about(count: int) -> int:
+    return count if count <= TOLD_APART else round(2 ** (round(2 * log2(count)) / 2))
+
+
+def _read(path: Path, since_s: float) -> Iterator[dict[str, float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = {name: float(value or "nan") for name, value in row.items()}
+            if step["began_s"] >= since_s:
+                yield step
+
+
+def _spans(steps: Sequence[dict[str, float]]) -> NDArray[np.float64]:
+    """When passes began and ended."""
+    began_s = np.array([step["began_s"] for step in steps])
+    return np.column_stack([began_s, began_s + [step["pass_s"] for step in steps]])
+
+
+def _shared_s(began_s: float, ended_s: float, spans: NDArray[np.float64]) -> float:
+    first, last = np.searchsorted(spans[:, 1], began_s), np.searchsorted(spans[:, 0], ended_s)
+    near = spans[first:last]
+    return float(np.sum(np.minimum(near[:, 1], ended_s) - np.maximum(near[:, 0], began_s)))

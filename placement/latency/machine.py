@@ -1,0 +1,40 @@
+"""What instances share with others on their machine, and what that costs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Wait(NamedTuple):
+    """For a processor, as a part of the time for which a pass has one."""
+
+    alone: float = 0.0
+    beside: float = 0.0
+
+
+class Waits(NamedTuple):
+    """What serves tokens takes its time from passes, and from longer ones more."""
+
+    prompts: Wait = Wait()
+    decodes: Wait = Wait()
+    others: float = 1.0
+    """Instances that computed in the mean, where others did."""
+
+    def slowed(self, others: float, *, prompts: bool) -> float:
+        """How many times as long a pass takes while so many others compute."""
+        wait = self.prompts if prompts else self.decodes
+        return 1.0 + wait.alone + min(1.0, others / self.others) * (wait.beside - wait.alone)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """For one instance: its neighbours, what serves their tokens, and others that are not seen."""
+
+    waits: Waits
+    width: int = 1
+    """As many of the instances that were measured compute where this one does."""
+    rest_s: float = 0.0
+    """How much longer a pass takes after a rest: caches are others' by then, and clocks low."""
+    paces: tuple[float, ...] = ()
+    """How many times as long as on average all takes, for a while each."""

@@ -1,0 +1,149 @@
+"""An instance's log of its batches, and what a profile makes of the logs of a server."""
+
+from __future__ import annotations
+
+import csv
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.instance.step_log import COLUMNS, LINES_KEPT, StepLog
+from cluster.profiling.steps import steps_at_work
+from engine.batch import Batch, Chunk, Draw, StepResult
+from engine.request import Sampling
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Executor:
+    def __init__(self):
+        self.ran = []
+
+    def execute(self, batch, on_layer_group=None):
+        self.ran.append((batch, on_layer_group))
+        return StepResult(())
+
+
+def chunk(name, count, start, *, draws=True):
+    draw = Draw(Sampling(), 0, start + count, ()) if draws else None
+    return Chunk(name, tuple(range(count)), start, (0,), draw)
+
+
+def read(path: Path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_line_tells_what_a_batch_held(tmp_path):
+    inner, path = Executor(), tmp_path / "logs" / "mixed-0.csv"
+    log = StepLog(inner, path)
+    batch = Batch((chunk("a", 5, 10), chunk("b", 1, 20), chunk("c", 3, 0, draws=False)))
+    assert log.execute(batch, print) == StepResult(())
+    assert inner.ran == [(batch, print)]
+    log.close()
+    (line,) = read(path)
+    assert tuple(line) == COLUMNS
+    counts = {name: int(line[name]) for name in COLUMNS[3:8]}
+    pairs = 5 * 10 + 15 + 6
+    assert counts == {"tokens": 9, "draws": 2, "prompts": 2, "pairs": pairs, "kv_read_tokens": 30}
+    assert float(line["pass_s"]) >= 0.0
+    assert line["then_s"] == ""
+
+
+def test_how_long_it_was_until_the_next_pass_is_told_where_a_request_went_on(tmp_path):
+    log = StepLog(Executor(), tmp_path / "mixed-0.csv")
+    for names in (["a"], ["a", "b"], ["c"], ["c"]):
+        log.execute(Batch(tuple(chunk(name, 1, 4) for name in names)))
+    log.close()
+    assert [bool(line["then_s"]) for line in read(tmp_path / "mixed-0.csv")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_lines_are_written_many_at_a_time_and_all_at_the_end(tmp_path):
+    path = tmp_path / "mixed-0.csv"
+    log = StepLog(Executor(), path)
+    for _ in range(LINES_KEPT + 3):
+        log.execute(Batch((chunk("a", 1, 4),)))
+    assert len(read(path)) == LINES_KEPT
+    log.close()
+    assert len(read(path)) == LINES_KEPT + 3
+
+
+def write(path: Path, *lines):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        rows.writerows(lines)
+
+
+DECODE = (1, 1, 0, 0, 100)
+PROMPT = (64, 1, 1, 2080, 0)
+
+
+def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
+    write(
+        tmp_path / "mixed-0.csv",
+        (1.0, 0.002, 0.001, *DECODE, 0.0005),
+        (1.0025, 0.002, 0.002, *DECODE, 0.0015),
+        (1.006, 0.002, 0.003, *DECODE, ""),
+        (1.05, 0.010, 0.009, *PROMPT, 0.001),
+    )
+    rested, in_a_row, prompt = _by_kind(steps_at_work(tmp_path, 0.0))
+    assert rested["count"] == 1
+    assert in_a_row == {
+        "count": 2,
+        "others": 0.0,
+        "rested": False,
+        "mixed": False,
+        "tokens": 1,
+        "draws": 1,
+        "prompts": 0,
+        "pairs": 0,
+        "kv_read_tokens": 100,
+        "processor_s": pytest.approx(0.0025),
+        "waited_s": 0.0,
+        "followed": 1,
+        "then_s": pytest.approx(0.0015),
+    }
+    assert prompt["rested"]
+    assert prompt["pairs"] == 2080
+
+
+def _by_kind(steps):
+    """A decode after a rest, decodes in a row, and a prompt."""
+    decodes = sorted((one for one in steps if not one["prompts"]), key=lambda one: -one["rested"])
+    return (*decodes, *(one for one in steps if one["prompts"]))
+
+
+def test_what_was_before_does_not_count(tmp_path):
+    write(
+        tmp_path / "mixed-0.csv",
+        (1.0, 0.002, 0.001, *DECODE, ""),
+        (2.0, 0.002, 0.002, *DECODE, ""),
+    )
+    (later,) = steps_at_work(tmp_path, 1.5)
+    assert later["processor_s"] == pytest.approx(0.002)
+
+
+def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):
+    """Those beside which others computed for part of the time count for neither."""
+    write(
+        tmp_path / "prefill-0.csv",
+        (1.0, 0.1, 0.05, *PROMPT, ""),
+        (2.0, 0.1, 0.10, *PROMPT, ""),
+        (3.0, 0.1, 0.07, *PROMPT, ""),
+    )
+    write(
+        tmp_path / "decode-0.csv",
+        (0.9, 0.15, 0.1, *DECODE, ""),
+        (1.05, 0.1, 0.1, *DECODE, ""),
+        (3.05, 0.06, 0.05, *DECODE, ""),
+    )
+    prompts = [one for one in steps_at_work(tmp_path, 0.0) if one["prompts"]]
+    told = {round(one["others"], 6): (one["processor_s"], one["waited_s"]) for one in prompts}
+    assert told == {1.0: pytest.approx((0.05, 0.05)), 0.0: pytest.approx((0.10, 0.0))}

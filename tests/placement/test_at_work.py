@@ -1,0 +1,131 @@
+"""What steps of servers at work tell: how much longer passes take there, and what lies between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from placement.latency.at_work import (
+    AtWork,
+    BetweenPasses,
+    StepsAtWork,
+    Times,
+    between_passes,
+    rest_of,
+    times_of,
+    waits_of,
+)
+from placement.latency.machine import Waits
+from placement.latency.model import LatencyModel, Step, decode_step, mixed_step, prefill_step
+
+BETWEEN = BetweenPasses(0.0006, 0.0001, 0.0003)
+REST_S = 0.001
+
+
+class Passes(LatencyModel):
+    pair_s = 1e-7
+    read_s = 1e-6
+    mixed_s = 0.0005
+
+    def fixed_s(self, tokens: int, draws: int) -> float:
+        return 0.002 + 1e-4 * tokens + 1e-5 * draws
+
+
+STEPS = [
+    prefill_step([(64, 0)]),
+    prefill_step([(200, 0)]),
+    decode_step([100]),
+    decode_step([100] * 4),
+    mixed_step([(80, 0)], [100, 120]),
+]
+
+
+def at_work(
+    step: Step, times: Times, *, others: float = 0.0, rested: bool = False, waits: float = 0.0
+) -> StepsAtWork:
+    latency = AtWork(Passes(), times=times)
+    computed_s = latency.step_s(step) + (REST_S if rested else 0.0)
+    then_s = BETWEEN.of_step(step.tokens, step.draws)
+    return StepsAtWork(10, step, computed_s, waits * computed_s, others, rested, 8, then_s)
+
+
+def test_what_passes_take_longer_is_told_by_kind_and_company():
+    alone, beside = Times(1.2, 1.05), Times(1.5, 1.3)
+    steps = [at_work(step, alone) for step in STEPS]
+    steps += [at_work(step, beside, others=1.0) for step in STEPS]
+    steps += [at_work(step, Times(9.0, 9.0), rested=True) for step in STEPS]
+    for times, company in ((alone, False), (beside, True)):
+        found = times_of(steps, Passes(), beside=company)
+        assert found.decodes == pytest.approx(times.decodes)
+        assert found.prompts == pytest.approx(times.prompts, rel=0.01)
+
+
+def test_passes_of_which_nothing_was_seen_take_as_long_as_one_after_another():
+    assert times_of([], Passes(), beside=False) == Times(1.0, 1.0)
+    only_decodes = [at_work(decode_step([100]), Times(1.0, 1.4))]
+    found = times_of(only_decodes, Passes(), beside=False)
+    assert found == pytest.approx((1.0, 1.4))
+
+
+def test_what_lies_between_passes_grows_with_tokens_and_is_more_after_prompts():
+    steps = [at_work(step, Times()) for step in (*STEPS, decode_step([50] * 9))]
+    unlike = replace(steps[0], others=1.0, then_s=1.0)
+    nothing_after = replace(steps[0], followed=0, then_s=0.0)
+    found = between_passes([*steps, unlike, nothing_after])
+    assert found.step_s == pytest.approx(BETWEEN.step_s)
+    assert found.token_s == pytest.approx(BETWEEN.token_s)
+    assert found.prompts_s == pytest.approx(BETWEEN.prompts_s)
+    assert between_passes([]) == BetweenPasses()
+
+
+def test_what_lies_between_passes_waits_for_processors_as_they_do():
+    steps = [at_work(step, Times(), waits=0.25) for step in (*STEPS, decode_step([50] * 9))]
+    assert between_passes(steps).step_s == pytest.approx(BETWEEN.step_s / 1.25)
+
+
+def test_waits_are_told_by_kind_and_company():
+    seen = {(True, 0.0): 0.1, (True, 1.5): 0.6, (False, 0.0): 0.05, (False, 1.5): 0.3}
+    steps = [
+        at_work(step, Times(), others=others, waits=wait)
+        for (prompts, others), wait in seen.items()
+        for step in STEPS
+        if (step.pairs > 0) is prompts
+    ]
+    waits = waits_of(steps)
+    assert waits.slowed(0.0, prompts=True) == pytest.approx(1.1)
+    assert waits.slowed(1.5, prompts=True) == pytest.approx(1.6)
+    assert waits.slowed(9.0, prompts=True) == pytest.approx(1.6)
+    assert waits.slowed(0.75, prompts=False) == pytest.approx(1.0 + (0.05 + 0.3) / 2)
+
+
+def test_nobody_waits_of_whom_nothing_was_seen_and_as_alone_where_no_others_were():
+    assert waits_of([]) == Waits()
+    alone = waits_of([at_work(decode_step([100]), Times(), waits=0.2)])
+    assert alone.slowed(3.0, prompts=False) == pytest.approx(1.2)
+    assert alone.slowed(3.0, prompts=True) == 1.0
+
+
+def test_a_rest_costs_what_passes_take_longer_after_it():
+    times = Times(1.2, 1.1)
+    steps = [at_work(step, times, rested=rested) for step in STEPS for rested in (False, True)]
+    latency = AtWork(Passes(), BETWEEN, times)
+    assert rest_of(steps, latency) == pytest.approx(REST_S)
+    assert rest_of(steps[::2], latency) == 0.0
+    quicker = [replace(one, processor_s=one.processor_s / 2) for one in steps]
+    assert rest_of(quicker, latency) == 0.0
+
+
+def test_steps_at_work_are_passes_at_their_pace_and_what_lies_between():
+    latency = AtWork(Passes(), BETWEEN, Times(1.5, 1.25))
+    decodes = decode_step([300] * 4)
+    assert latency.step_s(decodes) == pytest.approx(
+        1.25 * Passes().step_s(decodes) + BETWEEN.step_s + 4 * BETWEEN.token_s
+    )
+    prompt = prefill_step([(64, 0)])
+    assert latency.step_s(prompt) == pytest.approx(
+        1.5 * Passes().step_s(prompt) + BETWEEN.step_s + BETWEEN.token_s + BETWEEN.prompts_s
+    )
+    assert latency.decode_run_s(4, 1200, 20) == pytest.approx(
+        sum(latency.decode_s([300 + step] * 4) for step in range(20))
+    )

@@ -1,0 +1,148 @@
+"""What a profile makes of servers that were measured at work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.errors import BadConfig
+from engine.messages import Role
+from placement.latency.at_work import AtWork
+from placement.latency.machine import Wait
+from placement.latency.model import LatencyModel, Step, decode_step, prefill_step
+from placement.latency.profile_file import profile_from
+
+STEP_S, TOKEN_S, REST_S = 0.0006, 0.0001, 0.001
+
+
+class Passes(LatencyModel):
+    pair_s = 0.0
+    read_s = 1e-6
+
+    def fixed_s(self, tokens: int, draws: int) -> float:
+        return 0.002 + 1e-4 * tokens
+
+
+def samples(times: float) -> dict[str, Any]:
+    prompts = [
+        {"tokens": n, "squares": n * n, "seconds": times * (0.002 + 1e-4 * n)}
+        for n in (16, 64, 256, 1024)
+    ]
+    decodes = [
+        {"batch": b, "context": c * b, "seconds": times * (0.002 + 1e-4 * b + 1e-6 * c * b)}
+        for b in (1, 2, 8, 32)
+        for c in (64, 1024)
+    ]
+    return {"prefill": prompts, "decode": decodes}
+
+
+def document() -> dict[str, Any]:
+    """Passes beside a neighbour take twice as long; in service decodes take 1.1 and prompts 1.2
+    times as long, REST_S more after a rest, and wait for processors."""
+    beside = {"neighbours": 1, **samples(2.0)}
+    return {
+        "model": "demo",
+        "device": "cpu-core",
+        "runs": [{**samples(1.0), "beside": beside}],
+        "at_work": [
+            {"way_s": 0.004, "steps": [*at_work(1.0, 0.0, 0.1), *at_work(2.0, 1.0, 0.5)]},
+            {
+                "handed_off": True,
+                "handoff_s": 0.003,
+                "steps": [*at_work(1.0, 0.0, 0.2, 0.002), *at_work(2.0, 1.0, 0.7, 0.002)],
+            },
+        ],
+        "speed": {"product_s": 0.001, "python_s": 0.001, "paces": [0.8, 1.2]},
+    }
+
+
+def at_work(times: float, others: float, waits: float, then_s: float = 0.0) -> list[dict[str, Any]]:
+    found = []
+    for step, longer in ((decode_step([100] * 4), 1.1), (prefill_step([(64, 0)]), 1.2)):
+        for rested in (False, True):
+            computed_s = times * longer * Passes().step_s(step) + REST_S * rested
+            between_s = STEP_S + TOKEN_S * step.draws + then_s
+            found.append(
+                {
+                    **work(step),
+                    "count": 5,
+                    "others": others,
+                    "rested": rested,
+                    "processor_s": computed_s,
+                    "waited_s": waits * computed_s,
+                    "followed": 4,
+                    "then_s": between_s,
+                }
+            )
+    return found
+
+
+def work(step: Step) -> dict[str, int]:
+    return {name: value for name, value in step._asdict().items() if name != "mixed"}
+
+
+def test_a_profile_knows_passes_beside_a_neighbour() -> None:
+    profile = profile_from({**document(), "at_work": []})
+    (run,) = profile.runs
+    crowded = profile.crowded(1, 1)
+    assert run.neighbours == 1
+    assert crowded is not None
+    assert crowded.decode_s([300] * 4) == pytest.approx(2 * 0.0036, rel=0.02)
+    assert profile.crowded(2, 1) is None
+    assert profile.arrival_s == 0.0
+    assert profile.machine(1, 1) is None
+
+
+def test_a_profile_knows_steps_at_work() -> None:
+    profile = profile_from(document())
+    latency, crowded = profile.in_service, profile.crowded(1, 1)
+    assert latency.times == pytest.approx((1.2, 1.1), rel=0.02)
+    assert latency.between.step_s == pytest.approx(STEP_S / 1.1)
+    assert latency.between.token_s == pytest.approx(TOKEN_S / 1.1)
+    handing_off = profile.of_role(Role.DECODE).in_service
+    assert handing_off.times == latency.times
+    assert handing_off.between.step_s == pytest.approx((STEP_S + 0.002) / 1.2)
+    assert isinstance(crowded, AtWork)
+    assert crowded.between == latency.between
+    assert crowded.times == pytest.approx((1.2, 1.1), rel=0.02)
+    assert (profile.arrival_s, profile.handoff_s) == (0.004, 0.003)
+
+
+def test_a_profile_knows_what_is_shared_of_a_machine() -> None:
+    profile = profile_from(document())
+    mixed, prefill = profile.machine(1, 1), profile.of_role(Role.PREFILL).machine(1, 1)
+    assert mixed is not None
+    assert prefill is not None
+    assert mixed.waits.prompts == pytest.approx(Wait(0.1, 0.5))
+    assert prefill.waits.decodes == pytest.approx(Wait(0.2, 0.7))
+    assert mixed.rest_s == pytest.approx(REST_S, rel=0.1)
+    assert mixed.paces == (0.8, 1.2)
+    wide = profile.machine(2, 2)
+    assert wide is not None
+    assert wide.width == 4
+
+
+def test_where_no_pair_was_measured_it_waits_like_mixed_instances() -> None:
+    one = document()
+    one["at_work"] = one["at_work"][:1]
+    decode = profile_from(one).of_role(Role.DECODE).machine(1, 1)
+    assert decode is not None
+    assert decode.waits.prompts == pytest.approx(Wait(0.1, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"at_work": [{"way_s": 1}]}, "profile.at_work[0].steps"),
+        ({"at_work": [{"way_s": -1, "steps": []}]}, "profile.at_work.way_s"),
+        ({"at_work": [{"steps": [{"count": 3}]}]}, "profile.at_work[0].steps[0].tokens"),
+        ({"speed": {}}, "profile.speed.paces"),
+        ({"speed": {"paces": [1.0, -1.0]}}, "profile.speed.paces"),
+        ({"runs": [{**samples(1.0), "beside": {"prefill": []}}]}, "profile.runs[0].beside"),
+    ],
+)
+def test_what_was_measured_badly_is_refused(changed: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadConfig) as refusal:
+        profile_from({**document(), **changed})
+    assert refusal.value.field == field
