@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from cluster.profiling.speed import Reading, Speed
 
 STOP_S = 60.0
-
-
 LOAD = Synthetic(prompt_tokens=96, output_tokens=24, spread=0.7)
 LOAD_SHARES = (0.2, 0.4)
 """Of what an instance would serve that took its requests one by one."""

@@ -43,6 +43,9 @@ def profile_from(content: object) -> Profile:
     for key in ("model", "device", "runs"):
         if key not in content:
             raise BadConfig(f"profile.{key}", None, "is required")
+    if "serving" in content:
+        rule = "was measured by an earlier version: profile again"
+        raise BadConfig("profile.serving", type(content["serving"]).__name__, rule)
     entries = _mappings("profile.runs", content["runs"])
     runs = tuple(_run(f"profile.runs[{i}]", raw) for i, raw in enumerate(entries))
     if not runs:

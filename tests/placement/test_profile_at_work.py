@@ -134,6 +134,7 @@ def test_where_no_pair_was_measured_it_waits_like_mixed_instances() -> None:
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
+        ({"serving": [{"instances": 1}]}, "profile.serving"),
         ({"at_work": [{"way_s": 1}]}, "profile.at_work[0].steps"),
         ({"at_work": [{"way_s": -1, "steps": []}]}, "profile.at_work.way_s"),
         ({"at_work": [{"steps": [{"count": 3}]}]}, "profile.at_work[0].steps[0].tokens"),
