@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from engine.errors import InstanceLost
+from placement.latency.machine import WINDOW_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.connection import Connection
 
 PERIOD_S = 0.04
-WINDOW_S = 0.12
-"""Over which readings are taken together: about as long as a machine keeps its speed."""
 PACES = 12
 ROWS, WIDTH = 4, 1024
 NUMBERS = 2000

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from placement.latency.machine import REST_S
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-REST_S = 0.005
-"""A pass that begins so long after another has ended comes from a rest."""
 BESIDE, ALONE = 0.8, 0.2
 """Parts of a pass during which others computed from which, and up to which, it counts as either."""
 TOLD_APART = 8

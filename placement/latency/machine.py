@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+REST_S = 0.005
+"""Without work for so long, an instance begins from a rest."""
+WINDOW_S = 0.12
+"""About how long a machine keeps its pace."""
+
 
 class Wait(NamedTuple):
     """For a processor, as a part of the time for which a pass has one."""

@@ -8,6 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from engine.request import SequenceState
+from placement.latency.machine import REST_S
 from placement.latency.model import Step, steps_to_reach
 from placement.simulation.flow import Flow
 from placement.simulation.pace import Pace
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from placement.role import Step as RoleStep
     from placement.simulation.deployment import Deployment, InstanceModel
     from placement.simulation.world import World
-
-REST_S = 0.005
-"""Without work for so long, an instance begins from a rest."""
 
 
 class Batching(ABC):

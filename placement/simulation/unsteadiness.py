@@ -6,13 +6,12 @@ import random
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from placement.latency.machine import WINDOW_S
 from placement.latency.model import steps_to_reach
 
 if TYPE_CHECKING:
     from placement.latency.machine import Machine
 
-WINDOW_S = 0.12
-"""How long it keeps a pace."""
 WINDOWS = 4096
 """Drawn beforehand; they come again after minutes."""
 

@@ -8,11 +8,11 @@ import pytest
 from engine.messages import Role
 from engine.slo import Slo
 from placement.latency.catalog import Link
-from placement.latency.machine import Machine, Waits
+from placement.latency.machine import WINDOW_S, Machine, Waits
 from placement.latency.model import LatencyModel
 from placement.simulation.deployment import Deployment, InstanceModel
 from placement.simulation.simulator import simulate
-from placement.simulation.unsteadiness import WINDOW_S, unsteadiness
+from placement.simulation.unsteadiness import unsteadiness
 from placement.workload import Workload
 
 
