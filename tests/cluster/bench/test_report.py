@@ -142,7 +142,7 @@ def test_a_workload_of_ones_own_is_replayed(
     load = tmp_path / "load.csv"
     load.write_text("arrival_s,prompt_tokens,output_tokens,slo_ttft_s\n5,9,3,0.0001\n5.02,8,3,\n")
     with simulated() as url:
-        run("--url", url, "--workload", str(load), "--json")
+        run("--url", url, "--workload", str(load), "--ttft", "900", "--tpot", "900", "--json")
     assert json.loads(capsys.readouterr().out)["attainment"] == 0.5
 
 
