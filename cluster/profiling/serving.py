@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,8 +126,8 @@ class _Measured:
     def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:
         told: dict[str, Any] = {"handed_off": self.pools.handed_off, "steps": self.steps}
         if self.pools.handed_off:
-            told["handoff_s"] = _handoff_s(self.samples[0], settings)
-        elif self.pools.taking == 1:
+            told["handoff_s"] = _handoff_s([one for load in self.samples for one in load], settings)
+        if self.pools.taking == 1:
             told["way_s"] = _way_s(self.samples[0])
         here: dict[str, Any] = lengthened(told, mean.slower_than(speed_of(self.readings)))
         return here
@@ -161,13 +161,13 @@ def _way_s(samples: list[Sample]) -> float:
 
 
 def _handoff_s(samples: list[Sample], settings: Serving) -> float:
-    """What a hand-off takes besides its copy, in the median."""
+    """What a hand-off takes besides its copy."""
     longer_s = [
         transfer_s - settings.copy_s(one.prompt_tokens)
         for one in samples
         if (transfer_s := (one.parts_s or {}).get("transfer")) is not None
     ]
-    return max(median(longer_s), 0.0) if longer_s else 0.0
+    return max(mean(longer_s), 0.0) if longer_s else 0.0
 
 
 @contextmanager

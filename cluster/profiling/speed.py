@@ -1,8 +1,9 @@
 """How fast this machine is while something else goes on, as a small process sees it.
 
 What else runs on a virtual machine's host slows its processors down, each for a tenth of a second
-or so at a time, and code of one kind more than that of another. Only processor time counts, so
-that a busy machine looks no slower than an idle one.
+or so at a time, and code of one kind more than that of another. Only processor time counts, and
+every reading comes after a while of computing, as a processor that has slept is slow at first: so
+a busy machine looks neither slower nor faster than an idle one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.connection import Connection
 
-PERIOD_S = 0.04
+PERIOD_S = 0.2
+WARM_S = 0.005
+"""Of computing before a reading."""
+REPEATS = 4
 PACES = 12
 ROWS, WIDTH = 4, 1024
 NUMBERS = 2000
@@ -118,7 +122,6 @@ def speed_of(readings: Sequence[Reading]) -> Speed:
 
 
 def _take_readings(connection: Connection) -> None:
-    """Work is done twice: what the processor had forgotten meanwhile does not count."""
     torch.set_num_threads(1)
     left, right = torch.ones(ROWS, WIDTH), torch.ones(WIDTH, WIDTH)
 
@@ -132,6 +135,7 @@ def _take_readings(connection: Connection) -> None:
     while True:
         asked = connection.poll(PERIOD_S)
         if not asked or not readings:
+            _warm_up(product, python)
             readings.append(Reading(time.monotonic(), _timed(product), _timed(python)))
         if asked:
             connection.recv()
@@ -139,8 +143,15 @@ def _take_readings(connection: Connection) -> None:
             readings = []
 
 
-def _timed(work: Callable[[], None]) -> float:
-    work()
+def _warm_up(*works: Callable[[], None]) -> None:
     began_s = time.thread_time()
-    work()
-    return time.thread_time() - began_s
+    while time.thread_time() - began_s < WARM_S:
+        for work in works:
+            work()
+
+
+def _timed(work: Callable[[], None]) -> float:
+    began_s = time.thread_time()
+    for _ in range(REPEATS):
+        work()
+    return (time.thread_time() - began_s) / REPEATS

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     """Steps that are told by their mean."""
 
     beside: bool
-    rested: bool
+    cold: bool
     mixed: bool
     prompts: bool
     draws: int
@@ -60,7 +60,7 @@ class _Steps:
         found: dict[str, Any] = {
             "count": len(self.work),
             "others": float(np.mean(self.others)) if kind.beside else 0.0,
-            "rested": kind.rested,
+            "cold": kind.cold,
             "mixed": kind.mixed,
             **dict(zip(WORK, means, strict=True)),
             "processor_s": float(np.mean(self.processor_s)),
@@ -78,21 +78,22 @@ def steps_at_work(logs: Path, since_s: float) -> list[dict[str, Any]]:
     kinds: dict[Kind, _Steps] = {}
     for number, steps in enumerate(instances):
         others = [span for place, span in enumerate(spans) if place != number]
-        ended_s = -np.inf
+        ended_s, after_prompts = -np.inf, False
         for step in steps:
             began_s, lasted_s = step["began_s"], step["pass_s"]
             beside = sum(_shared_s(began_s, began_s + lasted_s, one) for one in others) / lasted_s
             if beside <= ALONE or beside >= BESIDE:
-                kind = _kind(step, beside=beside >= BESIDE, rested=began_s - ended_s > REST_S)
+                cold = began_s - ended_s > REST_S or (after_prompts and not step["prompts"])
+                kind = _kind(step, beside=beside >= BESIDE, cold=cold)
                 kinds.setdefault(kind, _Steps()).add(step, beside)
-            ended_s = began_s + lasted_s
+            ended_s, after_prompts = began_s + lasted_s, step["prompts"] > 0
     return [kinds[kind].described(kind) for kind in sorted(kinds)]
 
 
-def _kind(step: dict[str, float], *, beside: bool, rested: bool) -> Kind:
+def _kind(step: dict[str, float], *, beside: bool, cold: bool) -> Kind:
     tokens, draws, prompts = (int(step[name]) for name in ("tokens", "draws", "prompts"))
     mixed = 0 < prompts < draws
-    return Kind(beside, rested, mixed, prompts > 0, _about(draws), _about(tokens))
+    return Kind(beside, cold, mixed, prompts > 0, _about(draws), _about(tokens))
 
 
 def _about(count: int) -> int:
@@ -108,9 +109,10 @@ def _read(path: Path, since_s: float) -> Iterator[dict[str, float]]:
 
 
 def _spans(steps: Sequence[dict[str, float]]) -> NDArray[np.float64]:
-    """When passes began and ended."""
+    """When it was busy: in passes, and between those that follow one another."""
     began_s = np.array([step["began_s"] for step in steps])
-    return np.column_stack([began_s, began_s + [step["pass_s"] for step in steps]])
+    busy_s = [step["pass_s"] + np.nan_to_num(step["then_s"]) for step in steps]
+    return np.column_stack([began_s, began_s + busy_s])
 
 
 def _shared_s(began_s: float, ended_s: float, spans: NDArray[np.float64]) -> float:

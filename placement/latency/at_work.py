@@ -27,8 +27,8 @@ class StepsAtWork:
     """For a processor."""
     others: float = 0.0
     """Instances of the machine that computed meanwhile."""
-    rested: bool = False
-    """Whether the instance had nothing to do before."""
+    cold: bool = False
+    """Whether the instance had nothing to do before, or prompts where now it has none."""
     followed: int = 0
     """So many were followed by another one at once."""
     then_s: float = 0.0
@@ -65,6 +65,8 @@ class Times(NamedTuple):
 
     prompts: float = 1.0
     decodes: float = 1.0
+    draw_s: float = 0.0
+    """More for each sequence that decodes."""
 
 
 ONE_AFTER_ANOTHER = Times()
@@ -92,8 +94,11 @@ class AtWork(LatencyModel):
         return self.passes.mixed_s * self.times.prompts
 
     def fixed_s(self, tokens: int, draws: int) -> float:
-        times = self.times.prompts if tokens > draws else self.times.decodes
-        return times * self.passes.fixed_s(tokens, draws) + self.between.of_step(tokens, draws)
+        times, draw_s = self.times.prompts, 0.0
+        if tokens == draws:
+            times, draw_s = self.times.decodes, self.times.draw_s
+        pass_s = times * self.passes.fixed_s(tokens, draws) + draw_s * draws
+        return pass_s + self.between.of_step(tokens, draws)
 
     def outside(self, tokens: int, kv_read_tokens: int) -> tuple[str, ...]:
         return self.passes.outside(tokens, kv_read_tokens)
@@ -102,12 +107,21 @@ class AtWork(LatencyModel):
 def times_of(steps: Sequence[StepsAtWork], passes: LatencyModel, *, beside: bool) -> Times:
     """By processor time: what a pass waits for its processor is for the machine to say. Where
     nothing was seen, as long as one after another."""
-    found = []
-    for prompts in (True, False):
-        alike = [one for one in _in_a_row(steps, beside=beside) if one.prompts is prompts]
-        said_s = sum(one.count * passes.step_s(one.step) for one in alike)
-        found.append(sum(one.count * one.processor_s for one in alike) / said_s if alike else 1.0)
-    return Times(*found)
+    warm = [one for one in steps if one.beside is beside and not one.cold]
+    decodes = [one for one in warm if not one.prompts]
+    prompts = _ratio([one for one in warm if one.prompts], passes)
+    if len({one.step.draws for one in decodes}) < 2:
+        return Times(prompts, _ratio(decodes, passes))
+    weights = np.sqrt([one.count for one in decodes])
+    rows = np.array([(passes.step_s(one.step), one.step.draws) for one in decodes])
+    seconds = np.array([one.processor_s for one in decodes])
+    fitted = nonnegative_least_squares(rows * weights[:, None], seconds * weights)
+    return Times(prompts, *fitted.tolist())
+
+
+def _ratio(steps: Sequence[StepsAtWork], passes: LatencyModel) -> float:
+    said_s = sum(one.count * passes.step_s(one.step) for one in steps)
+    return sum(one.count * one.processor_s for one in steps) / said_s if steps else 1.0
 
 
 def waits_of(steps: Sequence[StepsAtWork]) -> Waits:
@@ -129,12 +143,12 @@ def _wait(steps: Sequence[StepsAtWork]) -> float:
     return sum(one.count * one.waited_s for one in steps) / computed_s if computed_s else 0.0
 
 
-def rest_of(steps: Sequence[StepsAtWork], latency: AtWork) -> float:
-    """How much longer a pass takes that comes from a rest."""
+def cold_of(steps: Sequence[StepsAtWork], latency: AtWork) -> float:
+    """How much longer a pass takes that begins cold."""
     passes = AtWork(latency.passes, times=latency.times)
-    rested = [one for one in steps if one.rested and not one.beside]
-    longer_s = sum(one.count * (one.processor_s - passes.step_s(one.step)) for one in rested)
-    return max(longer_s, 0.0) / sum(one.count for one in rested) if rested else 0.0
+    cold = [one for one in steps if one.cold and not one.beside]
+    longer_s = sum(one.count * (one.processor_s - passes.step_s(one.step)) for one in cold)
+    return max(longer_s, 0.0) / sum(one.count for one in cold) if cold else 0.0
 
 
 def between_passes(steps: Sequence[StepsAtWork]) -> BetweenPasses:
@@ -148,7 +162,3 @@ def between_passes(steps: Sequence[StepsAtWork]) -> BetweenPasses:
     seconds = np.array([one.then_s / waits for one in followed])
     fitted = nonnegative_least_squares(rows * weights[:, None], seconds * weights)
     return BetweenPasses(*fitted.tolist())
-
-
-def _in_a_row(steps: Sequence[StepsAtWork], *, beside: bool) -> list[StepsAtWork]:
-    return [one for one in steps if one.beside is beside and not one.rested]

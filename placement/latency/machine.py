@@ -39,7 +39,8 @@ class Machine:
     waits: Waits
     width: int = 1
     """As many of the instances that were measured compute where this one does."""
-    rest_s: float = 0.0
-    """How much longer a pass takes after a rest: caches are others' by then, and clocks low."""
+    cold_s: float = 0.0
+    """How much longer a pass takes after a rest, when caches are others' and clocks low, and one
+    of decodes alone after prompts."""
     paces: tuple[float, ...] = ()
     """How many times as long as on average all takes, for a while each."""

@@ -11,7 +11,7 @@ from placement.latency.at_work import (
     AtWork,
     StepsAtWork,
     between_passes,
-    rest_of,
+    cold_of,
     times_of,
     waits_of,
 )
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from placement.latency.model import LatencyModel
     from placement.latency.roofline import Roofline
 
+PROMPT_TOKENS = 2
+"""As few make a prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -37,8 +40,8 @@ class Profile:
     """Of instances in service."""
     paces: tuple[float, ...] = ()
     """How unsteady the machine was meanwhile."""
-    arrival_s: float = 0.0
-    """From a client to an instance and back, beyond the passes."""
+    way_s: float = 0.0
+    """From a client to an instance and back, beyond the pass of a prompt."""
     handoff_s: float = 0.0
     """A hand-off's messages, beyond its copy."""
     role: Role = Role.MIXED
@@ -93,9 +96,15 @@ class Profile:
         return Machine(
             waits_of(self._alike),
             tensor_parallel * pipeline_parallel,
-            rest_of(self.steps, self.in_service),
+            cold_of(self.steps, self.in_service),
             self.paces,
         )
+
+    @property
+    def arrival_s(self) -> float:
+        """From a client to an instance and back, beyond its step with the prompt: what lies
+        between that pass and the next is of the step."""
+        return max(self.way_s - self.in_service.between.of_step(PROMPT_TOKENS, 1), 0.0)
 
     @property
     def in_service(self) -> AtWork:

@@ -6,7 +6,7 @@ each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, 
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 `at_work`, of servers under load the means over `steps` that were alike (count,
-tokens, draws, pairs, kv_read_tokens, processor_s; optionally waited_s, others, rested, mixed,
+tokens, draws, pairs, kv_read_tokens, processor_s; optionally waited_s, others, cold, mixed,
 followed, then_s), with `handed_off` and optionally `way_s` and `handoff_s`; and `speed`, whose
 `paces` tell how unsteady the machine was.
 """
@@ -14,6 +14,7 @@ followed, then_s), with `handed_off` and optionally `way_s` and `handoff_s`; and
 from __future__ import annotations
 
 import json
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig, unknown_name
@@ -23,7 +24,7 @@ from placement.latency.model import Step
 from placement.latency.profile import Profile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -60,10 +61,7 @@ def profile_from(content: object) -> Profile:
         for i, server in enumerate(at_work)
         for j, raw in enumerate(_mappings(f"profile.at_work[{i}].steps", server.get("steps")))
     )
-    way_s, handoff_s = (
-        max((_number("profile.at_work", server, key, 0) for server in at_work), default=0.0)
-        for key in ("way_s", "handoff_s")
-    )
+    way_s, handoff_s = (_mean_of(at_work, key) for key in ("way_s", "handoff_s"))
     return Profile(
         str(content["model"]),
         str(content["device"]),
@@ -86,11 +84,17 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
         _number(where, raw, "processor_s"),
         _number(where, raw, "waited_s", 0),
         _number(where, raw, "others", 0),
-        bool(raw.get("rested")),
+        bool(raw.get("cold")),
         int(_number(where, raw, "followed", 0)),
         _number(where, raw, "then_s", 0),
         bool(server.get("handed_off")),
     )
+
+
+def _mean_of(servers: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Over those that tell it."""
+    known = [_number("profile.at_work", one, key) for one in servers if key in one]
+    return mean(known) if known else 0.0
 
 
 def _paces(speed: object) -> tuple[float, ...]:

@@ -45,6 +45,7 @@ class Batching(ABC):
         self._machine = model.machine
         self._unsteady = unsteadiness(name, model.machine)
         self._ended_s = -inf
+        self._after_prompts = False
         alone = model.crowded is None and model.machine is None
         self._crowd = None if alone else world.crowd(model.node)
         self._flow = Flow(self.pool)
@@ -223,7 +224,8 @@ class Batching(ABC):
             first_s += self._swap_s(step)
         growth_s = self._pace.growth_s(decodes) if steps > 1 else 0.0
         if self._machine is not None:
-            first_s += self._rest_s(now)
+            if self._is_cold(step, now):
+                first_s, steps = first_s + self._machine.cold_s, 1
             if self._unsteady is not None:
                 first_s, growth_s, steps = self._unsteady.go(first_s, growth_s, steps, now)
         run = self._run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
@@ -244,10 +246,9 @@ class Batching(ABC):
             run.crowded_ratio = crowded_s / self._pace.step_s(work, decodes=run.decodes > 0)
         run.go_on(self._slowed(run), now)
 
-    def _rest_s(self, now: float) -> float:
-        """How much longer the first pass after a rest takes."""
-        assert self._machine is not None
-        return self._machine.rest_s if now - self._ended_s > REST_S else 0.0
+    def _is_cold(self, step: RoleStep, now: float) -> bool:
+        """The first pass after a rest, or of decodes alone after prompts."""
+        return (self._after_prompts and not step.prefills) or now - self._ended_s > REST_S
 
     def _schedule(self, run: Run) -> None:
         self._run_number += 1
@@ -280,6 +281,7 @@ class Batching(ABC):
         assert run is not None
         self._run, self._changed, self._ending = None, True, True
         self._ended_s = now
+        self._after_prompts = bool(run.step.prefills)
         self._account_for(run)
         ended = self._flow.advance(run.steps) if run.steady else self._take_tokens(run)
         for sequence in ended:

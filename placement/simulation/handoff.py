@@ -105,7 +105,8 @@ class Inbox:
         hidden_s = min(idle_s, copy_s * (1 - handoff.tail_share))
         end_s = max(now, free_s) + copy_s - hidden_s
         source.egress_free_s = target.ingress_free_s = end_s
-        self._world.at(end_s + self._deployment.overheads.handoff_s, self._commit, handoff)
+        messages_s = self._world.in_company(self._deployment.overheads.handoff_s)
+        self._world.at(end_s + messages_s, self._commit, handoff)
 
     def _commit(self, handoff: Handoff, now: float) -> None:
         """The target owns a copy and goes on with it; the source lets go."""

@@ -23,6 +23,7 @@ class World(Protocol):
     instances: dict[str, SimulatedInstance]
     record: FleetRecord
 
+    def in_company(self, seconds: float) -> float: ...
     def at(self, time_s: float, action: Callable[[Any, float], None], subject: Any) -> None: ...
     def moved(self, request_id: str, *, committed: bool) -> None: ...
     def lost(self, sequence: Sequence, now: float) -> None: ...
@@ -140,7 +141,8 @@ class Migrations:
         sequence = migration.sealed = migration.source.withdraw(migration.request_id)
         migration.sealed_s = now
         end_s = self._copied_s(migration, sequence.computed - migration.copied_tokens, now)
-        self._world.at(end_s + self._deployment.overheads.handoff_s, self._commit, migration)
+        messages_s = self._world.in_company(self._deployment.overheads.handoff_s)
+        self._world.at(end_s + messages_s, self._commit, migration)
 
     def _commit(self, migration: Migration, now: float) -> None:
         if self._under_way.get(migration.request_id) is not migration:

@@ -114,7 +114,7 @@ class Simulation:
         request = self._request(index)
         if self._living is not None:
             self._living.fleet.tally.prompt_tokens += len(request.prompt)
-        way_s = self._way_s()
+        way_s = self.in_company(self._deployment.overheads.arrival_s)
         if way_s:
             self.at(now + way_s, self._enter, start_sequence(request, 0))
         else:
@@ -128,12 +128,11 @@ class Simulation:
             strict = targets is not None and not isnan(targets[int(sequence.request.id)])
             self._gate.arrive(sequence, now, strict=strict)
 
-    def _way_s(self) -> float:
-        """To an instance and back, as slow as the machines are that clients share with them."""
-        way_s = self._deployment.overheads.arrival_s
-        if not (way_s and self._crowds):
-            return way_s
-        return way_s * sum([crowd.times for crowd in self._crowds.values()]) / len(self._crowds)
+    def in_company(self, seconds: float) -> float:
+        """What processes take so long for that wait for processors as instances do."""
+        if not (seconds and self._crowds):
+            return seconds
+        return seconds * sum([crowd.times for crowd in self._crowds.values()]) / len(self._crowds)
 
     def view(self, now: float) -> View:
         return View(now, tuple([one.view(now) for one in self.instances.values()]))

@@ -93,12 +93,12 @@ def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
         (1.006, 0.002, 0.003, *DECODE, ""),
         (1.05, 0.010, 0.009, *PROMPT, 0.001),
     )
-    rested, in_a_row, prompt = _by_kind(steps_at_work(tmp_path, 0.0))
-    assert rested["count"] == 1
+    cold, in_a_row, prompt = _by_kind(steps_at_work(tmp_path, 0.0))
+    assert cold["count"] == 1
     assert in_a_row == {
         "count": 2,
         "others": 0.0,
-        "rested": False,
+        "cold": False,
         "mixed": False,
         "tokens": 1,
         "draws": 1,
@@ -110,13 +110,13 @@ def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
         "followed": 1,
         "then_s": pytest.approx(0.0015),
     }
-    assert prompt["rested"]
+    assert prompt["cold"]
     assert prompt["pairs"] == 2080
 
 
 def _by_kind(steps):
     """A decode after a rest, decodes in a row, and a prompt."""
-    decodes = sorted((one for one in steps if not one["prompts"]), key=lambda one: -one["rested"])
+    decodes = sorted((one for one in steps if not one["prompts"]), key=lambda one: -one["cold"])
     return (*decodes, *(one for one in steps if one["prompts"]))
 
 
@@ -147,3 +147,13 @@ def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):
     prompts = [one for one in steps_at_work(tmp_path, 0.0) if one["prompts"]]
     told = {round(one["others"], 6): (one["processor_s"], one["waited_s"]) for one in prompts}
     assert told == {1.0: pytest.approx((0.05, 0.05)), 0.0: pytest.approx((0.10, 0.0))}
+
+
+def test_others_are_busy_between_passes_that_follow_one_another(tmp_path):
+    write(tmp_path / "prefill-0.csv", (1.0, 0.1, 0.05, *PROMPT, ""))
+    write(
+        tmp_path / "decode-0.csv",
+        *((0.95 + 0.02 * number, 0.01, 0.01, *DECODE, 0.01) for number in range(10)),
+    )
+    (prompt,) = (one for one in steps_at_work(tmp_path, 0.0) if one["prompts"])
+    assert prompt["others"] == pytest.approx(1.0)

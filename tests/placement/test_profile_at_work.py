@@ -13,7 +13,7 @@ from placement.latency.machine import Wait
 from placement.latency.model import LatencyModel, Step, decode_step, prefill_step
 from placement.latency.profile_file import profile_from
 
-STEP_S, TOKEN_S, REST_S = 0.0006, 0.0001, 0.001
+STEP_S, TOKEN_S, COLD_S = 0.0006, 0.0001, 0.001
 
 
 class Passes(LatencyModel):
@@ -39,7 +39,7 @@ def samples(times: float) -> dict[str, Any]:
 
 def document() -> dict[str, Any]:
     """Passes beside a neighbour take twice as long; in service decodes take 1.1 and prompts 1.2
-    times as long, REST_S more after a rest, and wait for processors."""
+    times as long, COLD_S more after a rest, and wait for processors."""
     beside = {"neighbours": 1, **samples(2.0)}
     return {
         "model": "demo",
@@ -60,15 +60,15 @@ def document() -> dict[str, Any]:
 def at_work(times: float, others: float, waits: float, then_s: float = 0.0) -> list[dict[str, Any]]:
     found = []
     for step, longer in ((decode_step([100] * 4), 1.1), (prefill_step([(64, 0)]), 1.2)):
-        for rested in (False, True):
-            computed_s = times * longer * Passes().step_s(step) + REST_S * rested
+        for cold in (False, True):
+            computed_s = times * longer * Passes().step_s(step) + COLD_S * cold
             between_s = STEP_S + TOKEN_S * step.draws + then_s
             found.append(
                 {
                     **work(step),
                     "count": 5,
                     "others": others,
-                    "rested": rested,
+                    "cold": cold,
                     "processor_s": computed_s,
                     "waited_s": waits * computed_s,
                     "followed": 4,
@@ -97,7 +97,7 @@ def test_a_profile_knows_passes_beside_a_neighbour() -> None:
 def test_a_profile_knows_steps_at_work() -> None:
     profile = profile_from(document())
     latency, crowded = profile.in_service, profile.crowded(1, 1)
-    assert latency.times == pytest.approx((1.2, 1.1), rel=0.02)
+    assert latency.times == pytest.approx((1.2, 1.1, 0.0), rel=0.02)
     assert latency.between.step_s == pytest.approx(STEP_S / 1.1)
     assert latency.between.token_s == pytest.approx(TOKEN_S / 1.1)
     handing_off = profile.of_role(Role.DECODE).in_service
@@ -105,8 +105,18 @@ def test_a_profile_knows_steps_at_work() -> None:
     assert handing_off.between.step_s == pytest.approx((STEP_S + 0.002) / 1.2)
     assert isinstance(crowded, AtWork)
     assert crowded.between == latency.between
-    assert crowded.times == pytest.approx((1.2, 1.1), rel=0.02)
-    assert (profile.arrival_s, profile.handoff_s) == (0.004, 0.003)
+    assert crowded.times == pytest.approx((1.2, 1.1, 0.0), rel=0.02)
+    assert profile.handoff_s == 0.003
+
+
+def test_the_way_of_requests_is_the_mean_of_what_servers_tell_less_what_is_of_the_step() -> None:
+    content = document()
+    content["at_work"][1]["way_s"] = 0.006
+    profile = profile_from(content)
+    assert profile.way_s == pytest.approx(0.005)
+    assert profile.arrival_s == pytest.approx(0.005 - (STEP_S + TOKEN_S) / 1.1, rel=0.02)
+    content["at_work"][0]["way_s"] = content["at_work"][1]["way_s"] = 0.0
+    assert profile_from(content).arrival_s == 0.0
 
 
 def test_a_profile_knows_what_is_shared_of_a_machine() -> None:
@@ -116,7 +126,7 @@ def test_a_profile_knows_what_is_shared_of_a_machine() -> None:
     assert prefill is not None
     assert mixed.waits.prompts == pytest.approx(Wait(0.1, 0.5))
     assert prefill.waits.decodes == pytest.approx(Wait(0.2, 0.7))
-    assert mixed.rest_s == pytest.approx(REST_S, rel=0.1)
+    assert mixed.cold_s == pytest.approx(COLD_S, rel=0.1)
     assert mixed.paces == (0.8, 1.2)
     wide = profile.machine(2, 2)
     assert wide is not None

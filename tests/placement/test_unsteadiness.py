@@ -16,8 +16,8 @@ from placement.simulation.unsteadiness import unsteadiness
 from placement.workload import Workload
 
 
-def machine(*paces: float, rest_s: float = 0.0) -> Machine:
-    return Machine(Waits(), rest_s=rest_s, paces=paces)
+def machine(*paces: float, cold_s: float = 0.0) -> Machine:
+    return Machine(Waits(), cold_s=cold_s, paces=paces)
 
 
 class Passes(LatencyModel):
@@ -77,8 +77,8 @@ def test_answers_on_an_unsteady_machine_are_spread():
     assert 0.05 < unsteady.std() / unsteady.mean() < 0.5
 
 
-def test_a_pass_after_a_rest_takes_longer_and_those_after_it_do_not():
-    rested = simulate(deployment(machine(rest_s=0.003)), one_by_one(3))
-    steady = simulate(deployment(machine()), one_by_one(3))
-    assert (rested.ttft_s - steady.ttft_s).tolist() == pytest.approx([0.003] * 3)
-    assert rested.tpot_s.tolist() == pytest.approx(steady.tpot_s.tolist())
+def test_the_first_pass_after_a_rest_and_the_first_decode_after_prompts_take_longer():
+    cold = simulate(deployment(machine(cold_s=0.003)), one_by_one(3, output=401))
+    steady = simulate(deployment(machine()), one_by_one(3, output=401))
+    assert (cold.ttft_s - steady.ttft_s).tolist() == pytest.approx([0.003] * 3)
+    assert (400 * (cold.tpot_s - steady.tpot_s)).tolist() == pytest.approx([0.003] * 3)
