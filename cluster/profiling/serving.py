@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,7 +167,7 @@ def _handoff_s(samples: list[Sample], settings: Serving) -> float:
         for one in samples
         if (transfer_s := (one.parts_s or {}).get("transfer")) is not None
     ]
-    return max(mean(longer_s), 0.0) if longer_s else 0.0
+    return max(fmean(longer_s), 0.0) if longer_s else 0.0
 
 
 @contextmanager

@@ -55,9 +55,8 @@ class BetweenPasses:
     prompts_s: float = 0.0
     """More after a pass that holds prompts."""
 
-    def of_step(self, tokens: int, draws: int) -> float:
-        prompts_s = self.prompts_s if tokens > draws else 0.0
-        return self.step_s + self.token_s * draws + prompts_s
+    def of_step(self, draws: int, *, prompts: bool) -> float:
+        return self.step_s + self.token_s * draws + (self.prompts_s if prompts else 0.0)
 
 
 class Times(NamedTuple):
@@ -94,11 +93,11 @@ class AtWork(LatencyModel):
         return self.passes.mixed_s * self.times.prompts
 
     def fixed_s(self, tokens: int, draws: int) -> float:
-        times, draw_s = self.times.prompts, 0.0
-        if tokens == draws:
-            times, draw_s = self.times.decodes, self.times.draw_s
-        pass_s = times * self.passes.fixed_s(tokens, draws) + draw_s * draws
-        return pass_s + self.between.of_step(tokens, draws)
+        prompts = tokens > draws
+        ratio = self.times.prompts if prompts else self.times.decodes
+        more_s = 0.0 if prompts else self.times.draw_s * draws
+        pass_s = ratio * self.passes.fixed_s(tokens, draws) + more_s
+        return pass_s + self.between.of_step(draws, prompts=prompts)
 
     def outside(self, tokens: int, kv_read_tokens: int) -> tuple[str, ...]:
         return self.passes.outside(tokens, kv_read_tokens)

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from placement.latency.model import LatencyModel
     from placement.latency.roofline import Roofline
 
-PROMPT_TOKENS = 2
-"""As few make a prompt."""
-
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -104,7 +101,8 @@ class Profile:
     def arrival_s(self) -> float:
         """From a client to an instance and back, beyond its step with the prompt: what lies
         between that pass and the next is of the step."""
-        return max(self.way_s - self.in_service.between.of_step(PROMPT_TOKENS, 1), 0.0)
+        between_s = between_passes(self._alike).of_step(1, prompts=True)
+        return max(self.way_s - between_s, 0.0)
 
     @property
     def in_service(self) -> AtWork:

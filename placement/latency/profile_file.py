@@ -14,7 +14,7 @@ followed, then_s), with `handed_off` and optionally `way_s` and `handoff_s`; and
 from __future__ import annotations
 
 import json
-from statistics import mean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig, unknown_name
@@ -94,7 +94,7 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
 def _mean_of(servers: Sequence[Mapping[str, Any]], key: str) -> float:
     """Over those that tell it."""
     known = [_number("profile.at_work", one, key) for one in servers if key in one]
-    return mean(known) if known else 0.0
+    return fmean(known) if known else 0.0
 
 
 def _paces(speed: object) -> tuple[float, ...]:

@@ -46,7 +46,7 @@ def at_work(
 ) -> StepsAtWork:
     latency = AtWork(Passes(), times=times)
     computed_s = latency.step_s(step) + (COLD_S if cold else 0.0)
-    then_s = BETWEEN.of_step(step.tokens, step.draws)
+    then_s = BETWEEN.of_step(step.draws, prompts=step.tokens > step.draws)
     return StepsAtWork(10, step, computed_s, waits * computed_s, others, cold, 8, then_s)
 
 
