@@ -3,7 +3,7 @@
 What else runs on a virtual machine's host slows its processors down, each for a tenth of a second
 or so at a time, and code of one kind more than that of another. Only processor time counts, and
 every reading comes after a while of computing, as a processor that has slept is slow at first: so
-a busy machine looks neither slower nor faster than an idle one.
+that readings tell of the host more than of how busy the machine is.
 """
 
 from __future__ import annotations
