@@ -195,8 +195,8 @@ def profile(
         int, typer.Option(min=0, help="Measures also while so many other instances compute here.")
     ] = 0,
     serving: Annotated[
-        bool, typer.Option("--serving", help="Measures a server and its clients here, too.")
-    ] = False,
+        int, typer.Option(min=0, help="So many times servers and their clients are measured, too.")
+    ] = 0,
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Measures passes also over so many workers of this machine.")
     ] = 1,

@@ -60,8 +60,8 @@ class Measuring:
     quick: bool = False
     neighbours: int = 0
     """Passes are also measured while so many other instances compute."""
-    serving: bool = False
-    """Whether a server is measured, too."""
+    serving: int = 0
+    """How many times servers are measured, too."""
     tensor_parallel: int = 1
     """Passes are also measured over so many ranks of this machine."""
 
@@ -134,6 +134,7 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
             request_s,
             copies,
             token_bytes,
+            rounds=settings.serving,
         )
         served = measure_serving(serving, stages.served)
     return {
@@ -156,7 +157,7 @@ class _Stages:
         self._progress, self._steps = progress, steps
         self._uncut = steps * (2 if settings.neighbours else 1)
         self._passes = self._uncut + steps * (settings.tensor_parallel > 1)
-        self._loads = loads_of(settings.servers)
+        self._loads = loads_of(settings.servers, settings.serving)
         self._load_steps = self._passes // max(self._loads, 1)
 
     @property

@@ -59,6 +59,8 @@ class Serving:
     kv_bytes_per_token: int = 0
     load_s: float = 15.0
     """How long requests come at each rate."""
+    rounds: int = 1
+    """Servers take turns so often: a machine's pace goes up and down over minutes."""
 
     def copy_s(self, tokens: int) -> float:
         if not self.copies:
@@ -85,32 +87,41 @@ def _servers(instances: Sequence[int]) -> tuple[_Pools, ...]:
     return (*mixed, _Pools({"prefill": 1, "decode": 1}, 1, handed_off=True))
 
 
-def loads_of(instances: Sequence[int]) -> int:
+def loads_of(instances: Sequence[int], rounds: int) -> int:
     """How often it is told of what is done."""
-    return len(_servers(instances)) * len(LOAD_SHARES)
+    return rounds * len(_servers(instances)) * len(LOAD_SHARES)
 
 
 def measure_serving(settings: Serving, progress: Callable[[int], None]) -> dict[str, Any]:
     """As a profile has it; `progress` is told under how many loads servers have been."""
-    measured: list[_Measured] = []
     done = count(1)
     with SpeedProbe() as probe:
-        for pools in _servers(settings.instances):
-            one = _Measured(pools)
-            with tempfile.TemporaryDirectory() as logs:
-                with _server(settings, pools, logs) as url:
-                    probe.readings()
-                    began_s = time.time()
-                    for share in LOAD_SHARES:
-                        rate_rps = share * pools.taking / settings.request_s
-                        one.samples.append(_load(url, rate_rps, settings))
-                        progress(next(done))
-                    one.readings = probe.readings()
-                one.steps = steps_at_work(Path(logs), began_s)
-            measured.append(one)
+        measured = [
+            _measure(pools, turn, probe, settings, lambda: progress(next(done)))
+            for turn in range(settings.rounds)
+            for pools in _servers(settings.instances)
+        ]
     speed = speed_of([reading for one in measured for reading in one.readings])
     at_work = [one.told(speed, settings) for one in measured]
     return {"at_work": at_work, "speed": speed.described()}
+
+
+def _measure(
+    pools: _Pools, turn: int, probe: SpeedProbe, settings: Serving, loaded: Callable[[], None]
+) -> _Measured:
+    """One server, under one load after the other."""
+    one = _Measured(pools)
+    with tempfile.TemporaryDirectory() as logs:
+        with _server(settings, pools, logs) as url:
+            probe.readings()
+            began_s = time.time()
+            for share in LOAD_SHARES:
+                rate_rps = share * pools.taking / settings.request_s
+                one.samples.append(_load(url, rate_rps, turn, settings))
+                loaded()
+            one.readings = probe.readings()
+        one.steps = steps_at_work(Path(logs), began_s)
+    return one
 
 
 @dataclass(slots=True)
@@ -133,8 +144,8 @@ class _Measured:
         return here
 
 
-def _load(url: str, rate_rps: float, settings: Serving) -> list[Sample]:
-    """Requests come at this rate, as in service."""
+def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> list[Sample]:
+    """Requests come at this rate, as in service; others in each turn."""
     room = settings.max_length // 2
     recipe = replace(
         LOAD,
@@ -142,6 +153,7 @@ def _load(url: str, rate_rps: float, settings: Serving) -> list[Sample]:
         rate_rps=rate_rps,
         longest_prompt=room,
         longest_output=room,
+        seed=turn,
     )
     bench = Bench(Plan(Arrangement(draw(recipe))))
     (measured,) = asyncio.run(bench.run([parse_target(url)]))

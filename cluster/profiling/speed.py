@@ -1,15 +1,19 @@
 """How fast this machine is while something else goes on, as a small process sees it.
 
 What else runs on a virtual machine's host slows its processors down, each for a tenth of a second
-or so at a time, and code of one kind more than that of another. Only processor time counts, and
-every reading comes after a while of computing, as a processor that has slept is slow at first: so
-that readings tell of the host more than of how busy the machine is.
+or so at a time, and code of one kind more than that of another. So does what runs on the machine
+itself, which is no news of the host: readings are compared with those in like company. Only
+processor time counts, and every reading comes after a while of computing, as a processor that has
+slept is slow at first.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -27,46 +31,66 @@ WARM_S = 0.005
 """Of computing before a reading."""
 REPEATS = 4
 PACES = 12
-ROWS, WIDTH = 4, 1024
+FEW_ROWS, WIDE = 4, 1024
+MANY_ROWS, NARROW = 64, 512
 NUMBERS = 2000
 START_S, ENDING_S = 60.0, 10.0
 
-
-KINDS = {
-    "seconds": "product",
-    "processor_s": "product",
-    "waited_s": "python",
-    "then_s": "python",
-    "way_s": "python",
-    "handoff_s": "python",
-}
-"""Of code, on which it depends how long takes what has this name in a profile."""
+CODE = ("few_rows", "many_rows", "python")
+"""Kinds that are read: a product that reads a layer's weights for little else, as decodes do, one
+that computes, as prompts do, and a loop in Python."""
+PASSES = {"seconds", "processor_s"}
+"""So a profile names the times of passes; they are of prompts where an entry counts some."""
+OTHERS = {"waited_s", "then_s", "way_s", "handoff_s"}
+"""And so the times of what is written in Python."""
 
 
 class Reading(NamedTuple):
     at_s: float
-    product_s: float
-    """Of a product that reads as much as a layer."""
-    python_s: float
-    """Of a loop in Python."""
+    company: int
+    """Whether something else ran on this machine: 0, at one of two looks, or 2."""
+    seconds: tuple[float, ...]
+    """By the kind of code."""
 
 
-class Speed(NamedTuple):
-    product_s: float
-    python_s: float
+@dataclass(frozen=True, slots=True)
+class Company:
+    """The readings in like company, by their mean."""
+
+    company: int
+    count: int
+    means_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    readings: tuple[Company, ...]
     paces: tuple[float, ...]
     """How many times as long as on average things took in a window: its quantiles."""
 
-    def slower_than(self, other: Speed) -> dict[str, float]:
-        """How many times as long as then, by the kind of code."""
-        return {
-            "product": self.product_s / other.product_s,
-            "python": self.python_s / other.python_s,
-        }
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """As a profile has it."""
+        readings = [
+            Company(one["company"], one["count"], tuple(one["means_s"]))
+            for one in described["readings"]
+        ]
+        return cls(tuple(readings), tuple(described["paces"]))
 
     def described(self) -> dict[str, Any]:
-        """As a profile has it."""
-        return {**self._asdict(), "paces": list(self.paces)}
+        """For a profile."""
+        return asdict(self)
+
+    def slower_than(self, other: Speed) -> dict[str, float]:
+        """How many times as long as then, by the kind of code; over all readings if none were in
+        like company."""
+        then = {one.company: one for one in other.readings}
+        pairs = [(one, then[one.company]) for one in self.readings if one.company in then]
+        if not pairs:
+            pairs = [(one, before) for one in self.readings for before in other.readings]
+        weights = [min(one.count, before.count) for one, before in pairs]
+        times = [np.divide(one.means_s, before.means_s) for one, before in pairs]
+        return dict(zip(CODE, np.average(times, axis=0, weights=weights).tolist(), strict=True))
 
 
 class SpeedProbe:
@@ -105,52 +129,74 @@ def lengthened(value: Any, times: Mapping[str, float]) -> Any:
         return [lengthened(one, times) for one in value]
     if not isinstance(value, dict):
         return value
+    passes = times["many_rows" if value.get("prompts") else "few_rows"]
+    longer = dict.fromkeys(PASSES, passes) | dict.fromkeys(OTHERS, times["python"])
     return {
-        name: one * times[KINDS[name]] if name in KINDS else lengthened(one, times)
+        name: one * longer[name] if name in longer else lengthened(one, times)
         for name, one in value.items()
     }
 
 
 def speed_of(readings: Sequence[Reading]) -> Speed:
-    at_s, products_s, pythons_s = np.array(readings).T
-    product_s, python_s = float(products_s.mean()), float(pythons_s.mean())
-    pace = (products_s / product_s + pythons_s / python_s) / 2
+    at_s = np.array([one.at_s for one in readings])
+    company = np.array([one.company for one in readings])
+    seconds = np.array([one.seconds for one in readings])
+    pace, seen = np.zeros(len(readings)), []
+    for kind in np.unique(company):
+        alike = company == kind
+        means = seconds[alike].mean(axis=0)
+        pace[alike] = (seconds[alike] / means).mean(axis=1)
+        seen.append(Company(int(kind), int(alike.sum()), tuple(means.tolist())))
     windows = ((at_s - at_s[0]) // WINDOW_S).astype(int)
     each = [pace[windows == window].mean() for window in np.unique(windows)]
     paces = np.quantile(each, (np.arange(PACES) + 0.5) / PACES)
-    return Speed(product_s, python_s, tuple((paces / paces.mean()).tolist()))
+    return Speed(tuple(seen), tuple((paces / paces.mean()).tolist()))
 
 
 def _take_readings(connection: Connection) -> None:
     torch.set_num_threads(1)
-    left, right = torch.ones(ROWS, WIDTH), torch.ones(WIDTH, WIDTH)
-
-    def product() -> None:
-        torch.mm(left, right)
-
-    def python() -> None:
-        sum(number * number for number in range(NUMBERS))
-
+    products = [
+        (torch.ones(rows, width), torch.ones(width, width))
+        for rows, width in ((FEW_ROWS, WIDE), (MANY_ROWS, NARROW))
+    ]
+    works: list[Callable[[], object]] = [partial(torch.mm, *product) for product in products]
+    works.append(partial(_count_up, NUMBERS))
     readings: list[Reading] = []
     while True:
         asked = connection.poll(PERIOD_S)
         if not asked or not readings:
-            _warm_up(product, python)
-            readings.append(Reading(time.monotonic(), _timed(product), _timed(python)))
+            _warm_up(works)
+            readings.append(_read(works))
         if asked:
             connection.recv()
             connection.send(readings)
             readings = []
 
 
-def _warm_up(*works: Callable[[], None]) -> None:
+def _count_up(numbers: int) -> int:
+    return sum(number * number for number in range(numbers))
+
+
+def _read(works: Sequence[Callable[[], object]]) -> Reading:
+    at_s, others = time.monotonic(), _runs_beside()
+    seconds = tuple(_timed(work) for work in works)
+    return Reading(at_s, others + _runs_beside(), seconds)
+
+
+def _runs_beside() -> bool:
+    """Whether anything but this process runs, or could, at this moment."""
+    able, _, _ = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")
+    return int(able) > 1
+
+
+def _warm_up(works: Sequence[Callable[[], object]]) -> None:
     began_s = time.thread_time()
     while time.thread_time() - began_s < WARM_S:
         for work in works:
             work()
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     began_s = time.thread_time()
     for _ in range(REPEATS):
         work()

@@ -2,7 +2,7 @@
 """Whether predictions come true here: profile, plan, serve two deployments, bench, and compare.
 
     python scripts/bench/prediction.py [--model demo] [--ttft 0.5] [--tpot 0.05] [--requests 120]
-        [--shares 0.25,0.5,0.75,1.0] [--prompt 128] [--output 32] [--quick] [--json]
+        [--shares 0.25,0.5,0.75,1.0] [--prompt 128] [--output 32] [--rounds 3] [--quick] [--json]
         [--folder DIR] [--stages prepare,measure,report] [--deployments aggregated,split,planned]
 
 The model is profiled on one core, and a plan made for two. Two mixed instances of a core each, one
@@ -13,15 +13,17 @@ prompts to one server, so prefixes are not cached: later rates would find their 
 The profile also tells what passes cost beside a busy neighbour, and what serving adds to them,
 since the generator and the gateway share the two cores with the instances.
 
-Two predictions are compared with each measurement. One is by the profile as it was taken. But what
-else runs on a virtual machine's host makes it up to twice as slow, for tenths of seconds or for
-minutes, so while a server was profiled and while each rate is driven, a small process times a
-product and a loop in Python every now and then: the other prediction is by the profile with its
-times made as much longer as these take longer. Nothing that was measured of the server or the rate
-goes into it.
+A virtual machine's pace drifts, as others of its host compute: servers are profiled in turns and in
+several rounds, deployments are driven so, too, and a figure is the mean over its rounds. How far
+rounds lie apart is printed beside it, and how near the first comes to the mean of the others: no
+prediction can be expected to come nearer than the same requests to themselves.
 
-How far a figure would lie from itself, were it measured again over as many requests, is printed
-beside it (a block bootstrap). Where the time to the first token and to the second went is told for
+Two predictions are compared with each measurement. One is by the profile as it was taken. For the
+other, a small process times two products and a loop in Python every now and then, while a server is
+profiled and while a rate is driven: it is by the profile with its times made as much longer as
+these take longer. Nothing that was measured of the server or the rate goes into it.
+
+Where the time to the first token and to the second went is told for
 the mean request, as predicted and as measured. With a folder the stages may run one by one, and a
 rate that was measured is not measured again, unless other processes computed meanwhile.
 """
@@ -29,7 +31,6 @@ rate that was measured is not measured again, unless other processes computed me
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -48,7 +49,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 from prediction_report import (
-    FIGURES,
     MEASURED,
     PLAN,
     PROFILE,
@@ -70,7 +70,6 @@ if TYPE_CHECKING:
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
 PLANNED = "planned"
-RESAMPLES = 200
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
 STOP_S = 60
@@ -86,8 +85,9 @@ def main() -> None:
         if "prepare" in options.stages:
             prepare(folder, options)
         if "measure" in options.stages:
-            for deployment in options.deployments:
-                measure(folder, deployment, options.tries)
+            for turn in range(options.rounds):
+                for deployment in options.deployments:
+                    measure(folder, deployment, turn, options.tries)
         if "report" in options.stages:
             report(folder, as_json=options.json)
 
@@ -113,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="median tokens")
     parser.add_argument("--output", type=int, default=32, help="median tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3, help="of the profile and of each rate")
     parser.add_argument("--quick", action="store_true", help="profile fewer passes")
     parser.add_argument("--folder", type=Path, help="keeps what is made here, to go on later")
     parser.add_argument("--stages", type=names_of(STAGES), default=STAGES)
@@ -181,9 +182,9 @@ def make_plan(
     fleet, profile, plan = (folder / name for name in ("fleet.yaml", PROFILE, PLAN))
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
-        rounds = ["--quick"] if options.quick else []
-        beside = ("--neighbours=1", "--serving", "--tensor-parallel=2")
-        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *rounds)
+        passes = ["--quick"] if options.quick else []
+        beside = ("--neighbours=1", f"--serving={options.rounds}", "--tensor-parallel=2")
+        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *passes)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
     made = tandem("plan", "--model", model, *given, *targets, "-o", plan, "--json")
@@ -214,10 +215,10 @@ def write_deployment(path: Path, plan: dict[str, Any], entries: list[dict[str, A
     path.write_text(yaml.safe_dump({**kept, "engine": engine, "pools": entries}))
 
 
-def measure(folder: Path, deployment: str, most_tries: int) -> None:
+def measure(folder: Path, deployment: str, turn: int, most_tries: int) -> None:
     """Every rate that has not been measured yet; each is kept as soon as it is."""
-    known = {(one["deployment"], one["rate_rps"]) for one in read_measured(folder)}
-    rates = [rate for rate in read_rates(folder) if (deployment, rate) not in known]
+    known = {(one["deployment"], one["rate_rps"], one["turn"]) for one in read_measured(folder)}
+    rates = [rate for rate in read_rates(folder) if (deployment, rate, turn) not in known]
     if not rates:
         return
     plan = folder / f"{deployment}.yaml"
@@ -225,35 +226,16 @@ def measure(folder: Path, deployment: str, most_tries: int) -> None:
         return
     slo = yaml.safe_load(plan.read_text())["slo"]
     targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
-    then = Speed(**json.loads((folder / PROFILE).read_text())["speed"])
+    then = Speed.of(json.loads((folder / PROFILE).read_text())["speed"])
     with SpeedProbe() as probe, serving(plan) as url:
         for rate in rates:
-            samples = folder / f"{deployment}-{rate:.1f}.csv"
-            given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json", "--csv", samples)
+            given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
             driven = undisturbed(bench, most_tries, probe)
-            line = {"deployment": deployment, "rate_rps": rate, "others": driven.others}
-            line |= {"slower": driven.speed.slower_than(then), "sampling": sampling_errors(samples)}
+            line = {"deployment": deployment, "rate_rps": rate, "turn": turn}
+            line |= {"others": driven.others, "slower": driven.speed.slower_than(then)}
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(driven.figures)}) + "\n")
-
-
-def sampling_errors(samples: Path) -> dict[str, float]:
-    """Of each figure, relative to it, from resampled runs of successive requests: neighbours in
-    time wait for the same things."""
-    generator = np.random.default_rng(0)
-    with samples.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["ttft_s"] and row["tpot_s"]]
-    run = max(1, round(len(rows) ** 0.5))
-    starts = generator.integers(0, max(len(rows) - run, 1), (RESAMPLES, -(-len(rows) // run)))
-    chosen = (starts[..., None] + np.arange(run)).reshape(RESAMPLES, -1)
-    errors = {}
-    for name, point in FIGURES:
-        values = np.array([float(row[name]) for row in rows])
-        share = float(point[1:]) / 100
-        resampled = np.quantile(values[chosen], share, axis=1)
-        errors[f"{name} {point}"] = float(resampled.std() / np.quantile(values, share))
-    return errors
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,45 +41,69 @@ class Row:
     rate_rps: float
     figure: str
     predicted: float
-    measured: float
-    sampling: float | None
-    """The standard error of what was measured, relative to it."""
+    rounds: tuple[float, ...]
+    """As measured in each."""
+
+    @property
+    def measured(self) -> float:
+        return fmean(self.rounds)
 
     @property
     def off(self) -> float:
         """Of a latency, relative to what was measured; of attainment, in points."""
-        difference = self.predicted - self.measured
-        return difference if self.figure == "attainment" else difference / self.measured
+        return self._apart(self.predicted, self.measured)
+
+    @property
+    def apart(self) -> float:
+        """How far rounds are, alike."""
+        return self._apart(max(self.rounds), min(self.rounds))
+
+    @property
+    def first_round_predicts(self) -> Row:
+        """What comes of it if the same requests were sent before, instead of a simulation."""
+        first, *others = self.rounds
+        return replace(self, predicted=first, rounds=tuple(others))
+
+    def _apart(self, value: float, other: float) -> float:
+        return value - other if self.figure == "attainment" else (value - other) / self.measured
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One deployment at one rate."""
+class Driven:
+    """One deployment at one rate, in all rounds."""
 
-    measured: dict[str, Any]
-    predicted: dict[str, Any]
-    sampling: dict[str, float]
     deployment: str
     rate_rps: float
+    measured: list[dict[str, Any]]
+    predicted: list[dict[str, Any]]
+    """Of each round, or one for all."""
 
     def rows(self) -> Iterator[Row]:
-        for name, point in FIGURES:
-            values = (self.predicted[name][point], self.measured[name][point])
-            figure = f"{name} {point}"
-            yield Row(self.deployment, self.rate_rps, figure, *values, self.sampling[figure])
-        values = (self.predicted["attainment"], self.measured["attainment"])
-        yield Row(self.deployment, self.rate_rps, "attainment", *values, None)
+        ways = {f"{name} {point}": (name, point) for name, point in FIGURES}
+        for figure, way in {**ways, "attainment": ("attainment",)}.items():
+            predicted, measured = (
+                tuple(_at(one, way) for one in side) for side in (self.predicted, self.measured)
+            )
+            yield Row(self.deployment, self.rate_rps, figure, fmean(predicted), measured)
 
     @property
     def parts(self) -> str:
         """Where the mean request's time went."""
-        ways = [one["ttft_parts_s"] for one in (self.predicted, self.measured)]
+        sides = (self.predicted, self.measured)
         told = [
-            f"{part}={' / '.join(f'{1e3 * (way[part] or 0.0):.1f}' for way in ways)}"
-            for part in ways[0]
+            f"{name}={' / '.join(f'{1e3 * _part(side, name):.1f}' for side in sides)}"
+            for name in self.predicted[0]["ttft_parts_s"]
         ]
         where = f"{self.deployment:<11} rate_rps={self.rate_rps:<7.2f}"
         return f"{where} parts_ms predicted / measured: {', '.join(told)}"
+
+
+def _at(figures: dict[str, Any], way: Sequence[str]) -> float:
+    return float(reduce(getitem, way, figures))
+
+
+def _part(side: list[dict[str, Any]], name: str) -> float:
+    return fmean(one["ttft_parts_s"][name] or 0.0 for one in side)
 
 
 def read_measured(folder: Path) -> list[dict[str, Any]]:
@@ -96,16 +122,26 @@ def slowed(folder: Path, slowness: Slowness) -> Path:
     return path
 
 
-def compare(folder: Path, *, at_speed: bool) -> Iterator[Pair]:
+def compare(folder: Path, *, at_speed: bool) -> Iterator[Driven]:
     """By the profile as it is, or at the speed that the machine had meanwhile."""
+    measured: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for one in read_measured(folder):
-        deployment, rate = one["deployment"], one["rate_rps"]
-        plan, profile = folder / f"{deployment}.yaml", folder / PROFILE
+        measured.setdefault((one["deployment"], one["rate_rps"]), []).append(one)
+    for (deployment, rate), rounds in measured.items():
         if at_speed:
-            profile = slowed(folder, one["slower"])
-        given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-        predicted = json.loads(tandem("simulate", "--plan", plan, "--profile", profile, *given))
-        yield Pair(one["figures"], predicted, one["sampling"], deployment, rate)
+            profiles = (slowed(folder, one["slower"]) for one in rounds)
+        else:
+            profiles = iter([folder / PROFILE])
+        predicted = [predict(folder, deployment, rate, profile) for profile in profiles]
+        yield Driven(deployment, rate, [one["figures"] for one in rounds], predicted)
+
+
+def predict(folder: Path, deployment: str, rate: float, profile: Path) -> dict[str, Any]:
+    given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
+    plan = folder / f"{deployment}.yaml"
+    told = tandem("simulate", "--plan", plan, "--profile", profile, *given)
+    predicted: dict[str, Any] = json.loads(told)
+    return predicted
 
 
 def tandem(*arguments: object) -> str:
@@ -119,24 +155,29 @@ def tandem(*arguments: object) -> str:
 def report(folder: Path, *, as_json: bool) -> None:
     plan, measured = yaml.safe_load((folder / PLAN).read_text()), read_measured(folder)
     planned = {pool["role"]: pool["instances"] for pool in plan["pools"]}
-    pairs, pairs_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
-    rows, at_speed = ([row for one in way for row in one.rows()] for way in (pairs, pairs_at_speed))
+    driven, driven_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
+    rows, at_speed = (
+        [row for one in way for row in one.rows()] for way in (driven, driven_at_speed)
+    )
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
+    again = [row.first_round_predicts for row in rows if len(row.rounds) > 1]
     others = max(one["others"] for one in measured)
     slower = [overall(one["slower"]) for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
         lists = {"rows": rows, "rows_at_speed": at_speed}
-        entries = {key: [{**asdict(r), "off": r.off} for r in one] for key, one in lists.items()}
+        entries = {key: [described(row) for row in one] for key, one in lists.items()}
         print(json.dumps({**document, "slower": slower, **entries}))
         return
     print(plan["reason"])
     for row, then in zip(rows, at_speed, strict=True):
         print(line(row, then))
-    for pair in pairs_at_speed:
-        print(pair.parts)
+    for driven in driven_at_speed:
+        print(driven.parts)
     print(summary("as profiled", rows))
     print(summary("at the speed that the machine had meanwhile", at_speed))
+    if again:
+        print(summary("the first round, as if it predicted the others", again))
     print(f"planned={planned} expected_better={expected} measured_better={better}")
     print(
         f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
@@ -144,12 +185,15 @@ def report(folder: Path, *, as_json: bool) -> None:
     )
 
 
+def described(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "measured": row.measured, "off": row.off, "apart": row.apart}
+
+
 def line(row: Row, at_speed: Row) -> str:
-    sampling = "" if row.sampling is None else f" sampling_error={row.sampling:.1%}"
     return (
         f"{row.deployment:<11} rate_rps={row.rate_rps:<7.2f} {row.figure:<11} "
         f"predicted={row.predicted:<8.4f} measured={row.measured:<8.4f} "
-        f"off={row.off:+.1%} off_at_speed={at_speed.off:+.1%}{sampling}"
+        f"off={row.off:+.1%} off_at_speed={at_speed.off:+.1%} rounds_apart={row.apart:.1%}"
     )
 
 

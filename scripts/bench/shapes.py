@@ -97,6 +97,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("26m", 512, 6, 8, 4, 64, 1408, 16384, "llama", tied=True),
         Shape("120m", 768, 12, 12, 4, 64, 2048, 32000, "llama", tied=False),
         Shape("0.6b", 1024, 28, 16, 8, 128, 3072, 151936, "qwen3", tied=True),
     )

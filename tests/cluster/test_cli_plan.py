@@ -441,7 +441,7 @@ def test_what_cannot_be_profiled_is_refused(tandem, tmp_path, changed, field):
 
 
 def test_a_server_on_gpus_is_not_measured():
-    settings = Measuring("demo", Device("cuda", "h100-80gb"), serving=True)
+    settings = Measuring("demo", Device("cuda", "h100-80gb"), serving=1)
     with pytest.raises(Unsupported, match="on CPUs only"):
         measure(settings, lambda done, total: None)
 

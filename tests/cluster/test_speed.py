@@ -3,8 +3,10 @@
 import pytest
 
 from cluster.profiling.speed import (
+    CODE,
     PACES,
     PERIOD_S,
+    Company,
     Reading,
     Speed,
     SpeedProbe,
@@ -13,33 +15,63 @@ from cluster.profiling.speed import (
 )
 from engine.errors import InstanceLost
 
+FEW_ROWS_S, MANY_ROWS_S, PYTHON_S = 0.002, 0.003, 0.001
+
+
+def reading(at_s, pace, company=0):
+    return Reading(at_s, company, (FEW_ROWS_S * pace, MANY_ROWS_S * pace, PYTHON_S * pace))
+
 
 def readings(*paces):
     """Of a machine that keeps each pace for a second."""
     moments = [number * PERIOD_S for number in range(round(len(paces) / PERIOD_S))]
-    times = [(at_s, paces[int(at_s)]) for at_s in moments]
-    return [Reading(at_s, 0.002 * pace, 0.001 * pace) for at_s, pace in times]
+    return [reading(at_s, paces[int(at_s)]) for at_s in moments]
+
+
+def speed(*company):
+    return Speed(company, ())
 
 
 def test_a_steady_machine_keeps_one_pace():
-    speed = speed_of(readings(1.0, 1.0))
-    assert speed.product_s == pytest.approx(0.002)
-    assert speed.python_s == pytest.approx(0.001)
-    assert speed.paces == pytest.approx([1.0] * PACES)
+    seen = speed_of(readings(1.0, 1.0))
+    (alone,) = seen.readings
+    assert alone.company == 0
+    assert alone.means_s == pytest.approx((FEW_ROWS_S, MANY_ROWS_S, PYTHON_S))
+    assert seen.paces == pytest.approx([1.0] * PACES)
 
 
 def test_an_unsteady_machine_has_paces_around_its_mean():
-    speed = speed_of(readings(0.5, 1.5, 0.5, 1.5))
-    assert speed.product_s == pytest.approx(0.002)
-    assert speed.paces[0] == pytest.approx(0.5, abs=0.02)
-    assert speed.paces[-1] == pytest.approx(1.5, abs=0.02)
-    assert sum(speed.paces) == pytest.approx(PACES)
+    seen = speed_of(readings(0.5, 1.5, 0.5, 1.5))
+    assert seen.readings[0].means_s[0] == pytest.approx(FEW_ROWS_S)
+    assert seen.paces[0] == pytest.approx(0.5, abs=0.02)
+    assert seen.paces[-1] == pytest.approx(1.5, abs=0.02)
+    assert sum(seen.paces) == pytest.approx(PACES)
+
+
+def test_what_runs_beside_readings_is_no_pace_of_the_machine():
+    moments = [number * PERIOD_S for number in range(20)]
+    seen = speed_of([reading(at_s, 1.0 + (at_s > 2.0), 2 * (at_s > 2.0)) for at_s in moments])
+    assert [one.company for one in seen.readings] == [0, 2]
+    assert seen.paces == pytest.approx([1.0] * PACES)
 
 
 def test_kinds_of_code_are_compared_apart():
-    now, then = Speed(0.003, 0.001, ()), Speed(0.002, 0.004, ())
-    assert now.slower_than(then) == {"product": 1.5, "python": 0.25}
-    assert Speed(**now.described()) == now._replace(paces=[])
+    now = speed(Company(0, 10, (0.003, 0.002, 0.001)))
+    then = speed(Company(0, 10, (0.002, 0.002, 0.004)))
+    assert now.slower_than(then) == dict(zip(CODE, (1.5, 1.0, 0.25), strict=True))
+    assert Speed.of(now.described()) == now
+
+
+def test_readings_are_compared_in_like_company():
+    """A server that is busier has more of them with company, which takes twice as long."""
+    idle = speed(Company(0, 90, (1.0, 1.0, 1.0)), Company(2, 10, (2.0, 2.0, 2.0)))
+    busy = speed(Company(0, 10, (1.1, 1.1, 1.1)), Company(2, 90, (2.2, 2.2, 2.2)))
+    assert busy.slower_than(idle) == pytest.approx(dict.fromkeys(CODE, 1.1))
+
+
+def test_readings_in_unlike_company_are_compared_where_there_are_no_others():
+    alone, beside = speed(Company(0, 3, (1.0,) * 3)), speed(Company(2, 3, (2.0,) * 3))
+    assert beside.slower_than(alone) == pytest.approx(dict.fromkeys(CODE, 2.0))
 
 
 def test_a_process_takes_readings_until_the_end():
@@ -52,6 +84,11 @@ def test_a_process_takes_readings_until_the_end():
 
 
 def test_what_takes_how_much_longer_is_told_by_its_name():
-    profile = {"runs": [{"seconds": 1.0, "tokens": 3}], "way_s": 1.0, "cold": True}
-    slower = lengthened(profile, {"product": 2.0, "python": 3.0})
-    assert slower == {"runs": [{"seconds": 2.0, "tokens": 3}], "way_s": 3.0, "cold": True}
+    decodes, prompts = {"batch": 3, "seconds": 1.0}, {"prompts": 2, "seconds": 1.0}
+    profile = {"runs": [decodes, prompts], "way_s": 1.0, "cold": True}
+    slower = lengthened(profile, {"few_rows": 2.0, "many_rows": 4.0, "python": 3.0})
+    assert slower == {
+        "runs": [{"batch": 3, "seconds": 2.0}, {"prompts": 2, "seconds": 4.0}],
+        "way_s": 3.0,
+        "cold": True,
+    }

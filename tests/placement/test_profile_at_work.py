@@ -53,7 +53,7 @@ def document() -> dict[str, Any]:
                 "steps": [*at_work(1.0, 0.0, 0.2, 0.002), *at_work(2.0, 1.0, 0.7, 0.002)],
             },
         ],
-        "speed": {"product_s": 0.001, "python_s": 0.001, "paces": [0.8, 1.2]},
+        "speed": {"paces": [0.8, 1.2]},
     }
 
 

@@ -3,12 +3,18 @@
 from cluster.profiling.serving import Serving, loads_of, measure_serving
 
 
+def prompt_pairs(server):
+    return sum(step["count"] * step["pairs"] for step in server["steps"])
+
+
 def test_servers_are_measured_under_load():
     done = []
-    settings = Serving("demo", 1, (1, 2), 2048, request_s=0.05, load_s=0.0)
+    settings = Serving("demo", 1, (1, 2), 2048, request_s=0.05, load_s=0.0, rounds=2)
     measured = measure_serving(settings, done.append)
-    assert done == list(range(1, loads_of((1, 2)) + 1))
-    one, two, pair = measured["at_work"]
+    assert done == list(range(1, loads_of((1, 2), 2) + 1))
+    one, two, pair, *again = measured["at_work"]
+    assert [server["handed_off"] for server in again] == [False, False, True]
+    assert prompt_pairs(again[0]) != prompt_pairs(one)
     assert one["way_s"] > 0.0
     assert pair["handoff_s"] >= 0.0
     assert [server["handed_off"] for server in (one, two, pair)] == [False, False, True]
@@ -22,6 +28,7 @@ def test_servers_are_measured_under_load():
 
 
 def test_a_single_instance_is_measured_without_a_pair():
-    assert loads_of((1,)) == 2
-    assert loads_of((1, 2)) == 6
-    assert loads_of(()) == 0
+    assert loads_of((1,), 1) == 2
+    assert loads_of((1, 2), 1) == 6
+    assert loads_of((1, 2), 3) == 18
+    assert loads_of((), 3) == 0
