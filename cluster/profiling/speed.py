@@ -78,8 +78,9 @@ class Speed:
         return cls(tuple(readings), tuple(described["paces"]))
 
     def described(self) -> dict[str, Any]:
-        """For a profile."""
-        return asdict(self)
+        """For a profile: as JSON gives it back."""
+        readings = [{**asdict(one), "means_s": list(one.means_s)} for one in self.readings]
+        return {"readings": readings, "paces": list(self.paces)}
 
     def slower_than(self, other: Speed) -> dict[str, float]:
         """How many times as long as then, by the kind of code; over all readings if none were in

@@ -1,5 +1,7 @@
 """How fast a machine is, by a process that looks at it now and then."""
 
+import json
+
 import pytest
 
 from cluster.profiling.speed import (
@@ -60,6 +62,7 @@ def test_kinds_of_code_are_compared_apart():
     then = speed(Company(0, 10, (0.002, 0.002, 0.004)))
     assert now.slower_than(then) == dict(zip(CODE, (1.5, 1.0, 0.25), strict=True))
     assert Speed.of(now.described()) == now
+    assert json.loads(json.dumps(now.described())) == now.described()
 
 
 def test_readings_are_compared_in_like_company():
