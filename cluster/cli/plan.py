@@ -300,8 +300,8 @@ def _show_serving(measured: Measurements) -> None:
         prompts, decodes, _ = machine.waits
         print(
             f"in service, passes take {times.prompts:.2f} (prompts) and {times.decodes:.2f} times "
-            f"(decodes) as long, {times.draw_s * 1e6:.0f} us more for each sequence that decodes, "
-            f"and {machine.cold_s * 1e3:.2f} ms more after a rest, or where no prompts follow some"
+            f"(decodes) as long, {times.several_s * 1e3:.2f} ms more where several decode, and "
+            f"{machine.cold_s * 1e3:.2f} ms more after a rest, or where no prompts follow some"
         )
         print(
             f"between passes: {between.step_s * 1e3:.2f} ms, {between.token_s * 1e6:.0f} us a "

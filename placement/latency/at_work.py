@@ -27,6 +27,8 @@ class StepsAtWork:
     """For a processor."""
     others: float = 0.0
     """Instances of the machine that computed meanwhile."""
+    drawn_per_s: float = 0.0
+    """Tokens that these drew."""
     cold: bool = False
     """Whether the instance had nothing to do before, or prompts where now it has none."""
     followed: int = 0
@@ -64,8 +66,8 @@ class Times(NamedTuple):
 
     prompts: float = 1.0
     decodes: float = 1.0
-    draw_s: float = 0.0
-    """More for each sequence that decodes."""
+    several_s: float = 0.0
+    """More where several sequences decode."""
 
 
 ONE_AFTER_ANOTHER = Times()
@@ -95,7 +97,7 @@ class AtWork(LatencyModel):
     def fixed_s(self, tokens: int, draws: int) -> float:
         prompts = tokens > draws
         ratio = self.times.prompts if prompts else self.times.decodes
-        more_s = 0.0 if prompts else self.times.draw_s * draws
+        more_s = 0.0 if prompts or draws == 1 else self.times.several_s
         pass_s = ratio * self.passes.fixed_s(tokens, draws) + more_s
         return pass_s + self.between.of_step(draws, prompts=prompts)
 
@@ -109,10 +111,10 @@ def times_of(steps: Sequence[StepsAtWork], passes: LatencyModel, *, beside: bool
     warm = [one for one in steps if one.beside is beside and not one.cold]
     decodes = [one for one in warm if not one.prompts]
     prompts = _ratio([one for one in warm if one.prompts], passes)
-    if len({one.step.draws for one in decodes}) < 2:
+    if len({one.step.draws > 1 for one in decodes}) < 2:
         return Times(prompts, _ratio(decodes, passes))
     weights = np.sqrt([one.count for one in decodes])
-    rows = np.array([(passes.step_s(one.step), one.step.draws) for one in decodes])
+    rows = np.array([(passes.step_s(one.step), one.step.draws > 1) for one in decodes])
     seconds = np.array([one.processor_s for one in decodes])
     fitted = nonnegative_least_squares(rows * weights[:, None], seconds * weights)
     return Times(prompts, *fitted.tolist())
@@ -130,7 +132,7 @@ def waits_of(steps: Sequence[StepsAtWork]) -> Waits:
         alike = [one for one in steps if one.prompts is prompts]
         alone = _wait([one for one in alike if not one.beside])
         beside = [one for one in alike if one.beside]
-        found.append(Wait(alone, _wait(beside) if beside else alone))
+        found.append(Wait(alone, *_wait_beside(beside)) if beside else Wait(alone, alone))
     beside = [one for one in steps if one.beside]
     others = sum(one.count * one.others for one in beside)
     mean = others / sum(one.count for one in beside) if beside else 1.0
@@ -140,6 +142,16 @@ def waits_of(steps: Sequence[StepsAtWork]) -> Waits:
 def _wait(steps: Sequence[StepsAtWork]) -> float:
     computed_s = sum(one.count * one.processor_s for one in steps)
     return sum(one.count * one.waited_s for one in steps) / computed_s if computed_s else 0.0
+
+
+def _wait_beside(steps: Sequence[StepsAtWork]) -> tuple[float, float]:
+    """Where others draw nothing, and more for each token a second."""
+    computed_s = np.array([one.count * one.processor_s for one in steps])
+    weights = np.sqrt(computed_s)
+    rows = np.array([(1.0, one.drawn_per_s) for one in steps])
+    parts = np.array([one.count * one.waited_s for one in steps]) / computed_s
+    nothing_drawn, token_s = nonnegative_least_squares(rows * weights[:, None], parts * weights)
+    return float(nothing_drawn), float(token_s)
 
 
 def cold_of(steps: Sequence[StepsAtWork], latency: AtWork) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from placement.latency.roofline import Roofline
 
-MOST_KNOTS = 12
+MOST_KNOTS = 16
 
 
 class Sample(NamedTuple):

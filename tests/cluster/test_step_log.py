@@ -98,6 +98,7 @@ def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
     assert in_a_row == {
         "count": 2,
         "others": 0.0,
+        "drawn_per_s": 0.0,
         "cold": False,
         "mixed": False,
         "tokens": 1,
@@ -157,3 +158,19 @@ def test_others_are_busy_between_passes_that_follow_one_another(tmp_path):
     )
     (prompt,) = (one for one in steps_at_work(tmp_path, 0.0) if one["prompts"])
     assert prompt["others"] == pytest.approx(1.0)
+    assert prompt["drawn_per_s"] == pytest.approx(50.0)
+
+
+def test_passes_are_told_apart_by_what_others_drew_meanwhile(tmp_path):
+    starts = [1.0 + number for number in range(4)]
+    write(tmp_path / "prefill-0.csv", *((at, 0.1, 0.05, *PROMPT, "") for at in starts))
+    write(
+        tmp_path / "decode-0.csv",
+        *(
+            (at - 0.01, 0.12, 0.1, 1, draws, 0, 0, 100, "")
+            for at, draws in zip(starts, (12, 12, 60, 60), strict=True)
+        ),
+    )
+    prompts = [one for one in steps_at_work(tmp_path, 0.0) if one["prompts"]]
+    drawn = sorted((one["count"], one["drawn_per_s"]) for one in prompts)
+    assert drawn == [(2, pytest.approx(100.0)), (2, pytest.approx(500.0))]

@@ -47,7 +47,8 @@ def at_work(
     latency = AtWork(Passes(), times=times)
     computed_s = latency.step_s(step) + (COLD_S if cold else 0.0)
     then_s = BETWEEN.of_step(step.draws, prompts=step.tokens > step.draws)
-    return StepsAtWork(10, step, computed_s, waits * computed_s, others, cold, 8, then_s)
+    company = {"waited_s": waits * computed_s, "others": others}
+    return StepsAtWork(10, step, computed_s, **company, cold=cold, followed=8, then_s=then_s)
 
 
 def test_what_passes_take_longer_is_told_by_kind_and_company():
@@ -64,7 +65,7 @@ def test_passes_of_which_nothing_was_seen_take_as_long_as_one_after_another():
     assert times_of([], Passes(), beside=False) == Times(1.0, 1.0)
     only_decodes = [at_work(decode_step([100]), Times(1.0, 1.4))]
     found = times_of(only_decodes, Passes(), beside=False)
-    assert found == pytest.approx((1.0, 1.4, 0.0)), "of one size, so all is in proportion"
+    assert found == pytest.approx((1.0, 1.4, 0.0)), "of one at a time, so all is in proportion"
 
 
 def test_what_lies_between_passes_grows_with_tokens_and_is_more_after_prompts():
@@ -98,6 +99,20 @@ def test_waits_are_told_by_kind_and_company():
     assert waits.slowed(0.75, prompts=False) == pytest.approx(1.0 + (0.05 + 0.3) / 2)
 
 
+def test_waits_beside_others_grow_with_the_tokens_that_these_draw():
+    steps = [
+        replace(at_work(step, Times(), others=1.0, waits=0.2 + 0.0003 * drawn), drawn_per_s=drawn)
+        for step in STEPS
+        for drawn in (0.0, 100.0, 900.0)
+    ]
+    waits = waits_of([*steps, *(at_work(step, Times(), waits=0.1) for step in STEPS)])
+    for prompts in (True, False):
+        assert waits.slowed(0.0, prompts=prompts) == pytest.approx(1.1)
+        assert waits.slowed(1.0, prompts=prompts) == pytest.approx(1.2)
+        assert waits.slowed(1.0, 500.0, prompts=prompts) == pytest.approx(1.35)
+        assert waits.slowed(0.5, 500.0, prompts=prompts) == pytest.approx(1.225)
+
+
 def test_nobody_waits_of_whom_nothing_was_seen_and_as_alone_where_no_others_were():
     assert waits_of([]) == Waits()
     alone = waits_of([at_work(decode_step([100]), Times(), waits=0.2)])
@@ -119,7 +134,11 @@ def test_steps_at_work_are_passes_at_their_pace_and_what_lies_between():
     latency = AtWork(Passes(), BETWEEN, Times(1.5, 1.25, 0.0002))
     decodes = decode_step([300] * 4)
     assert latency.step_s(decodes) == pytest.approx(
-        1.25 * Passes().step_s(decodes) + BETWEEN.step_s + 4 * (BETWEEN.token_s + 0.0002)
+        1.25 * Passes().step_s(decodes) + 0.0002 + BETWEEN.of_step(4, prompts=False)
+    )
+    one = decode_step([300])
+    assert latency.step_s(one) == pytest.approx(
+        1.25 * Passes().step_s(one) + BETWEEN.of_step(1, prompts=False)
     )
     prompt = prefill_step([(64, 0)])
     assert latency.step_s(prompt) == pytest.approx(
