@@ -26,7 +26,7 @@ from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
 from cluster.bench.run import Bench, Plan
 from cluster.profiling.speed import SpeedProbe, lengthened, speed_of
-from cluster.profiling.steps import steps_at_work
+from cluster.profiling.steps import prompt_passes, steps_at_work
 from engine.errors import InstanceLost
 from engine.messages import Role
 
@@ -118,9 +118,11 @@ def _measure(
             for share in LOAD_SHARES:
                 rate_rps = share * pools.taking / settings.request_s
                 one.samples.append(_load(url, rate_rps, turn, settings))
+                one.ended_s.append(time.time())
                 loaded()
             one.readings = probe.readings()
         one.steps = steps_at_work(Path(logs), began_s)
+        one.prompt_passes = prompt_passes(Path(logs), began_s, one.ended_s[0])
     return one
 
 
@@ -131,7 +133,11 @@ class _Measured:
     pools: _Pools
     samples: list[list[Sample]] = field(default_factory=list)
     """At each rate."""
+    ended_s: list[float] = field(default_factory=list)
+    """When each rate did."""
     steps: list[dict[str, Any]] = field(default_factory=list)
+    prompt_passes: tuple[int, float] = (0, 0.0)
+    """How many there were at the first rate, and how long they took in all."""
     readings: list[Reading] = field(default_factory=list)
 
     def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:
@@ -139,7 +145,10 @@ class _Measured:
         if self.pools.handed_off:
             told["handoff_s"] = _handoff_s([one for load in self.samples for one in load], settings)
         if self.pools.taking == 1:
-            told["way_s"] = _way_s(self.samples[0])
+            passes, passes_s = self.prompt_passes
+            requests = len(self.samples[0])
+            told["way_s"] = _way_s(self.samples[0], passes_s / requests)
+            told["way_steps"] = passes / requests
         here: dict[str, Any] = lengthened(told, mean.slower_than(speed_of(self.readings)))
         return here
 
@@ -162,14 +171,17 @@ def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> list[Sampl
     return measured.samples
 
 
-def _way_s(samples: list[Sample]) -> float:
-    """What those that find nobody before them wait for besides their prefill, in the median."""
-    waits_s = [
-        one.ttft_s - (one.parts_s["prefill"] or 0.0)
-        for one in samples
-        if one.parts_s is not None and one.ttft_s is not None
-    ]
-    return sorted(waits_s)[int(UNDISTURBED / 2 * len(waits_s))]
+def _way_s(samples: list[Sample], passes_s: float) -> float:
+    """What requests wait for besides passes with their prompt. A server's prefill is from the
+    first of these until a gateway has the token; before it, the median of those counts that find
+    nobody before them."""
+    prefills_s = [(one.parts_s or {}).get("prefill") or 0.0 for one in samples]
+    before_s = sorted(
+        one.ttft_s - prefill_s
+        for one, prefill_s in zip(samples, prefills_s, strict=True)
+        if one.ttft_s is not None
+    )
+    return before_s[int(UNDISTURBED / 2 * len(before_s))] + max(fmean(prefills_s) - passes_s, 0.0)
 
 
 def _handoff_s(samples: list[Sample], settings: Serving) -> float:

@@ -98,6 +98,13 @@ def steps_at_work(logs: Path, since_s: float) -> list[dict[str, Any]]:
     return [kinds[kind].described(kind) for kind in sorted(kinds)]
 
 
+def prompt_passes(logs: Path, since_s: float, until_s: float) -> tuple[int, float]:
+    """How many passes held prompts, and how long they took in all."""
+    steps = [step for path in logs.glob("*.csv") for step in _read(path, since_s)]
+    taken_s = [one["pass_s"] for one in steps if one["prompts"] and one["began_s"] < until_s]
+    return len(taken_s), sum(taken_s)
+
+
 def _kind(step: dict[str, float], *, beside: bool, drawn: int, cold: bool) -> Kind:
     tokens, draws, prompts = (int(step[name]) for name in ("tokens", "draws", "prompts"))
     mixed = 0 < prompts < draws

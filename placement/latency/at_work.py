@@ -162,14 +162,15 @@ def cold_of(steps: Sequence[StepsAtWork], latency: AtWork) -> float:
     return max(longer_s, 0.0) / sum(one.count for one in cold) if cold else 0.0
 
 
-def between_passes(steps: Sequence[StepsAtWork]) -> BetweenPasses:
-    """Less what it waits for a processor, as passes do."""
-    followed = [one for one in steps if one.followed and not one.beside]
+def between_passes(steps: Sequence[StepsAtWork], *, beside: bool = False) -> BetweenPasses:
+    """Less what it waits for a processor, as passes do; as alone where no others were seen."""
+    followed = [one for one in steps if one.followed and one.beside is beside]
     if not followed:
-        return BetweenPasses()
+        return between_passes(steps) if beside else BetweenPasses()
     weights = np.sqrt([one.followed for one in followed])
     rows = np.array([(1.0, one.step.draws, one.prompts) for one in followed])
-    waits = waits_of(steps).slowed(0.0, prompts=False)
-    seconds = np.array([one.then_s / waits for one in followed])
+    waits = waits_of(steps)
+    slowed = [waits.slowed(one.others, one.drawn_per_s, prompts=one.prompts) for one in followed]
+    seconds = np.array([one.then_s for one in followed]) / slowed
     fitted = nonnegative_least_squares(rows * weights[:, None], seconds * weights)
     return BetweenPasses(*fitted.tolist())

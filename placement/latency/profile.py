@@ -38,7 +38,9 @@ class Profile:
     paces: tuple[float, ...] = ()
     """How unsteady the machine was meanwhile."""
     way_s: float = 0.0
-    """From a client to an instance and back, beyond the pass of a prompt."""
+    """From a client to an instance and back, beyond passes with its prompt."""
+    way_steps: float = 1.0
+    """How many these are."""
     handoff_s: float = 0.0
     """A hand-off's messages, beyond its copy."""
     role: Role = Role.MIXED
@@ -99,10 +101,10 @@ class Profile:
 
     @property
     def arrival_s(self) -> float:
-        """From a client to an instance and back, beyond its step with the prompt: what lies
-        between that pass and the next is of the step."""
+        """From a client to an instance and back, beyond steps with its prompt: what lies between
+        such a pass and the next is of the step."""
         between_s = between_passes(self._alike).of_step(1, prompts=True)
-        return max(self.way_s - between_s, 0.0)
+        return max(self.way_s - self.way_steps * between_s, 0.0)
 
     @property
     def in_service(self) -> AtWork:
@@ -112,7 +114,7 @@ class Profile:
 
     def _at_work(self, passes: Measured, *, beside: bool = False) -> AtWork:
         times = times_of(self.steps, passes, beside=beside)
-        between = between_passes(self._alike)
+        between = between_passes(self._alike, beside=beside)
         return AtWork(passes, between, times, passes.pipeline_parallel)
 
     def _served(self, passes: Measured, *, beside: bool = False) -> LatencyModel:

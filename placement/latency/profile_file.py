@@ -7,7 +7,7 @@ seconds), `mixed` (the fields of both), where context sums the KV tokens already
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 `at_work`, of servers under load the means over `steps` that were alike (count, tokens, draws,
 pairs, kv_read_tokens, processor_s; optionally waited_s, others, drawn_per_s, cold, mixed, followed,
-then_s), with `handed_off` and optionally `way_s` and `handoff_s`; and `speed`, whose
+then_s), with `handed_off` and optionally `way_s`, `way_steps` and `handoff_s`; and `speed`, whose
 `paces` tell how unsteady the machine was.
 """
 
@@ -62,6 +62,7 @@ def profile_from(content: object) -> Profile:
         for j, raw in enumerate(_mappings(f"profile.at_work[{i}].steps", server.get("steps")))
     )
     way_s, handoff_s = (_mean_of(at_work, key) for key in ("way_s", "handoff_s"))
+    way_steps = _mean_of(at_work, "way_steps", 1.0)
     return Profile(
         str(content["model"]),
         str(content["device"]),
@@ -70,6 +71,7 @@ def profile_from(content: object) -> Profile:
         steps,
         _paces(content.get("speed")),
         way_s,
+        way_steps,
         handoff_s,
     )
 
@@ -92,10 +94,10 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
     )
 
 
-def _mean_of(servers: Sequence[Mapping[str, Any]], key: str) -> float:
+def _mean_of(servers: Sequence[Mapping[str, Any]], key: str, default: float = 0.0) -> float:
     """Over those that tell it."""
     known = [_number("profile.at_work", one, key) for one in servers if key in one]
-    return fmean(known) if known else 0.0
+    return fmean(known) if known else default
 
 
 def _paces(speed: object) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.instance.step_log import COLUMNS, LINES_KEPT, StepLog
-from cluster.profiling.steps import steps_at_work
+from cluster.profiling.steps import prompt_passes, steps_at_work
 from engine.batch import Batch, Chunk, Draw, StepResult
 from engine.request import Sampling
 
@@ -129,6 +129,18 @@ def test_what_was_before_does_not_count(tmp_path):
     )
     (later,) = steps_at_work(tmp_path, 1.5)
     assert later["processor_s"] == pytest.approx(0.002)
+
+
+def test_passes_that_hold_prompts_are_counted_within_a_time(tmp_path):
+    write(
+        tmp_path / "mixed-0.csv",
+        (1.0, 0.010, 0.001, *PROMPT, ""),
+        (2.0, 0.010, 0.002, *PROMPT, ""),
+        (2.5, 0.002, 0.002, *DECODE, ""),
+        (3.0, 0.030, 0.002, *PROMPT, ""),
+        (4.0, 0.010, 0.002, *PROMPT, ""),
+    )
+    assert prompt_passes(tmp_path, 1.5, 3.5) == (2, pytest.approx(0.040))
 
 
 def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):

@@ -84,6 +84,18 @@ def test_what_lies_between_passes_waits_for_processors_as_they_do():
     assert between_passes(steps).step_s == pytest.approx(BETWEEN.step_s / 1.25)
 
 
+def test_what_lies_between_passes_beside_others_is_told_by_steps_beside_others():
+    several = (*STEPS, decode_step([50] * 9))
+    alone = [at_work(step, Times()) for step in several]
+    beside = [at_work(step, Times(), others=1.0, waits=0.5) for step in several]
+    longer = [replace(one, then_s=3 * one.then_s) for one in beside]
+    found = between_passes([*alone, *longer], beside=True)
+    assert found.step_s == pytest.approx(2 * BETWEEN.step_s)
+    assert found.prompts_s == pytest.approx(2 * BETWEEN.prompts_s)
+    assert between_passes([*alone, *longer]).step_s == pytest.approx(BETWEEN.step_s)
+    assert between_passes(alone, beside=True).step_s == pytest.approx(BETWEEN.step_s)
+
+
 def test_waits_are_told_by_kind_and_company():
     seen = {(True, 0.0): 0.1, (True, 1.5): 0.6, (False, 0.0): 0.05, (False, 1.5): 0.3}
     steps = [

@@ -104,7 +104,7 @@ def test_a_profile_knows_steps_at_work() -> None:
     assert handing_off.times == latency.times
     assert handing_off.between.step_s == pytest.approx((STEP_S + 0.002) / 1.2)
     assert isinstance(crowded, AtWork)
-    assert crowded.between == latency.between
+    assert crowded.between.step_s == pytest.approx(STEP_S / 1.5)
     assert crowded.times == pytest.approx((1.2, 1.1, 0.0), rel=0.02)
     assert profile.handoff_s == 0.003
 
@@ -115,6 +115,9 @@ def test_the_way_of_requests_is_the_mean_of_what_servers_tell_less_what_is_of_th
     profile = profile_from(content)
     assert profile.way_s == pytest.approx(0.005)
     assert profile.arrival_s == pytest.approx(0.005 - (STEP_S + TOKEN_S) / 1.1, rel=0.02)
+    content["at_work"][1]["way_steps"] = 1.5
+    again = 0.5 * (STEP_S + TOKEN_S) / 1.1
+    assert profile_from(content).arrival_s == pytest.approx(profile.arrival_s - again, rel=0.02)
     content["at_work"][0]["way_s"] = content["at_work"][1]["way_s"] = 0.0
     assert profile_from(content).arrival_s == 0.0
 

@@ -16,6 +16,7 @@ def test_servers_are_measured_under_load():
     assert [server["handed_off"] for server in again] == [False, False, True]
     assert prompt_pairs(again[0]) != prompt_pairs(one)
     assert one["way_s"] > 0.0
+    assert one["way_steps"] >= 1.0
     assert pair["handoff_s"] >= 0.0
     assert [server["handed_off"] for server in (one, two, pair)] == [False, False, True]
     for server in (one, two, pair):
