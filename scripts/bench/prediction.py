@@ -23,9 +23,9 @@ other, a small process times two products and a loop in Python every now and the
 profiled and while a rate is driven: it is by the profile with its times made as much longer as
 these take longer. Nothing that was measured of the server or the rate goes into it.
 
-Where the time to the first token and to the second went is told for
-the mean request, as predicted and as measured. With a folder the stages may run one by one, and a
-rate that was measured is not measured again, unless other processes computed meanwhile.
+Where the time to the first token and to the second went is told for the mean request, as predicted
+and as measured. With a folder the stages may run one by one, and a rate that was measured is not
+measured again, unless other processes computed meanwhile.
 """
 
 from __future__ import annotations

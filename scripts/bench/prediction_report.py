@@ -69,7 +69,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Driven:
+class Compared:
     """One deployment at one rate, in all rounds."""
 
     deployment: str
@@ -122,7 +122,7 @@ def slowed(folder: Path, slowness: Slowness) -> Path:
     return path
 
 
-def compare(folder: Path, *, at_speed: bool) -> Iterator[Driven]:
+def compare(folder: Path, *, at_speed: bool) -> Iterator[Compared]:
     """By the profile as it is, or at the speed that the machine had meanwhile."""
     measured: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for one in read_measured(folder):
@@ -133,7 +133,7 @@ def compare(folder: Path, *, at_speed: bool) -> Iterator[Driven]:
         else:
             profiles = iter([folder / PROFILE])
         predicted = [predict(folder, deployment, rate, profile) for profile in profiles]
-        yield Driven(deployment, rate, [one["figures"] for one in rounds], predicted)
+        yield Compared(deployment, rate, [one["figures"] for one in rounds], predicted)
 
 
 def predict(folder: Path, deployment: str, rate: float, profile: Path) -> dict[str, Any]:
@@ -155,9 +155,9 @@ def tandem(*arguments: object) -> str:
 def report(folder: Path, *, as_json: bool) -> None:
     plan, measured = yaml.safe_load((folder / PLAN).read_text()), read_measured(folder)
     planned = {pool["role"]: pool["instances"] for pool in plan["pools"]}
-    driven, driven_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
+    compared, compared_at_speed = (list(compare(folder, at_speed=way)) for way in (False, True))
     rows, at_speed = (
-        [row for one in way for row in one.rows()] for way in (driven, driven_at_speed)
+        [row for one in way for row in one.rows()] for way in (compared, compared_at_speed)
     )
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
     again = [row.first_round_predicts for row in rows if len(row.rounds) > 1]
@@ -172,8 +172,8 @@ def report(folder: Path, *, as_json: bool) -> None:
     print(plan["reason"])
     for row, then in zip(rows, at_speed, strict=True):
         print(line(row, then))
-    for driven in driven_at_speed:
-        print(driven.parts)
+    for one in compared_at_speed:
+        print(one.parts)
     print(summary("as profiled", rows))
     print(summary("at the speed that the machine had meanwhile", at_speed))
     if again:
