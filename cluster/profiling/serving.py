@@ -110,7 +110,7 @@ def _measure(
     pools: _Pools, turn: int, probe: SpeedProbe, settings: Serving, loaded: Callable[[], None]
 ) -> _Measured:
     """One server, under one load after the other."""
-    one = _Measured(pools)
+    one, ended_s = _Measured(pools), []
     with tempfile.TemporaryDirectory() as logs:
         with _server(settings, pools, logs) as url:
             probe.readings()
@@ -118,11 +118,11 @@ def _measure(
             for share in LOAD_SHARES:
                 rate_rps = share * pools.taking / settings.request_s
                 one.samples.append(_load(url, rate_rps, turn, settings))
-                one.ended_s.append(time.time())
+                ended_s.append(time.time())
                 loaded()
             one.readings = probe.readings()
         one.steps = steps_at_work(Path(logs), began_s)
-        one.prompt_passes = prompt_passes(Path(logs), began_s, one.ended_s[0])
+        one.prompt_passes = prompt_passes(Path(logs), began_s, ended_s[0])
     return one
 
 
@@ -133,8 +133,6 @@ class _Measured:
     pools: _Pools
     samples: list[list[Sample]] = field(default_factory=list)
     """At each rate."""
-    ended_s: list[float] = field(default_factory=list)
-    """When each rate did."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     prompt_passes: tuple[int, float] = (0, 0.0)
     """How many there were at the first rate, and how long they took in all."""

@@ -41,7 +41,7 @@ CODE = ("few_rows", "many_rows", "python")
 that computes, as prompts do, and a loop in Python."""
 PASSES = {"seconds", "processor_s"}
 """So a profile names the times of passes; they are of prompts where an entry counts some."""
-OTHERS = {"waited_s", "then_s", "way_s", "handoff_s"}
+AROUND_PASSES = {"waited_s", "then_s", "way_s", "handoff_s"}
 """And so the times of what is written in Python."""
 
 
@@ -131,7 +131,7 @@ def lengthened(value: Any, times: Mapping[str, float]) -> Any:
     if not isinstance(value, dict):
         return value
     passes = times["many_rows" if value.get("prompts") else "few_rows"]
-    longer = dict.fromkeys(PASSES, passes) | dict.fromkeys(OTHERS, times["python"])
+    longer = dict.fromkeys(PASSES, passes) | dict.fromkeys(AROUND_PASSES, times["python"])
     return {
         name: one * longer[name] if name in longer else lengthened(one, times)
         for name, one in value.items()
