@@ -128,7 +128,7 @@ class Keeper:
         self._ending = True
         self.desire(())
         for launched in self.instances.values():
-            launched.condemn("shut down")
+            launched.dismiss("shut down")
         while self.instances:
             await self.changed(LOOK_S)
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import NAMESPACE, find_worker, worker_name
+from cluster.actors import NAMESPACE, answer, find_worker, worker_name
 from cluster.control.placing import placed, wants_of
 from cluster.instance.worker import Worker
-from engine.errors import DeadlineExceeded, InstanceLost
+from engine.errors import DeadlineExceeded, InstanceLost, TandemError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -33,6 +33,8 @@ PROGRESS_S = 0.2
 """Between two looks at how far workers are."""
 GONE_POLL_S = 0.05
 GONE_S = 120.0
+FINISH_S = 2.0
+"""For a last step, and for what a worker has yet to write."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,9 +54,17 @@ class Launched:
     )
     """Fails as soon as somebody knows better than Ray that the instance is lost."""
 
+    dismissed: bool = False
+    """Whether it ends in order, and may yet finish what it has begun to write."""
+
     def condemn(self, why: str) -> None:
         if not self.condemned.done():
             self.condemned.set_exception(InstanceLost(why))
+
+    def dismiss(self, why: str) -> None:
+        """Nothing is wrong with it, but its time is over."""
+        self.dismissed = True
+        self.condemn(why)
 
     async def ended(self) -> None:
         """Returns when a worker has stopped; raises InstanceLost when one is gone."""
@@ -76,11 +86,20 @@ class Launched:
 
     async def take_down(self) -> None:
         """Kills what is left of the instance and waits until Ray has forgotten it."""
+        if self.dismissed and self.stage == "up":
+            await self._let_finish()
         for worker in self.workers:
             ray.kill(worker)
         for rank in range(self.spec.workers):
             await _until_gone(self.spec.name, rank)
         self.groups.release(self.spec)
+
+    async def _let_finish(self) -> None:
+        finishing = asyncio.gather(*(worker.finish.remote() for worker in self.workers))
+        try:
+            await answer(finishing, FINISH_S)
+        except (TandemError, RayError) as error:
+            log.warning("instance does not finish instance=%s error=%s", self.spec.name, error)
 
 
 async def _ended(worker: Any) -> None:

@@ -27,7 +27,7 @@ async def move_away(launched: Launched, limit_s: float, why: str) -> None:
         await answer(launched.workers[0].drain.remote(), limit_s)
     except TandemError as error:
         log.warning("drain incomplete instance=%s error=%s", launched.spec.name, error)
-    launched.condemn(why)
+    launched.dismiss(why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,9 +66,13 @@ class StepLog:
         )
         return result
 
-    def close(self) -> None:
+    def write(self) -> None:
+        """All lines so far, the last one as if nothing followed it."""
         self._complete(None, 0.0)
-        self._write()
+        self._write_kept()
+
+    def close(self) -> None:
+        self.write()
         self._file.close()
 
     def _complete(self, following: Batch | None, now: float) -> None:
@@ -79,10 +83,10 @@ class StepLog:
             self._kept.append((*self._last, then_s))
             self._last = None
             if len(self._kept) >= LINES_KEPT:
-                self._write()
+                self._write_kept()
         self._ran = ran
 
-    def _write(self) -> None:
+    def _write_kept(self) -> None:
         self._lines.writerows(self._kept)
         self._kept.clear()
         self._file.flush()

@@ -161,9 +161,11 @@ class Worker:
     async def set_role(self, role: Role) -> None:
         self._leader.set_role(role)
 
-    async def stop(self) -> None:
-        if self._work is not None:
-            self._work.cancel()
+    async def finish(self) -> None:
+        """Writes what only memory holds; the process is killed next."""
+        if self._step_log is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self._step_log.write)
 
     # KV, called by the leader of this instance and by ranks of others.
 
@@ -215,8 +217,6 @@ class Worker:
         """The process's boundary: whatever ends the work ends the worker."""
         try:
             await work
-        except asyncio.CancelledError:
-            log.info("worker stopped instance=%s rank=%d", self._spec.name, self._rank)
         except Exception as error:
             log.exception("worker failed instance=%s rank=%d", self._spec.name, self._rank)
             self._failure = InstanceLost(f"{self._spec.name}/{self._rank}: {error!r}")

@@ -135,7 +135,7 @@ class _Measured:
     """At each rate."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     prompt_passes: tuple[int, float] = (0, 0.0)
-    """How many there were at the first rate, and how long they took in all."""
+    """In how many the first rate's prompts were, and how long in all."""
     readings: list[Reading] = field(default_factory=list)
 
     def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:

@@ -99,10 +99,11 @@ def steps_at_work(logs: Path, since_s: float) -> list[dict[str, Any]]:
 
 
 def prompt_passes(logs: Path, since_s: float, until_s: float) -> tuple[int, float]:
-    """How many passes held prompts, and how long they took in all."""
+    """In how many prompts were, and how long in all: a pass counts for each of its prompts."""
     steps = [step for path in logs.glob("*.csv") for step in _read(path, since_s)]
-    taken_s = [one["pass_s"] for one in steps if one["prompts"] and one["began_s"] < until_s]
-    return len(taken_s), sum(taken_s)
+    counted = [one for one in steps if one["began_s"] < until_s]
+    passes_s = sum(one["prompts"] * one["pass_s"] for one in counted)
+    return int(sum(one["prompts"] for one in counted)), passes_s
 
 
 def _kind(step: dict[str, float], *, beside: bool, drawn: int, cold: bool) -> Kind:

@@ -40,12 +40,17 @@ class Workers:
 
     def __init__(self) -> None:
         self.happened = []
+        self.finished = []
         self.drains = True
 
     async def launch(self, launched) -> None:
         self.happened.append(("up", launched.spec.name, launched.spec.sm_share))
         name = launched.spec.name
-        remote = {"drain": lambda: self._drain(name), "ended": asyncio.Event().wait}
+        remote = {
+            "drain": lambda: self._drain(name),
+            "finish": lambda: self._finish(name),
+            "ended": asyncio.Event().wait,
+        }
         worker = {method: SimpleNamespace(remote=call) for method, call in remote.items()}
         launched.workers = [SimpleNamespace(**worker)]
         launched.stage = "up"
@@ -54,6 +59,9 @@ class Workers:
         self.happened.append(("drained", name))
         if not self.drains:
             raise InstanceLost("it is gone")
+
+    async def _finish(self, name) -> None:
+        self.finished.append(name)
 
 
 @pytest.fixture
@@ -102,6 +110,9 @@ async def test_one_after_another_is_drained_and_comes_up_with_its_new_share(work
         ("drained", "prefill-0"),
         ("up", "prefill-0", 0.6),
     ]
+    ended_in_turn, ended_together = workers.finished[:2], workers.finished[2:]
+    assert ended_in_turn == ["decode-0", "prefill-0"]
+    assert sorted(ended_together) == ["decode-0", "prefill-0"]
 
 
 async def test_what_has_its_share_already_and_what_is_not_wanted_any_more_is_left_alone(workers):

@@ -64,14 +64,17 @@ def test_how_long_it_was_until_the_next_pass_is_told_where_a_request_went_on(tmp
     ]
 
 
-def test_lines_are_written_many_at_a_time_and_all_at_the_end(tmp_path):
+def test_lines_are_written_many_at_a_time_and_all_when_asked_for(tmp_path):
     path = tmp_path / "mixed-0.csv"
     log = StepLog(Executor(), path)
     for _ in range(LINES_KEPT + 3):
         log.execute(Batch((chunk("a", 1, 4),)))
     assert len(read(path)) == LINES_KEPT
-    log.close()
+    log.write()
     assert len(read(path)) == LINES_KEPT + 3
+    log.execute(Batch((chunk("a", 1, 4),)))
+    log.close()
+    assert len(read(path)) == LINES_KEPT + 4
 
 
 def write(path: Path, *lines):
@@ -83,6 +86,7 @@ def write(path: Path, *lines):
 
 DECODE = (1, 1, 0, 0, 100)
 PROMPT = (64, 1, 1, 2080, 0)
+PROMPTS = (128, 2, 2, 4160, 0)
 
 
 def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
@@ -137,10 +141,10 @@ def test_passes_that_hold_prompts_are_counted_within_a_time(tmp_path):
         (1.0, 0.010, 0.001, *PROMPT, ""),
         (2.0, 0.010, 0.002, *PROMPT, ""),
         (2.5, 0.002, 0.002, *DECODE, ""),
-        (3.0, 0.030, 0.002, *PROMPT, ""),
+        (3.0, 0.030, 0.002, *PROMPTS, ""),
         (4.0, 0.010, 0.002, *PROMPT, ""),
     )
-    assert prompt_passes(tmp_path, 1.5, 3.5) == (2, pytest.approx(0.040))
+    assert prompt_passes(tmp_path, 1.5, 3.5) == (3, pytest.approx(0.070))
 
 
 def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):
