@@ -84,6 +84,10 @@ class Profile:
             return None
         return self._served(fit_run(run.beside)[0], beside=True)
 
+    @property
+    def tells_of_neighbours(self) -> bool:
+        return bool(self.steps) or any(run.crowded_samples for run in self.runs)
+
     def of_role(self, role: Role) -> Profile:
         """As it tells of instances that are mixed, or hand KV off to each other."""
         return replace(self, role=role)

@@ -97,6 +97,12 @@ class CostBook:
         )
 
     @property
+    def crowded(self) -> bool:
+        """Whether what instances cost depends on what else their machine holds, as was measured."""
+        profiles = self.profiles.values()
+        return self.hardware.nodes == 1 and any(one.tells_of_neighbours for one in profiles)
+
+    @property
     def overheads(self) -> Overheads:
         """What profiles say of them; several devices' clients wait for the slowest."""
         known = [(one.arrival_s, one.handoff_s) for one in self.profiles.values()]

@@ -64,7 +64,7 @@ def answer(
     phases = [phase_of(book, cut, sample, question.target) for cut in feasible_cuts(book, sample)]
     check_targets(phases, question.target)
     slow = _slow_copies(book, sample, question.target)
-    search = Search(book.hardware, phases, question.target, question.token_budgets, slow)
+    search = Search(book, phases, question.target, question.token_budgets, slow)
     setting = Setting(
         book, sample, question.target, question.overheads, question.processes, question.requests
     )

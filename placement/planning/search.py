@@ -11,10 +11,9 @@ from placement.planning.candidate import Candidate
 from placement.planning.plan import PoolPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-    from placement.latency.catalog import Hardware
-    from placement.planning.costbook import Cut
+    from placement.planning.costbook import CostBook, Cut
     from placement.planning.phases import Phase
     from placement.planning.plan import Target
 
@@ -44,14 +43,14 @@ class Prospect:
 class Search:
     def __init__(
         self,
-        hardware: Hardware,
+        book: CostBook,
         phases: list[Phase],
         target: Target,
         token_budgets: tuple[int, ...],
         is_slow: Callable[[Cut, Cut], bool],
     ) -> None:
         """`is_slow` tells whether KV between two cuts suffers from crossing the network."""
-        self._hardware = hardware
+        self._hardware, self._crowded = book.hardware, book.crowded
         self._budgets = token_budgets
         self._phases = phases
         self._is_slow = is_slow
@@ -64,15 +63,31 @@ class Search:
         """Everything worth simulating, the most promising first."""
         found = [*self._aggregated(), *self._high_affinity(), *self._low_affinity()]
         found += self._hybrids([p for p in found if len(p.candidate.pools) == 2])
+        if self._crowded:
+            found = [several for one in found for several in self._side_by_side(one)]
         unique = {p.candidate: p for p in found if self.copies(p.candidate) > 0}
         return sorted(unique.values(), key=lambda p: (-p.per_accelerator, str(p.candidate)))
 
     def copies(self, candidate: Candidate) -> int:
-        """How many fit the fleet."""
+        """How many fit the fleet; where they would slow each other down, several are a candidate of
+        their own, up to the largest."""
         if candidate.units is not None:
             return self._units(candidate)
+        fit = self._fit(candidate)
+        if self._crowded and candidate.accelerators * 2 <= LARGEST_UNIT:
+            return min(fit, 1)
+        return fit
+
+    def _fit(self, candidate: Candidate) -> int:
         used = candidate.by_device
         return min(self._hardware.group(name).devices // n for name, n in used.items())
+
+    def _side_by_side(self, prospect: Prospect) -> Iterator[Prospect]:
+        """On one machine, where copies slow each other down: they are simulated together."""
+        candidate = prospect.candidate
+        most = min(self._fit(candidate), LARGEST_UNIT // candidate.accelerators)
+        for number in range(1, most + 1):
+            yield Prospect(candidate.times(number), prospect.bound_rps * number)
 
     def _units(self, candidate: Candidate) -> int:
         """Each stage of a unit takes a part of one node, and what is left of a node may be too

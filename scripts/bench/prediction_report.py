@@ -165,7 +165,7 @@ def report(folder: Path, *, as_json: bool) -> None:
     slower = [overall(one["slower"]) for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
-        lists = {"rows": rows, "rows_at_speed": at_speed}
+        lists = {"rows": rows, "rows_at_speed": at_speed, "first_round_predicts": again}
         entries = {key: [described(row) for row in one] for key, one in lists.items()}
         print(json.dumps({**document, "slower": slower, **entries}))
         return

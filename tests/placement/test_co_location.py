@@ -119,7 +119,7 @@ def search(costs: CostBook) -> Search:
     phases = [
         phase_of(costs, cut, documents(), TARGET) for cut in feasible_cuts(costs, documents())
     ]
-    return Search(costs.hardware, phases, TARGET, (2048,), lambda *_: True)
+    return Search(costs, phases, TARGET, (2048,), lambda *_: True)
 
 
 def units_of(instances: int, cut: Cut) -> Candidate:

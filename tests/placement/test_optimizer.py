@@ -12,6 +12,9 @@ import pytest
 from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
 from placement.latency.catalog import Hardware, find_device, find_link, find_model, one_kind
+from placement.latency.measured import Run, Sample
+from placement.latency.model import decode_step, prefill_step
+from placement.latency.profile import Profile
 from placement.planning.candidate import Candidate, deployment_of
 from placement.planning.costbook import CostBook, Cut
 from placement.planning.goodput import find_fewest_copies, find_goodput
@@ -122,6 +125,32 @@ def test_more_accelerators_never_serve_less(device: str, model: str) -> None:
     for fewer, more in pairwise(found):
         assert more >= fewer * (1 - SLACK)
     assert found[-1] > found[0] * 2
+
+
+def crowded(devices: int) -> CostBook:
+    """Of one machine on which an instance takes twice as long beside another one."""
+    costs = book(devices)
+    latency = costs.latency(Cut("l4"))
+    steps = [prefill_step([(tokens, 0)]) for tokens in (16, 64, 128, 256, 512, 1024, 2048)]
+    steps += [decode_step([context] * batch) for batch in (1, 8, 64) for context in (64, 1024)]
+    alone, beside = (
+        tuple(Sample(step, times * latency.step_s(step)) for step in steps) for times in (1, 2)
+    )
+    run = Run(1, 1, None, alone, beside, neighbours=1)
+    return replace(costs, profiles={"l4": Profile(costs.shape.name, "l4", (run,))})
+
+
+def test_two_that_slow_each_other_down_do_not_serve_twice_as_much_as_one() -> None:
+    rate_rps = served(plan(crowded(1), chat(), question()))
+    found = plan(crowded(2), chat(), question())
+    (two,) = (
+        other.goodput_rps
+        for other in found.alternatives
+        if other.pools == (PoolPlan(Role.MIXED, 2, Cut("l4")),)
+    )
+    assert two < 1.5 * rate_rps
+    few = question(objective=Objective.ACCELERATORS, rate_rps=rate_rps / 2)
+    assert sum(pool.accelerators for pool in plan(crowded(2), chat(), few).pools) == 1
 
 
 @pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
