@@ -3,8 +3,8 @@
 What else runs on a virtual machine's host slows its processors down, each for a tenth of a second
 or so at a time, and code of one kind more than that of another. So does what runs on the machine
 itself, which is no news of the host: readings are compared with those in like company. Only
-processor time counts, and every reading comes after a while of computing, as a processor that has
-slept is slow at first.
+processor time counts, and every reading comes after a while of the same computing: a processor that
+has slept is slow at first, and caches hold what others left there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 PERIOD_S = 0.2
-WARM_S = 0.005
-"""Of computing before a reading."""
+WARM_S = 0.002
+"""Of the same computing before each reading."""
+MOST_COMPANY = 2
+"""Processes beside which it makes no difference how many more there are."""
+ENOUGH = 40
+"""Readings that are compared: those in the least company."""
 REPEATS = 4
 PACES = 12
 FEW_ROWS, WIDE = 4, 1024
@@ -48,7 +52,7 @@ AROUND_PASSES = {"waited_s", "then_s", "way_s", "handoff_s"}
 class Reading(NamedTuple):
     at_s: float
     company: int
-    """Whether something else ran on this machine: 0, at one of two looks, or 2."""
+    """How many others ran on this machine, at two looks together."""
     seconds: tuple[float, ...]
     """By the kind of code."""
 
@@ -87,6 +91,8 @@ class Speed:
         like company."""
         then = {one.company: one for one in other.readings}
         pairs = [(one, then[one.company]) for one in self.readings if one.company in then]
+        counts = np.cumsum([min(one.count, before.count) for one, before in pairs])
+        pairs = pairs[: int(np.searchsorted(counts, ENOUGH)) + 1]
         if not pairs:
             pairs = [(one, before) for one in self.readings for before in other.readings]
         weights = [min(one.count, before.count) for one, before in pairs]
@@ -166,7 +172,6 @@ def _take_readings(connection: Connection) -> None:
     while True:
         asked = connection.poll(PERIOD_S)
         if not asked or not readings:
-            _warm_up(works)
             readings.append(_read(works))
         if asked:
             connection.recv()
@@ -179,25 +184,21 @@ def _count_up(numbers: int) -> int:
 
 
 def _read(works: Sequence[Callable[[], object]]) -> Reading:
-    at_s, others = time.monotonic(), _runs_beside()
+    at_s, others = time.monotonic(), _running_beside()
     seconds = tuple(_timed(work) for work in works)
-    return Reading(at_s, others + _runs_beside(), seconds)
+    return Reading(at_s, others + _running_beside(), seconds)
 
 
-def _runs_beside() -> bool:
-    """Whether anything but this process runs, or could, at this moment."""
+def _running_beside() -> int:
+    """How many but this process run, or could, at this moment."""
     able, _, _ = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")
-    return int(able) > 1
-
-
-def _warm_up(works: Sequence[Callable[[], object]]) -> None:
-    began_s = time.thread_time()
-    while time.thread_time() - began_s < WARM_S:
-        for work in works:
-            work()
+    return min(int(able) - 1, MOST_COMPANY)
 
 
 def _timed(work: Callable[[], object]) -> float:
+    began_s = time.thread_time()
+    while time.thread_time() - began_s < WARM_S:
+        work()
     began_s = time.thread_time()
     for _ in range(REPEATS):
         work()

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.profiling.speed import (
     CODE,
+    ENOUGH,
     PACES,
     PERIOD_S,
     Company,
@@ -69,6 +70,13 @@ def test_readings_are_compared_in_like_company():
     """A server that is busier has more of them with company, which takes twice as long."""
     idle = speed(Company(0, 90, (1.0, 1.0, 1.0)), Company(2, 10, (2.0, 2.0, 2.0)))
     busy = speed(Company(0, 10, (1.1, 1.1, 1.1)), Company(2, 90, (2.2, 2.2, 2.2)))
+    assert busy.slower_than(idle) == pytest.approx(dict.fromkeys(CODE, 1.1))
+
+
+def test_where_there_are_enough_in_little_company_others_do_not_count():
+    """What a server runs beside a reading is not the same at every rate."""
+    idle = speed(Company(0, ENOUGH, (1.0,) * 3), Company(4, 900, (2.0,) * 3))
+    busy = speed(Company(0, ENOUGH, (1.1,) * 3), Company(4, 900, (3.0,) * 3))
     assert busy.slower_than(idle) == pytest.approx(dict.fromkeys(CODE, 1.1))
 
 
