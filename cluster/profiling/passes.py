@@ -16,6 +16,8 @@ BATCHES = (1, 2, 3, 4, 8, 16, 32, 64, 128)
 DECODE_CONTEXTS = (32, 256, 1024)
 QUICK_PROMPTS, QUICK_CONTEXTS = (16, 64, 256, 1024), (1024,)
 QUICK_BATCHES, QUICK_DECODE_CONTEXTS = (1, 2, 3, 4, 16, 64), (32, 512)
+BESIDE, QUICK_BESIDE, BESIDE_BATCHES = (4, 16, 64, 256, 1024), (4, 16, 64), (2, 4, 16)
+"""Prompts beside decodes: the smaller ones are chunks that leave a TPOT target its time."""
 
 
 class Pass(NamedTuple):
@@ -51,9 +53,10 @@ def passes_of(max_length: int, *, quick: bool) -> Iterator[Pass]:
         for context in QUICK_DECODE_CONTEXTS if quick else DECODE_CONTEXTS:
             if context <= longest:
                 yield Pass(contexts=(context,) * batch)
-    for tokens in prompts[1:-1:2]:
-        for batch in (4, 16):
-            yield Pass(((tokens, 0),), (min(256, longest),) * batch)
+    for tokens in QUICK_BESIDE if quick else BESIDE:
+        for batch in BESIDE_BATCHES:
+            if tokens <= longest:
+                yield Pass(((tokens, 0),), (min(256, longest),) * batch)
 
 
 def usual(seconds: Sequence[float]) -> float:
