@@ -53,7 +53,11 @@ def passes_of(max_length: int, *, quick: bool) -> Iterator[Pass]:
         for context in QUICK_DECODE_CONTEXTS if quick else DECODE_CONTEXTS:
             if context <= longest:
                 yield Pass(contexts=(context,) * batch)
-    for tokens in QUICK_BESIDE if quick else BESIDE:
+    yield from _both(longest, QUICK_BESIDE if quick else BESIDE)
+
+
+def _both(longest: int, prompts: Sequence[int]) -> Iterator[Pass]:
+    for tokens in prompts:
         for batch in BESIDE_BATCHES:
             if tokens <= longest:
                 yield Pass(((tokens, 0),), (min(256, longest),) * batch)
