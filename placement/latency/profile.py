@@ -84,6 +84,12 @@ class Profile:
             return None
         return self._served(fit_run(run.beside)[0], beside=True)
 
+    def tells_of_service(self, tensor_parallel: int, pipeline_parallel: int) -> bool:
+        """Unless servers were measured, but of another parallelism, where workers may get into each
+        other's way as no pass by itself shows."""
+        uncut = self.runs[0].tensor_parallel, self.runs[0].pipeline_parallel
+        return not self.steps or (tensor_parallel, pipeline_parallel) == uncut
+
     @property
     def tells_of_neighbours(self) -> bool:
         return bool(self.steps) or any(run.crowded_samples for run in self.runs)

@@ -96,6 +96,10 @@ class CostBook:
             machine=self._machine(cut, role),
         )
 
+    def knows_in_service(self, cut: Cut) -> bool:
+        profile = self.profiles.get(cut.device)
+        return profile is None or profile.tells_of_service(cut.tensor, cut.pipeline)
+
     @property
     def crowded(self) -> bool:
         """Whether what instances cost depends on what else their machine holds, as was measured."""

@@ -11,7 +11,7 @@ from placement.planning.carrying import Carrying
 from placement.planning.choice import Choice, choices_of, ranked, refusal
 from placement.planning.co_location import CoLocation
 from placement.planning.mixes import Mixing
-from placement.planning.phases import check_targets, feasible_cuts, phase_of
+from placement.planning.phases import check_targets, cuts_in_service, feasible_cuts, phase_of
 from placement.planning.plan import Alternative, Plan
 from placement.planning.reasons import Reasons
 from placement.planning.scoring import Setting, score_prospects, spreading
@@ -61,7 +61,9 @@ def answer(
     progress: Callable[[int, int], None] | None = None,
 ) -> Answer:
     sample = representative(workload, max(question.requests, question.most_requests), question.seed)
-    phases = [phase_of(book, cut, sample, question.target) for cut in feasible_cuts(book, sample)]
+    feasible = feasible_cuts(book, sample)
+    cuts = cuts_in_service(book, feasible)
+    phases = [phase_of(book, cut, sample, question.target) for cut in cuts]
     check_targets(phases, question.target)
     slow = _slow_copies(book, sample, question.target)
     search = Search(book, phases, question.target, question.token_budgets, slow)
@@ -79,7 +81,8 @@ def answer(
     if not able:
         raise refusal(choices, question, phases)
     chosen, rivals = able[0], _beaten(choices, able)
-    return Answer(_write(book, question, chosen, rivals), chosen, tuple(rivals), setting)
+    unknown = [cut for cut in feasible if cut not in cuts]
+    return Answer(_write(book, question, chosen, rivals, unknown), chosen, tuple(rivals), setting)
 
 
 def _scored(
@@ -141,7 +144,13 @@ def representative(workload: Workload, count: int, seed: int) -> Workload:
     return workload.resampled(count, rate_rps, Arrivals(generator, min(bursty, 4.0)))
 
 
-def _write(book: CostBook, question: Question, chosen: Choice, rivals: list[Choice]) -> Plan:
+def _write(
+    book: CostBook,
+    question: Question,
+    chosen: Choice,
+    rivals: list[Choice],
+    unknown: Sequence[Cut],
+) -> Plan:
     candidate = chosen.candidate
     return Plan(
         model=book.shape.name,
@@ -150,7 +159,7 @@ def _write(book: CostBook, question: Question, chosen: Choice, rivals: list[Choi
         hardware=_describe(book),
         predicted=_predicted(book, chosen),
         alternatives=tuple(_alternative(book, rival) for rival in rivals),
-        reason=Reasons(book, question).explain(chosen, rivals),
+        reason=Reasons(book, question).explain(chosen, rivals, unknown),
         token_budget=candidate.token_budget,
         co_located=_co_location(book, candidate),
     )

@@ -47,6 +47,11 @@ def feasible_cuts(book: CostBook, workload: Workload) -> list[Cut]:
     return fitting if book.pipelined else _shallowest(fitting)
 
 
+def cuts_in_service(book: CostBook, cuts: list[Cut]) -> list[Cut]:
+    """Those of which profiles say how they do in service; all of them if that is none."""
+    return [cut for cut in cuts if book.knows_in_service(cut)] or cuts
+
+
 def _cuts(book: CostBook, group: NodeGroup) -> list[Cut]:
     """Tensor ranks that divide a node and the heads; powers of two of stages, over nodes too."""
     shape = book.shape

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from placement.planning.choice import Choice
-    from placement.planning.costbook import CostBook
+    from placement.planning.costbook import CostBook, Cut
     from placement.planning.question import Question
 
 CLOSE = 0.02
@@ -34,8 +34,11 @@ class Reasons:
     def __init__(self, book: CostBook, question: Question) -> None:
         self._book, self._question = book, question
 
-    def explain(self, winner: Choice, rivals: Sequence[Choice]) -> str:
-        """`rivals` in order of preference; those that cannot answer the question come last."""
+    def explain(
+        self, winner: Choice, rivals: Sequence[Choice], unknown: Sequence[Cut] = ()
+    ) -> str:
+        """`rivals` in order of preference; those that cannot answer the question come last.
+        `unknown` cuts were left out."""
         best: dict[str, Choice] = {}
         for rival in rivals:
             best.setdefault(rival.candidate.kind, rival)
@@ -50,6 +53,9 @@ class Reasons:
             parts.append(self._why_together(winner))
         limit = winner.scored.goodput.limit
         parts.append(f"Beyond its goodput the first thing to give way is {limit}.")
+        if unknown:
+            cuts = ", ".join(map(str, unknown))
+            parts.append(f"Not considered: {cuts}, of which the profile measured no server.")
         return " ".join(parts)
 
     def _why_together(self, winner: Choice) -> str:

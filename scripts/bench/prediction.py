@@ -183,7 +183,7 @@ def make_plan(
     fleet.write_text(yaml.safe_dump(FLEET))
     if not profile.exists():
         passes = ["--quick"] if options.quick else []
-        beside = ("--neighbours=1", f"--serving={options.rounds}", "--tensor-parallel=2")
+        beside = ("--neighbours=1", f"--serving={options.rounds}")
         tandem("profile", model, "-o", profile, "--device=cpu", *beside, *passes)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
     given = ("--hardware", fleet, "--workload", workload, "--profile", profile)

@@ -11,6 +11,7 @@ import pytest
 
 from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
+from placement.latency.at_work import StepsAtWork
 from placement.latency.catalog import Hardware, find_device, find_link, find_model, one_kind
 from placement.latency.measured import Run, Sample
 from placement.latency.model import decode_step, prefill_step
@@ -151,6 +152,19 @@ def test_two_that_slow_each_other_down_do_not_serve_twice_as_much_as_one() -> No
     assert two < 1.5 * rate_rps
     few = question(objective=Objective.ACCELERATORS, rate_rps=rate_rps / 2)
     assert sum(pool.accelerators for pool in plan(crowded(2), chat(), few).pools) == 1
+
+
+def test_a_cut_that_no_measured_server_had_is_not_planned_but_named() -> None:
+    """Workers of one machine may get into each other's way, as no pass by itself shows."""
+    costs = crowded(2)
+    profile = costs.profiles["l4"]
+    work = decode_step([512] * 4)
+    steps = (StepsAtWork(10, work, costs.latency(Cut("l4")).step_s(work)),)
+    served_too = replace(costs, profiles={"l4": replace(profile, steps=steps)})
+    found = plan(served_too, chat(), question())
+    assert {pool.cut for pool in found.pools} == {Cut("l4")}
+    assert "Not considered: TP2 on l4, of which the profile measured no server." in found.reason
+    assert "Not considered" not in plan(costs, chat(), question()).reason
 
 
 @pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
