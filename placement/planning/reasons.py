@@ -34,9 +34,7 @@ class Reasons:
     def __init__(self, book: CostBook, question: Question) -> None:
         self._book, self._question = book, question
 
-    def explain(
-        self, winner: Choice, rivals: Sequence[Choice], unknown: Sequence[Cut] = ()
-    ) -> str:
+    def explain(self, winner: Choice, rivals: Sequence[Choice], unknown: Sequence[Cut] = ()) -> str:
         """`rivals` in order of preference; those that cannot answer the question come last.
         `unknown` cuts were left out."""
         best: dict[str, Choice] = {}
