@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster.config import Config
-from cluster.instance.rank import count_blocks
 from cluster.profiling.copies import copy_times
 from cluster.profiling.neighbours import busy_neighbours
+from cluster.profiling.one_rank import Rank, RankSettings
 from cluster.profiling.passes import Pass, passes_of
 from cluster.profiling.serving import LOAD, Serving, loads_of, measure_serving
-from cluster.profiling.timing import PassTimer, samples_of
-from engine.checkpoint import open_checkpoint
+from cluster.profiling.timing import samples_of
 from engine.errors import BadConfig, Unsupported
-from engine.parallel import ALONE, join
+from engine.parallel import join
 from engine.parallel_runner import ParallelRunner, follow
-from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
-from engine.sampler import Sampler
 from placement.latency.catalog import device_names
 from placement.latency.catalog import find_device as find_in_catalog
 
@@ -31,14 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.synchronize import Event
 
-    from engine.batch import Executor
-    from engine.checkpoint import Checkpoint
     from engine.parallel import Parallel
 
     Progress = Callable[[int, int], None]
 
-MOST_KV_BYTES = 1 << 30
-"""Of the pool that is measured; passes that need more are left out."""
 REQUEST_ROUNDS = 3
 
 
@@ -64,6 +56,11 @@ class Measuring:
     """How many times servers are measured, too."""
     tensor_parallel: int = 1
     """Passes are also measured over so many ranks of this machine."""
+
+    @property
+    def rank(self) -> RankSettings:
+        device = self.device.torch_name
+        return RankSettings(self.model, device, self.threads, self.dtype, self.kv_dtype)
 
     @property
     def servers(self) -> tuple[int, ...]:
@@ -99,12 +96,11 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
     """The profile as it is written to a file."""
     if settings.tensor_parallel > 1 and settings.device.torch_name != "cpu":
         raise Unsupported("profile --tensor-parallel: several workers are measured on CPUs only")
-    checkpoint = open_checkpoint(settings.model)
     if settings.serving and settings.device.torch_name != "cpu":
         raise Unsupported("profile --serving: a server is measured on CPUs only")
-    rank = Rank(settings, checkpoint)
+    rank = Rank(settings.rank)
     try:
-        passes = _passes(settings, checkpoint, rank)
+        passes = _passes(settings, rank)
         stages = _Stages(progress, len(passes) * (settings.rounds + 1), settings)
         run: dict[str, Any] = {
             **rank.description,
@@ -115,22 +111,21 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
                 seconds = rank.timer.run(passes, settings.rounds, stages.beside)
             run["beside"] = {"neighbours": settings.neighbours, **samples_of(passes, seconds)}
         transfer = copy_times(rank.runner.kv, settings.rounds)
-        request_s = _request_s(rank, checkpoint.max_length) if settings.serving else 0.0
+        request_s = _request_s(rank) if settings.serving else 0.0
     finally:
         rank.runner.close()
     runs = [run]
     if settings.tensor_parallel > 1:
-        runs.append(_cut_run(settings, checkpoint, stages.cut))
+        runs.append(_cut_run(settings, stages.cut))
     layout = rank.layout
     token_bytes = layout.block_bytes(0) // layout.block_tokens
     served: dict[str, Any] = {}
     if settings.serving:
         copies = tuple((one["bytes"], one["seconds"]) for one in transfer)
         serving = Serving(
-            settings.model,
-            settings.threads,
+            settings.rank,
             settings.servers,
-            checkpoint.max_length,
+            rank.max_length,
             request_s,
             copies,
             token_bytes,
@@ -177,32 +172,29 @@ class _Stages:
         self._progress(self._passes + done * self._load_steps, self._total)
 
 
-def _request_s(rank: Rank, max_length: int) -> float:
+def _request_s(rank: Rank) -> float:
     """How long the median request of a server's load takes by itself."""
-    prompt = min(LOAD.prompt_tokens, max_length - 1)
+    prompt = min(LOAD.prompt_tokens, rank.max_length - 1)
     passes = [Pass(((prompt, 0),)), Pass(contexts=(prompt,))]
     prefill_s, decode_s = rank.timer.run(passes, REQUEST_ROUNDS, lambda _: None)
     return prefill_s + LOAD.output_tokens * decode_s
 
 
-def _passes(settings: Measuring, checkpoint: Checkpoint, rank: Rank) -> list[Pass]:
-    grid = passes_of(checkpoint.max_length, quick=settings.quick)
+def _passes(settings: Measuring, rank: Rank) -> list[Pass]:
+    grid = passes_of(rank.max_length, quick=settings.quick)
     return [one for one in grid if rank.timer.holds(one)]
 
 
 def compute_for_ever(settings: Measuring, begun: Event) -> None:
     """A neighbour: the same passes, over and over, until it is killed."""
-    checkpoint = open_checkpoint(settings.model)
-    rank = Rank(settings, checkpoint)
-    passes = _passes(settings, checkpoint, rank)
+    rank = Rank(settings.rank)
+    passes = _passes(settings, rank)
     begun.set()
     while True:
         rank.timer.run(passes, 1, lambda _: None)
 
 
-def _cut_run(
-    settings: Measuring, checkpoint: Checkpoint, progress: Callable[[int], None]
-) -> dict[str, Any]:
+def _cut_run(settings: Measuring, progress: Callable[[int], None]) -> dict[str, Any]:
     """The same passes over several ranks, of which this process is the first."""
     size = settings.tensor_parallel
     with TemporaryDirectory() as directory, ExitStack() as others:
@@ -210,10 +202,10 @@ def _cut_run(
         for number in range(1, size):
             work = partial(follow_first, settings, number, meeting)
             others.enter_context(busy_neighbours(1, work))
-        rank = Rank(settings, checkpoint, _join(settings, 0, meeting))
+        rank = Rank(settings.rank, _join(settings, 0, meeting))
         leading = ParallelRunner(rank.runner)
         try:
-            passes = _passes(settings, checkpoint, rank)
+            passes = _passes(settings, rank)
             seconds = rank.timer_of(leading).run(passes, settings.rounds, progress)
         finally:
             leading.close()
@@ -225,7 +217,7 @@ def follow_first(settings: Measuring, number: int, meeting: str, begun: Event) -
     """A rank that computes what the first one does."""
     begun.set()
     parallel = _join(settings, number, meeting)
-    rank = Rank(settings, open_checkpoint(settings.model), parallel)
+    rank = Rank(settings.rank, parallel)
     follow(rank.runner)
 
 
@@ -243,46 +235,3 @@ def _name_of(model: str) -> str:
     """As the planner calls the model."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() and model != "demo" else Path(model).name.lower()
-
-
-class Rank:
-    """A runner whose pool holds every pass at once, its blocks given out from the start."""
-
-    def __init__(
-        self, settings: Measuring, checkpoint: Checkpoint, parallel: Parallel = ALONE
-    ) -> None:
-        torch.set_num_threads(settings.threads)
-        config = Config(model=settings.model)
-        device = settings.device.torch_name
-        dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
-        kv_dtype = resolve_kv_dtype(settings.kv_dtype, dtype, torch.device(device))
-        self.dtype, self._vocab = dtype, checkpoint.config.vocab
-        self._alone = device == "cpu" and settings.threads == 1 and parallel.size == 1
-        self.layout = checkpoint.layout(
-            block_tokens=config.engine.block_tokens,
-            dtype=kv_dtype,
-            tensor_parallel=parallel.tensor_size,
-        )
-        most = count_blocks(config, checkpoint, self.layout, device)
-        self.description = {
-            "tensor_parallel": parallel.tensor_size,
-            "pipeline_parallel": 1,
-            "kv_capacity_tokens": most * self.layout.block_tokens,
-        }
-        self.blocks = min(most, MOST_KV_BYTES // self.layout.block_bytes(0))
-        self.runner = Runner(
-            checkpoint,
-            sampler=Sampler(self._vocab),
-            device=device,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            parallel=parallel,
-            blocks=self.blocks,
-            block_tokens=self.layout.block_tokens,
-            threads=settings.threads,
-        )
-        self.timer = self.timer_of(self.runner)
-
-    def timer_of(self, executor: Executor) -> PassTimer:
-        block_tokens = self.layout.block_tokens
-        return PassTimer(executor, self.blocks, block_tokens, self._vocab, alone=self._alone)

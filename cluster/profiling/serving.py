@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cluster.bench.sample import Sample
+    from cluster.profiling.one_rank import RankSettings
     from cluster.profiling.speed import Reading, Speed
 
 STOP_S = 60.0
@@ -47,8 +48,7 @@ UNDISTURBED = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    model: str
-    threads: int
+    rank: RankSettings
     instances: tuple[int, ...]
     """Servers of so many mixed instances are measured one after another."""
     max_length: int
@@ -95,7 +95,7 @@ def loads_of(instances: Sequence[int], rounds: int) -> int:
 def measure_serving(settings: Serving, progress: Callable[[int], None]) -> dict[str, Any]:
     """As a profile has it; `progress` is told under how many loads servers have been."""
     done = count(1)
-    with SpeedProbe() as probe:
+    with SpeedProbe(settings.rank) as probe:
         measured = [
             _measure(pools, turn, probe, settings, lambda: progress(next(done)))
             for turn in range(settings.rounds)
@@ -195,11 +195,13 @@ def _handoff_s(samples: list[Sample], settings: Serving) -> float:
 @contextmanager
 def _server(settings: Serving, served: _Pools, logs: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        rank = settings.rank
         counts = [(role.value, served.pools.get(role.value, 0)) for role in Role]
         named = ", ".join(f"{role}: {{instances: {count}}}" for role, count in counts)
         config.write(
-            f"model: {settings.model}\ndevice: cpu\n"
-            f"engine: {{threads: {settings.threads}, cache_prefixes: false, step_log: {logs}}}\n"
+            f"model: {rank.model}\ndevice: cpu\n"
+            f"engine: {{dtype: {rank.dtype}, threads: {rank.threads}, "
+            f"cache_prefixes: false, step_log: {logs}}}\n"
             f"pools: {{{named}}}\n"
         )
         config.flush()

@@ -2,7 +2,9 @@
 
 What else runs on a virtual machine's host slows its processors down, each for a tenth of a second
 or so at a time, and code of one kind more than that of another. So does what runs on the machine
-itself, which is no news of the host: readings are compared with those in like company. Only
+itself, which is no news of the host: readings are compared with those in like company. What is read
+are passes of the model itself, since code that calls many small operations is slowed by other
+things than one large product or a short loop: those vary by less, and at other times. Only
 processor time counts, and every reading comes after a while of the same computing: a processor that
 has slept is slow at first, and caches hold what others left there.
 """
@@ -10,15 +12,16 @@ has slept is slow at first, and caches hold what others left there.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import torch
 
+from cluster.profiling.one_rank import Rank, RankSettings
+from cluster.profiling.passes import Pass
 from engine.errors import InstanceLost
 from placement.latency.machine import WINDOW_S
 
@@ -27,26 +30,28 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 PERIOD_S = 0.2
+LARGEST_SHARE = 0.04
+"""Of a processor that readings take: slow ones come less often."""
 WARM_S = 0.002
 """Of the same computing before each reading."""
 MOST_COMPANY = 2
 """Processes beside which it makes no difference how many more there are."""
 ENOUGH = 40
 """Readings that are compared: those in the least company."""
-REPEATS = 4
 PACES = 12
-FEW_ROWS, WIDE = 4, 1024
-MANY_ROWS, NARROW = 64, 512
-NUMBERS = 2000
-START_S, ENDING_S = 60.0, 10.0
+DECODE, PROMPT = Pass(contexts=(64,)), Pass(((32, 0),))
+KV_BYTES = 16 << 20
+"""Of the pool: more than these need."""
+SMALL_MODEL = "demo"
+START_S, ENDING_S = 600.0, 10.0
 
-CODE = ("few_rows", "many_rows", "python")
-"""Kinds that are read: a product that reads a layer's weights for little else, as decodes do, one
-that computes, as prompts do, and a loop in Python."""
+CODE = ("decodes", "prompts", "small")
+"""Kinds that are read: a pass of the model that decodes one sequence, one of a short prompt, and a
+decode of the built-in model, whose operations are so small that most of it is what calls them."""
 PASSES = {"seconds", "processor_s"}
 """So a profile names the times of passes; they are of prompts where an entry counts some."""
 AROUND_PASSES = {"waited_s", "then_s", "way_s", "handoff_s"}
-"""And so the times of what is written in Python."""
+"""And so the times of what is no large operation."""
 
 
 class Reading(NamedTuple):
@@ -103,10 +108,10 @@ class Speed:
 class SpeedProbe:
     """A process that takes a reading every now and then, until the end of the context."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: RankSettings) -> None:
         context = get_context("spawn")
         self._here, there = context.Pipe()
-        self._process = context.Process(target=_take_readings, args=(there,), daemon=True)
+        self._process = context.Process(target=_take_readings, args=(there, settings), daemon=True)
 
     def __enter__(self) -> Self:
         self._process.start()
@@ -136,8 +141,8 @@ def lengthened(value: Any, times: Mapping[str, float]) -> Any:
         return [lengthened(one, times) for one in value]
     if not isinstance(value, dict):
         return value
-    passes = times["many_rows" if value.get("prompts") else "few_rows"]
-    longer = dict.fromkeys(PASSES, passes) | dict.fromkeys(AROUND_PASSES, times["python"])
+    passes = times["prompts" if value.get("prompts") else "decodes"]
+    longer = dict.fromkeys(PASSES, passes) | dict.fromkeys(AROUND_PASSES, times["small"])
     return {
         name: one * longer[name] if name in longer else lengthened(one, times)
         for name, one in value.items()
@@ -160,32 +165,34 @@ def speed_of(readings: Sequence[Reading]) -> Speed:
     return Speed(tuple(seen), tuple((paces / paces.mean()).tolist()))
 
 
-def _take_readings(connection: Connection) -> None:
-    torch.set_num_threads(1)
-    products = [
-        (torch.ones(rows, width), torch.ones(width, width))
-        for rows, width in ((FEW_ROWS, WIDE), (MANY_ROWS, NARROW))
-    ]
-    works: list[Callable[[], object]] = [partial(torch.mm, *product) for product in products]
-    works.append(partial(_count_up, NUMBERS))
+def _take_readings(connection: Connection, settings: RankSettings) -> None:
+    works = _works(settings)
     readings: list[Reading] = []
+    pause_s = PERIOD_S
     while True:
-        asked = connection.poll(PERIOD_S)
+        asked = connection.poll(pause_s)
         if not asked or not readings:
+            began_s = time.monotonic()
             readings.append(_read(works))
+            pause_s = max(PERIOD_S, (time.monotonic() - began_s) / LARGEST_SHARE)
         if asked:
             connection.recv()
             connection.send(readings)
             readings = []
 
 
-def _count_up(numbers: int) -> int:
-    return sum(number * number for number in range(numbers))
+def _works(settings: RankSettings) -> list[Callable[[], float]]:
+    """By the kind of code."""
+    timer = Rank(settings, most_kv_bytes=KV_BYTES).timer
+    small = timer
+    if settings.model != SMALL_MODEL:
+        small = Rank(replace(settings, model=SMALL_MODEL), most_kv_bytes=KV_BYTES).timer
+    return [partial(timer.once, DECODE), partial(timer.once, PROMPT), partial(small.once, DECODE)]
 
 
-def _read(works: Sequence[Callable[[], object]]) -> Reading:
+def _read(works: Sequence[Callable[[], float]]) -> Reading:
     at_s, others = time.monotonic(), _running_beside()
-    seconds = tuple(_timed(work) for work in works)
+    seconds = tuple(_warmed(work) for work in works)
     return Reading(at_s, others + _running_beside(), seconds)
 
 
@@ -195,11 +202,8 @@ def _running_beside() -> int:
     return min(int(able) - 1, MOST_COMPANY)
 
 
-def _timed(work: Callable[[], object]) -> float:
-    began_s = time.thread_time()
-    while time.thread_time() - began_s < WARM_S:
-        work()
-    began_s = time.thread_time()
-    for _ in range(REPEATS):
-        work()
-    return (time.thread_time() - began_s) / REPEATS
+def _warmed(work: Callable[[], float]) -> float:
+    warm_s = 0.0
+    while warm_s < WARM_S:
+        warm_s += work()
+    return work()

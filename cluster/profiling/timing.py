@@ -40,13 +40,14 @@ class PassTimer:
         seconds: list[list[float]] = [[] for _ in passes]
         for turn in range(rounds + 1):
             for number, one in enumerate(passes):
-                lasted_s = self._time(self._batch(one))
+                lasted_s = self.once(one)
                 if turn:  # the first round only warms up
                     seconds[number].append(lasted_s)
                 progress(turn * len(passes) + number + 1)
         return [usual(times) for times in seconds]
 
-    def _time(self, batch: Batch) -> float:
+    def once(self, one: Pass) -> float:
+        batch = self._batch(one)
         began_s = time.process_time()
         duration_s = self._executor.execute(batch).duration_s
         return min(duration_s, time.process_time() - began_s) if self._alone else duration_s

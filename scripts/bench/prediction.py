@@ -19,9 +19,9 @@ rounds lie apart is printed beside it, and how near the first comes to the mean 
 prediction can be expected to come nearer than the same requests to themselves.
 
 Two predictions are compared with each measurement. One is by the profile as it was taken. For the
-other, a small process times two products and a loop in Python every now and then, while a server is
-profiled and while a rate is driven: it is by the profile with its times made as much longer as
-these take longer. Nothing that was measured of the server or the rate goes into it.
+other, a process of its own times passes of the model every now and then, while a server is profiled
+and while a rate is driven: it is by the profile with its times made as much longer as these take
+longer. Nothing that was measured of the server or the rate goes into it.
 
 Where the time to the first token and to the second went is told for the mean request, as predicted
 and as measured. With a folder the stages may run one by one, and a rate that was measured is not
@@ -61,6 +61,7 @@ from prediction_report import (
 )
 from shapes import SHAPES, write_checkpoint
 
+from cluster.profiling.one_rank import RankSettings
 from cluster.profiling.speed import Speed, SpeedProbe, speed_of
 
 if TYPE_CHECKING:
@@ -224,10 +225,10 @@ def measure(folder: Path, deployment: str, turn: int, most_tries: int) -> None:
     plan = folder / f"{deployment}.yaml"
     if not plan.exists():
         return
-    slo = yaml.safe_load(plan.read_text())["slo"]
-    targets = ("--ttft", slo["ttft_s"], "--tpot", slo["tpot_s"])
+    served = yaml.safe_load(plan.read_text())
+    targets = ("--ttft", served["slo"]["ttft_s"], "--tpot", served["slo"]["tpot_s"])
     then = Speed.of(json.loads((folder / PROFILE).read_text())["speed"])
-    with SpeedProbe() as probe, serving(plan) as url:
+    with SpeedProbe(RankSettings(served["model"])) as probe, serving(plan) as url:
         for rate in rates:
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
             bench = partial(tandem, "bench", "--url", url, *targets, *given)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cluster.profiling.one_rank import RankSettings
 from cluster.profiling.speed import (
     CODE,
     ENOUGH,
@@ -18,11 +19,11 @@ from cluster.profiling.speed import (
 )
 from engine.errors import InstanceLost
 
-FEW_ROWS_S, MANY_ROWS_S, PYTHON_S = 0.002, 0.003, 0.001
+DECODES_S, PROMPTS_S, SMALL_S = 0.002, 0.003, 0.001
 
 
 def reading(at_s, pace, company=0):
-    return Reading(at_s, company, (FEW_ROWS_S * pace, MANY_ROWS_S * pace, PYTHON_S * pace))
+    return Reading(at_s, company, (DECODES_S * pace, PROMPTS_S * pace, SMALL_S * pace))
 
 
 def readings(*paces):
@@ -39,13 +40,13 @@ def test_a_steady_machine_keeps_one_pace():
     seen = speed_of(readings(1.0, 1.0))
     (alone,) = seen.readings
     assert alone.company == 0
-    assert alone.means_s == pytest.approx((FEW_ROWS_S, MANY_ROWS_S, PYTHON_S))
+    assert alone.means_s == pytest.approx((DECODES_S, PROMPTS_S, SMALL_S))
     assert seen.paces == pytest.approx([1.0] * PACES)
 
 
 def test_an_unsteady_machine_has_paces_around_its_mean():
     seen = speed_of(readings(0.5, 1.5, 0.5, 1.5))
-    assert seen.readings[0].means_s[0] == pytest.approx(FEW_ROWS_S)
+    assert seen.readings[0].means_s[0] == pytest.approx(DECODES_S)
     assert seen.paces[0] == pytest.approx(0.5, abs=0.02)
     assert seen.paces[-1] == pytest.approx(1.5, abs=0.02)
     assert sum(seen.paces) == pytest.approx(PACES)
@@ -86,7 +87,7 @@ def test_readings_in_unlike_company_are_compared_where_there_are_no_others():
 
 
 def test_a_process_takes_readings_until_the_end():
-    with SpeedProbe() as probe:
+    with SpeedProbe(RankSettings("demo")) as probe:
         several = [*probe.readings(), *probe.readings()]
     assert len(several) >= 2
     assert min(speed_of(several).paces) > 0.0
@@ -97,7 +98,7 @@ def test_a_process_takes_readings_until_the_end():
 def test_what_takes_how_much_longer_is_told_by_its_name():
     decodes, prompts = {"batch": 3, "seconds": 1.0}, {"prompts": 2, "seconds": 1.0}
     profile = {"runs": [decodes, prompts], "way_s": 1.0, "cold": True}
-    slower = lengthened(profile, {"few_rows": 2.0, "many_rows": 4.0, "python": 3.0})
+    slower = lengthened(profile, {"decodes": 2.0, "prompts": 4.0, "small": 3.0})
     assert slower == {
         "runs": [{"batch": 3, "seconds": 2.0}, {"prompts": 2, "seconds": 4.0}],
         "way_s": 3.0,
