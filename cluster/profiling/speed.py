@@ -172,9 +172,9 @@ def _take_readings(connection: Connection, settings: RankSettings) -> None:
     while True:
         asked = connection.poll(pause_s)
         if not asked or not readings:
-            began_s = time.monotonic()
+            began_s = time.process_time()
             readings.append(_read(works))
-            pause_s = max(PERIOD_S, (time.monotonic() - began_s) / LARGEST_SHARE)
+            pause_s = max(PERIOD_S, (time.process_time() - began_s) / LARGEST_SHARE)
         if asked:
             connection.recv()
             connection.send(readings)
