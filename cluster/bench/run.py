@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ class Measured:
     probes: list[dict[str, Any]] = field(default_factory=list)
     """Attainment over rate, where goodput was searched for."""
     goodput_rps: float | None = None
+    began_s: float = 0.0
+    """When all was warm, by the clock on the wall."""
 
     def document(self) -> dict[str, Any]:
         """What `--json` prints for it."""
@@ -85,6 +88,7 @@ class Bench:
             for server in servers:
                 await self._warm_up(server)
             for server, one in zip(servers, measured, strict=True):
+                one.began_s = time.time()
                 await self._search(server, one)
             if self._plan.search is None:
                 await self._take_turns(servers, measured)

@@ -33,6 +33,7 @@ from engine.messages import Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from cluster.bench.run import Measured
     from cluster.bench.sample import Sample
     from cluster.profiling.one_rank import RankSettings
     from cluster.profiling.speed import Reading, Speed
@@ -110,19 +111,20 @@ def _measure(
     pools: _Pools, turn: int, probe: SpeedProbe, settings: Serving, loaded: Callable[[], None]
 ) -> _Measured:
     """One server, under one load after the other."""
-    one, ended_s = _Measured(pools), []
+    one, spans = _Measured(pools), []
     with tempfile.TemporaryDirectory() as logs:
         with _server(settings, pools, logs) as url:
             probe.readings()
             began_s = time.time()
             for share in LOAD_SHARES:
                 rate_rps = share * pools.taking / settings.request_s
-                one.samples.append(_load(url, rate_rps, turn, settings))
-                ended_s.append(time.time())
+                load = _load(url, rate_rps, turn, settings)
+                one.samples.append(load.samples)
+                spans.append((load.began_s, time.time()))
                 loaded()
             one.readings = probe.readings()
         one.steps = steps_at_work(Path(logs), began_s)
-        one.prompt_passes = prompt_passes(Path(logs), began_s, ended_s[0])
+        one.prompt_passes = prompt_passes(Path(logs), *spans[0])
     return one
 
 
@@ -151,7 +153,7 @@ class _Measured:
         return here
 
 
-def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> list[Sample]:
+def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> Measured:
     """Requests come at this rate, as in service; others in each turn."""
     room = settings.max_length // 2
     recipe = replace(
@@ -166,7 +168,7 @@ def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> list[Sampl
     (measured,) = asyncio.run(bench.run([parse_target(url)]))
     if not all(one.finished for one in measured.samples):
         raise InstanceLost("the server to be measured failed some requests")
-    return measured.samples
+    return measured
 
 
 def _way_s(samples: list[Sample], passes_s: float) -> float:

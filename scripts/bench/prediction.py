@@ -14,8 +14,8 @@ The profile also tells what passes cost beside a busy neighbour, and what servin
 since the generator and the gateway share the two cores with the instances.
 
 A virtual machine's pace drifts, as others of its host compute: servers are profiled in turns and in
-several rounds, deployments are driven so, too, and a figure is the mean over its rounds. How far
-rounds lie apart is printed beside it, and how near the first comes to the mean of the others: no
+several rounds, deployments are driven so, too, and a figure is the median over its rounds. How far
+rounds lie apart is printed beside it, and how near the first comes to the median of the others: no
 prediction can be expected to come nearer than the same requests to themselves.
 
 Two predictions are compared with each measurement. One is by the profile as it was taken. For the

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def measured(self) -> float:
-        return fmean(self.rounds)
+        return median(self.rounds)
 
     @property
     def off(self) -> float:
@@ -84,7 +84,7 @@ class Compared:
             predicted, measured = (
                 tuple(_at(one, way) for one in side) for side in (self.predicted, self.measured)
             )
-            yield Row(self.deployment, self.rate_rps, figure, fmean(predicted), measured)
+            yield Row(self.deployment, self.rate_rps, figure, median(predicted), measured)
 
     @property
     def parts(self) -> str:

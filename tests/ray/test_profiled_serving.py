@@ -1,5 +1,6 @@
 """A server that is measured for a profile: what its clients see beyond its passes."""
 
+from cluster.profiling.one_rank import RankSettings
 from cluster.profiling.serving import Serving, loads_of, measure_serving
 
 
@@ -9,7 +10,7 @@ def prompt_pairs(server):
 
 def test_servers_are_measured_under_load():
     done = []
-    settings = Serving("demo", 1, (1, 2), 2048, request_s=0.05, load_s=0.0, rounds=2)
+    settings = Serving(RankSettings("demo"), (1, 2), 2048, request_s=0.05, load_s=0.0, rounds=2)
     measured = measure_serving(settings, done.append)
     assert done == list(range(1, loads_of((1, 2), 2) + 1))
     one, two, pair, *again = measured["at_work"]

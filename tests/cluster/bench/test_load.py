@@ -173,6 +173,16 @@ async def test_goodput_search_reports_the_rate_that_held() -> None:
     assert document["rate_rps"] == pytest.approx(200.0, rel=0.02)
 
 
+async def test_a_run_begins_when_all_are_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = SimulatedServer(Behaviour(QUICK))
+    target = parse_target(await server.start())
+    monkeypatch.setattr("cluster.bench.run.time.time", lambda: float(len(server.bodies)))
+    (found,) = await Bench(Plan(Arrangement(few(10)), warm_up=3)).run([target])
+    server.close()
+    assert len(found.samples) == 10
+    assert len(server.bodies) - found.began_s == 10
+
+
 async def test_a_server_that_fails_its_warm_up_is_not_measured() -> None:
     with pytest.raises(TransportError, match="warm-up"):
         await measure(Plan(Arrangement(few(2)), warm_up=2), Behaviour(QUICK, fails_every=1))
