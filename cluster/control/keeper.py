@@ -62,7 +62,8 @@ class Keeper:
         self.loads: dict[str, Load] = {}
         self.book = RosterBook(Roster(0))
         self.fatal: BadInput | None = None
-        """Why the model cannot be served at all."""
+        """Why the model cannot be served at all; what has been served once, can be."""
+        self._has_served = False
 
     @property
     def roster(self) -> Roster:
@@ -74,6 +75,8 @@ class Keeper:
         """Takes over what was found, and starts what of it is missing."""
         self._link, self._tasks, self._starts = link, tasks, starts
         now = self._clock.now()
+        # What was up before this controller may lack an instance at this very moment.
+        self._has_served = bool(found.instances)
         self.book = RosterBook(found.roster)
         self.book.join(me, now)
         for launched in found.instances:
@@ -140,6 +143,7 @@ class Keeper:
                 await launched.unless_condemned(self._launcher.launch(launched))
                 self._note("instance", name, "up", role=launched.spec.role.value)
                 self._starts.up(name)
+                self._has_served = self._has_served or self._all_up()
             await launched.ended()
             self._note("instance", name, "stopped")
         except (TandemError, RayError, TimeoutError) as error:
@@ -156,10 +160,14 @@ class Keeper:
     def _wanted(self, name: str) -> bool:
         return any(spec.name == name for spec in self.roster.desired)
 
+    def _all_up(self) -> bool:
+        launched = (self.instances.get(spec.name) for spec in self.roster.desired)
+        return all(one is not None and one.stage == "up" for one in launched)
+
     def _ended_by(self, launched: Launched, error: Exception) -> None:
         name = launched.spec.name
         cause = getattr(error, "cause", error)
-        if isinstance(cause, BadInput) and launched.stage != "up":
+        if isinstance(cause, BadInput) and launched.stage != "up" and not self._has_served:
             self.fatal = cause
         text = "lost" if self._wanted(name) else "stopped"
         # Ray's and asyncio's errors may have no words at all.

@@ -12,8 +12,9 @@ from cluster.control.placing import Groups, placed
 from cluster.control.recovery import Recovered
 from cluster.roster import InstanceSpec, Kind, Member, Roster
 from engine.clock import VirtualClock
-from engine.errors import DeadlineExceeded, InstanceLost
+from engine.errors import BadCheckpoint, DeadlineExceeded, InstanceLost
 from engine.messages import Role
+from tests.cluster.serving import until
 
 SPEC = InstanceSpec("decode-0", Role.DECODE, "cpu", 1, 1, (("impossible", 1.0),))
 
@@ -88,16 +89,16 @@ class Link:
 
 
 class Starts:
-    """An autoscaler whose start has failed."""
+    """An autoscaler whose start has failed, unless it was somebody else's."""
 
-    def __init__(self) -> None:
-        self.ended: list[str] = []
+    def __init__(self, *, own: bool = True) -> None:
+        self.own, self.ended = own, list[str]()
 
     def up(self, name: str) -> None: ...
 
     def failed(self, name: str) -> bool:
         self.ended.append(name)
-        return True
+        return self.own
 
 
 class WordlessLauncher:
@@ -107,8 +108,37 @@ class WordlessLauncher:
         raise TimeoutError
 
 
-def kept_by(note) -> Keeper:
-    return Keeper(Config(), None, note, VirtualClock(1.0))
+class RefusingLauncher:
+    """Brings up whatever is not refused."""
+
+    refused: frozenset[str] = frozenset()
+    tried: list[str]
+
+    def __init__(self, *_) -> None:
+        type(self).tried = []
+
+    async def launch(self, launched: Launched) -> None:
+        self.tried.append(launched.spec.name)
+        if launched.spec.name in self.refused:
+            raise BadCheckpoint("model", "here", "no such directory on this node")
+        launched.stage = "up"
+
+
+def refusing(monkeypatch, *names: str) -> type[RefusingLauncher]:
+    monkeypatch.setattr(RefusingLauncher, "refused", frozenset(names), raising=False)
+    monkeypatch.setattr(keeper, "Launcher", RefusingLauncher)
+    return RefusingLauncher
+
+
+def kept_by(note, **limits) -> Keeper:
+    return Keeper(Config(limits=LimitsConfig(**limits)), None, note, VirtualClock(1.0))
+
+
+class Notes(list):
+    """Whose, and what."""
+
+    def __call__(self, kind, subject, text, **_) -> None:
+        self.append((subject, text))
 
 
 ME = Member("controller", Kind.CONTROLLER, "1", "")
@@ -162,4 +192,46 @@ async def test_a_failure_without_words_is_told_by_its_kind_and_keeps_nothing_fro
     assert starts.ended == ["decode-0"]
     assert kept.instances == {}
     assert kept.roster.desired == ()
+    assert removed == []
+
+
+def spec_of(name: str) -> InstanceSpec:
+    return InstanceSpec(name, Role(name[:-2]), "cpu", 1, 1)
+
+
+def found(*names: str) -> Recovered:
+    return Recovered(Roster(1, (), tuple(map(spec_of, names))), ())
+
+
+async def test_a_model_that_no_instance_can_load_is_fatal_while_nothing_has_been_served(
+    monkeypatch, removed
+):
+    launcher, told = refusing(monkeypatch, "decode-0"), Notes()
+    kept = kept_by(told)
+    async with asyncio.TaskGroup() as tasks:
+        begin = found("decode-0", "prefill-0")
+        kept.begin(begin, ME, Link(), tasks, Starts(own=False))
+        await until(lambda: ("decode-0", "given up") in told)
+        assert isinstance(kept.fatal, BadCheckpoint)
+        await kept.all_gone()
+    assert launcher.tried == ["decode-0", "prefill-0"]
+    assert removed == []
+
+
+async def test_a_newcomer_that_cannot_load_the_model_costs_the_others_no_restart(
+    monkeypatch, removed
+):
+    launcher, told = refusing(monkeypatch), Notes()
+    kept = kept_by(told, restarts=1)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(found("mixed-0"), ME, Link(), tasks, Starts(own=False))
+        await until(lambda: ("mixed-0", "up") in told)
+        refusing(monkeypatch, "mixed-1")
+        kept.desire((spec_of("mixed-0"), spec_of("mixed-1")))
+        await until(lambda: ("mixed-1", "given up") in told)
+        assert kept.fatal is None
+        kept.instances["mixed-0"].condemn("killed")
+        await until(lambda: told.count(("mixed-0", "up")) == 2)
+        await kept.all_gone()
+    assert launcher.tried == ["mixed-0", "mixed-1", "mixed-1", "mixed-0", "mixed-1"]
     assert removed == []
