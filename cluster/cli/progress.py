@@ -9,6 +9,8 @@ from ray.exceptions import ActorUnavailableError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.errors import InstanceLost
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,6 +36,8 @@ async def show_progress(controller: Any, ready: Callable[[], bool]) -> None:
                 reports = ()
             for report in reports:
                 name, stage = report.spec.name, report.stage
+                if report.failure is not None:
+                    raise InstanceLost(f"{name} has been given up: {report.failure}")
                 if name not in bars:
                     bars[name] = progress.add_task(name, total=len(STAGES) - 1, stage=stage)
                 done = STAGES.index(stage) + (report.progress if stage in MEASURED else 0.0)

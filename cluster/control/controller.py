@@ -47,10 +47,12 @@ class InstanceReport:
 
     spec: InstanceSpec
     stage: str
+    """A Launched's; without one it is waiting or, where `failure` says why, given up."""
     progress: float
     """Of the stage, where it has any."""
     member: Member | None
     load: Load | None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,17 +198,16 @@ class Controller:
         if self._keeper.fatal is not None:
             raise self._keeper.fatal
         await self._recovered.wait()
-        specs = self._specs()
-        return tuple(
-            InstanceReport(
-                specs[name],
-                self._keeper.instances[name].stage if name in self._keeper.instances else "waiting",
-                self._keeper.instances[name].progress if name in self._keeper.instances else 0.0,
-                self._keeper.roster.find(name),
-                self._keeper.loads.get(name),
-            )
-            for name in sorted(specs)
-        )
+        return tuple(self._report_of(spec) for _, spec in sorted(self._specs().items()))
+
+    def _report_of(self, spec: InstanceSpec) -> InstanceReport:
+        keeper, name = self._keeper, spec.name
+        launched, failure = keeper.instances.get(name), keeper.given_up.get(name)
+        member, load = keeper.roster.find(name), keeper.loads.get(name)
+        if launched is not None:
+            return InstanceReport(spec, launched.stage, launched.progress, member, load)
+        stage = "waiting" if failure is None else "given up"
+        return InstanceReport(spec, stage, 0.0, member, load, failure)
 
     async def events(self, after: int, wait_s: float) -> tuple[Event, ...]:
         return await self._events.wait_after(after, wait_s)

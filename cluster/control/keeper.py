@@ -64,6 +64,8 @@ class Keeper:
         self.fatal: BadInput | None = None
         """Why the model cannot be served at all; what has been served once, can be."""
         self._has_served = False
+        self.given_up: dict[str, str] = {}
+        """Instances that are wanted but not started any more: why the last one failed."""
 
     @property
     def roster(self) -> Roster:
@@ -95,17 +97,22 @@ class Keeper:
     # What is wanted.
 
     def desire(self, specs: Iterable[InstanceSpec]) -> None:
-        """From now on these instances are wanted; those that are missing are started.
+        """From now on these instances are wanted; those that are missing are started, also if
+        they had been given up.
 
         Once all are to go, none is: a role switch may still be under way then.
         """
         self.book.desire(() if self._ending else specs)
+        self.given_up.clear()
         for spec in largest_first(self.roster.desired):
             if spec.name not in self.instances:
-                launched = Launched(spec, self.groups)
-                self.instances[spec.name] = launched
-                self.spawn(self._keep(launched))
+                self._start(spec)
         self.announce()
+
+    def _start(self, spec: InstanceSpec) -> None:
+        launched = Launched(spec, self.groups)
+        self.instances[spec.name] = launched
+        self.spawn(self._keep(launched))
 
     def unwant(self, name: str) -> None:
         self.desire(spec for spec in self.roster.desired if spec.name != name)
@@ -136,8 +143,8 @@ class Keeper:
             await self.changed(LOOK_S)
 
     async def _keep(self, launched: Launched) -> None:
-        """An instance from its start to its end; the next one is started by `desire`."""
-        name = launched.spec.name
+        """An instance from its start to its end; then `_restart` sees to the next one."""
+        name, reason = launched.spec.name, "it stopped"
         try:
             if launched.stage != "up":
                 await launched.unless_condemned(self._launcher.launch(launched))
@@ -147,7 +154,7 @@ class Keeper:
             await launched.ended()
             self._note("instance", name, "stopped")
         except (TandemError, RayError, TimeoutError) as error:
-            self._ended_by(launched, error)
+            reason = self._ended_by(launched, error)
             if self._starts.failed(name):
                 self.unwant(name)
         self._forget(name)
@@ -155,7 +162,7 @@ class Keeper:
         del self.instances[name]
         self.announce()
         if self._wanted(name):
-            await self._restart(name)
+            await self._restart(name, reason)
 
     def _wanted(self, name: str) -> bool:
         return any(spec.name == name for spec in self.roster.desired)
@@ -164,7 +171,8 @@ class Keeper:
         launched = (self.instances.get(spec.name) for spec in self.roster.desired)
         return all(one is not None and one.stage == "up" for one in launched)
 
-    def _ended_by(self, launched: Launched, error: Exception) -> None:
+    def _ended_by(self, launched: Launched, error: Exception) -> str:
+        """Tells why it is gone."""
         name = launched.spec.name
         cause = getattr(error, "cause", error)
         if isinstance(cause, BadInput) and launched.stage != "up" and not self._has_served:
@@ -173,19 +181,23 @@ class Keeper:
         # Ray's and asyncio's errors may have no words at all.
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
         self._note("instance", name, text, reason=reason)
+        return reason
 
-    async def _restart(self, name: str) -> None:
+    async def _restart(self, name: str, reason: str) -> None:
         limits = self._config.limits
         budget = self._budgets.setdefault(
             name, RestartBudget(limits.restarts, limits.restart_window_s)
         )
         pause_s = budget.take(self._clock.now())
         if pause_s is None or self.fatal is not None:
-            self._note("instance", name, "given up", restarts=limits.restarts)
+            self.given_up[name] = reason
+            self._note("instance", name, "given up", restarts=limits.restarts, reason=reason)
             return
         await asyncio.sleep(pause_s)
-        self._note("instance", name, "restarting")
-        self.desire(self.roster.desired)
+        for spec in self.roster.desired:
+            if spec.name == name and name not in self.instances:
+                self._note("instance", name, "restarting")
+                self._start(spec)
 
     # Who is there.
 

@@ -9,6 +9,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.actors import answer
 from engine.errors import TandemError
+from engine.messages import InstanceState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -74,7 +75,7 @@ def instance_document(report: InstanceReport) -> dict[str, Any]:
     return {
         "id": spec.name,
         "role": spec.role.value if load is None else load.role.value,
-        "state": "starting" if load is None else load.state.value,
+        "state": state_of(report),
         "node": seats[0].node if seats else "",
         "device": spec.device,
         "tensor_parallel": spec.tensor_parallel,
@@ -85,6 +86,12 @@ def instance_document(report: InstanceReport) -> dict[str, Any]:
         "free_blocks": 0 if load is None else load.free_blocks,
         "total_blocks": 0 if load is None else load.total_blocks,
     }
+
+
+def state_of(report: InstanceReport) -> str:
+    if report.failure is not None:
+        return "given up"
+    return InstanceState.STARTING.value if report.load is None else report.load.state.value
 
 
 async def ask(call: Awaitable[Any], within_s: float = CALL_S) -> Any:

@@ -230,8 +230,25 @@ async def test_a_newcomer_that_cannot_load_the_model_costs_the_others_no_restart
         kept.desire((spec_of("mixed-0"), spec_of("mixed-1")))
         await until(lambda: ("mixed-1", "given up") in told)
         assert kept.fatal is None
+        assert "no such directory" in kept.given_up["mixed-1"]
         kept.instances["mixed-0"].condemn("killed")
         await until(lambda: told.count(("mixed-0", "up")) == 2)
         await kept.all_gone()
-    assert launcher.tried == ["mixed-0", "mixed-1", "mixed-1", "mixed-0", "mixed-1"]
+    assert launcher.tried == ["mixed-0", "mixed-1", "mixed-1", "mixed-0"]
+    assert removed == []
+
+
+async def test_a_wish_tries_what_was_given_up_again(monkeypatch, removed):
+    refusing(monkeypatch)
+    told = Notes()
+    kept = kept_by(told, restarts=0)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(found("mixed-0"), ME, Link(), tasks, Starts(own=False))
+        await until(lambda: ("mixed-0", "up") in told)
+        kept.instances["mixed-0"].condemn("no memory")
+        await until(lambda: kept.given_up == {"mixed-0": "no memory"})
+        kept.desire((spec_of("mixed-0"),))
+        assert kept.given_up == {}
+        await until(lambda: told.count(("mixed-0", "up")) == 2)
+        await kept.all_gone()
     assert removed == []
