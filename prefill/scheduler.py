@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engine.batch import Chunk, chunk_of
 from engine.blocks import blocks_for
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     Entry = tuple[tuple[int, float, str], Sequence]
     """What it is sorted by, ending in its id, so that no two are alike."""
 
-POLICIES = ("deadline", "fcfs")
 NO_HASHES: list[bytes] = []
 MEMORY = 0.9
 """What an older batch counts against the one after it."""
@@ -33,7 +32,7 @@ class PrefillSettings:
     token_budget: int = 2048
     """Tokens of a batch: where this accelerator saturates, from its latency profile."""
     max_sequences: int = 256
-    policy: str = "deadline"
+    policy: Literal["deadline", "fcfs"] = "deadline"
     late_share: float = 0.25
     """Part of each batch kept for the oldest prompt that will not meet its target."""
     tokens_per_s: float = 10_000.0
@@ -49,7 +48,6 @@ class PrefillScheduler:
     """
 
     def __init__(self, pool: BlockPool, settings: PrefillSettings) -> None:
-        assert settings.policy in POLICIES, settings.policy
         self.pool = pool
         self.settings = settings
         self.tokens_per_s = settings.tokens_per_s

@@ -66,6 +66,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(values, ma
         ({"gateway": {"http_port": 70000}}, "^gateway.http_port: 70000: "),
         ({"gateway": None}, "^gateway: None: "),
         ({"engine": {"dtype": "int8"}}, "^engine.dtype: 'int8': "),
+        ({"engine": {"prefill": {"policy": "foo"}}}, "^engine.prefill.policy: 'foo': .*'fcfs'"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_path_and_the_rule(values, match):
