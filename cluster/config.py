@@ -17,7 +17,7 @@ from cluster.gateway.entry import JournalSettings
 from cluster.plan_file import plan_values
 from cluster.yaml_file import read_yaml
 from cluster.zmq_link import LinkLimits
-from decode.scheduler import DecodeSettings
+from decode.scheduler import DecodeTuning
 from engine.errors import BadConfig
 from kvtransfer.transfer import TransferSettings
 from kvtransfer.transport import TransportLimits
@@ -160,7 +160,7 @@ class EngineConfig(Section):
     """Whether a prompt may reuse the KV of an earlier one of the same tenant."""
     prefill: PrefillSettings = PrefillSettings()
     """The prefill scheduler."""
-    decode: DecodeSettings = DecodeSettings()
+    decode: DecodeTuning = DecodeTuning()
     """The decode scheduler."""
     tpot_share: Share = 0.9
     """Part of the tightest TPOT target that a batch of a mixed instance may take."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cluster.gateway.settings import GatewaySettings
 from cluster.instance.instance import InstanceSettings
+from decode.scheduler import DecodeSettings
 from engine.slo import Slo
 from placement.role import RoleSettings
 
@@ -29,6 +30,6 @@ def gateway_settings(config: Config) -> GatewaySettings:
 
 def instance_settings(config: Config) -> InstanceSettings:
     engine = config.engine
-    decode = replace(engine.decode, host_slots=engine.host_slots)
+    decode = DecodeSettings(**asdict(engine.decode), host_slots=engine.host_slots)
     role = RoleSettings(engine.prefill, decode, engine.tpot_share)
     return InstanceSettings(role, config.transfer)

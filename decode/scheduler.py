@@ -17,17 +17,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeSettings:
+class DecodeTuning:
+    """What a deployment chooses of a decode scheduler."""
+
     max_sequences: int = 256
     watermark: float = 0.02
     """Part of the pool kept free when admitting, so that running sequences can grow."""
-    host_slots: int = 0
-    """Blocks of host memory to swap to."""
     swap_block_s: float = 2e-4
     """One block to the host and back."""
     recompute_token_s: float = 1e-4
     recompute_budget: int = 512
     """Tokens a batch may spend on recomputing preempted sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings(DecodeTuning):
+    host_slots: int = 0
+    """Blocks of host memory to swap to, as many as the instance's engine has."""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ import pytest
 
 from cluster.config import Config, load_config, parse_config
 from cluster.config_docs import config_page
+from cluster.settings import instance_settings
 from engine.errors import BadConfig
 from engine.messages import Role
 
@@ -36,6 +37,7 @@ def test_a_model_name_or_directory_is_enough():
         ({"transfer": {"leases_s": 1.0}}, "^transfer.leases_s: .*did you mean 'lease_s'"),
         ({"transfer": {"copies": {"slice": 1}}}, "^transfer.copies.slice: "),
         ({"gateway": {"tls": {"cert": "x"}}}, "^gateway.tls.cert: .*unknown"),
+        ({"engine": {"decode": {"host_slots": 8}}}, "^engine.decode.host_slots: .*unknown"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(values, match):
@@ -140,6 +142,12 @@ def test_a_config_survives_its_own_json():
 def test_every_shipped_config_is_valid(path):
     if "policy" not in path.name:
         load_config(str(path))
+
+
+def test_an_instances_decode_scheduler_swaps_to_the_slots_that_its_engine_has():
+    config = load_config(None, **{"engine.host_slots": 8, "engine.decode.max_sequences": 4})
+    decode = instance_settings(config).role.decode
+    assert (decode.host_slots, decode.max_sequences) == (8, 4)
 
 
 def test_every_row_of_the_reference_page_is_one_line():
