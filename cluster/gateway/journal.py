@@ -95,8 +95,9 @@ class Journal:
 
     def open(self, request: Request, route: Route, now: float) -> list[Action]:
         assert request.id not in self._entries, f"{request.id} is open"
-        self._tombstones.pop(request.id, None)
-        self._entries[request.id] = Entry(request, stuck_since_s=now)
+        # An id that is used again goes on behind its former life, which instances have buried.
+        epoch = self._tombstones.pop(request.id, 0) + 1
+        self._entries[request.id] = Entry(request, epoch, stuck_since_s=now)
         return self.restart(request.id, route, now)
 
     def restart(self, request_id: str, route: Route, now: float) -> list[Action]:

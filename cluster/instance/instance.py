@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.instance.residents import Residents
 from cluster.instance.transfers import Transfers
 from cluster.instance.trials import Trials
-from engine.errors import BatchFailed, InstanceLost, OutOfBlocks, TandemError
+from engine.errors import BatchFailed, InstanceLost, OutOfBlocks, StaleEpoch, TandemError
 from engine.messages import (
     Abort,
     Dropped,
@@ -269,6 +269,9 @@ class Instance:
     def _start(self, gateway: str, start: Start) -> None:
         request = start.request
         if self._residents.is_buried(request.id, start.epoch):
+            # Too late, and nobody waits for it, unless another gateway's caller has used the id.
+            reason = "a later epoch was aborted"
+            self._send(gateway, Dropped(request.id, start.epoch, StaleEpoch.__name__, reason))
             return
         here = self._residents.find(request.id)
         if here is not None:

@@ -14,6 +14,7 @@ from engine.messages import (
     Abort,
     Accepted,
     Claim,
+    Dropped,
     InstanceState,
     Load,
     Message,
@@ -84,6 +85,8 @@ class EchoInstance:
     sequences: dict[str, FakeSequence] = field(default_factory=dict)
     outbox: list[tuple[str, Message]] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
+    buried: dict[str, int] = field(default_factory=dict)
+    """The epochs up to which requests were aborted."""
     state: InstanceState = InstanceState.READY
 
     def receive(self, sender: str, message: Message) -> None:
@@ -93,6 +96,7 @@ class EchoInstance:
             case Handed():
                 self._arrived(message)
             case Abort(request_id, epoch):
+                self.buried[request_id] = max(epoch, self.buried.get(request_id, epoch))
                 self._drop(request_id, epoch)
             case Accepted(request_id, epoch):
                 self._drop(request_id, epoch - 1)
@@ -132,7 +136,10 @@ class EchoInstance:
 
     def _start(self, sender: str, start: Start) -> None:
         held = self.sequences.get(start.request.id)
-        if held is None or held.epoch < start.epoch:
+        if self.buried.get(start.request.id, 0) >= start.epoch:
+            stale = Dropped(start.request.id, start.epoch, "StaleEpoch", "aborted")
+            self.outbox.append((sender, stale))
+        elif held is None or held.epoch < start.epoch:
             self.starts.append(start)
             self.sequences[start.request.id] = FakeSequence(
                 start.request, start.epoch, sender, list(start.output),

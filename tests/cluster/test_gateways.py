@@ -111,9 +111,21 @@ async def test_a_callers_request_id_is_refused_while_the_other_gateway_uses_it()
         with pytest.raises(BadRequest, match="at another gateway"):
             await second.open(call(request_id="same"))
         first.close(answer)
-        again = await first.open(call(request_id="same"))
-        assert len(await read(again)) == 8
-        first.close(again)
+
+
+@pytest.mark.parametrize(("again", "replays"), [("gateway-0", 0), ("gateway-1", 1)])
+async def test_an_aborted_requests_id_can_be_used_again_at_once(again, replays):
+    """Another gateway does not know the epochs of its former life, and is told."""
+    async with running("mixed-0", gateways=2) as cluster:
+        answer = await cluster.gateway.open(call(max_tokens=2000, request_id="same"))
+        await until(lambda: answer.output_tokens > 3)
+        cluster.gateway.close(answer)
+        await until(lambda: not cluster.instances["mixed-0"].sequences)
+        answer = await cluster.gateways[again].open(call(request_id="same"))
+        assert len(await read(answer)) == 8
+        assert answer.choices[0].entry.replays_total == replays
+        cluster.gateways[again].close(answer)
+        cluster.assert_empty()
 
 
 async def test_nothing_is_asked_of_anybody_where_there_is_one_gateway():

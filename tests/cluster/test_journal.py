@@ -96,6 +96,15 @@ def test_a_duplicate_or_a_stale_owners_token_is_not_delivered():
     assert journal.token("prefill-0", token(1, 2), 0.0) == [Send("prefill-0", Abort("r", 1))]
 
 
+def test_an_id_that_is_used_again_begins_behind_the_epochs_of_its_former_life():
+    journal = journal_with(SPLIT)
+    assert sent(journal.abort("r")) == [("prefill-0", Abort("r", 2)), ("decode-0", Abort("r", 2))]
+    again = sent(journal.open(REQUEST, SPLIT, 1.0))
+    assert again == [("prefill-0", Start(REQUEST, 3, (), "decode-0", 4))]
+    assert sent(journal.token("decode-0", token(2, 0), 1.1)) == [("decode-0", Abort("r", 2))]
+    assert delivered(journal.token("prefill-0", token(3, 0), 1.1)) == [0]
+
+
 def test_an_unknown_request_is_answered_with_abort():
     stray = Token("nobody", 3, 0, 1)
     assert Journal().token("decode-9", stray, 0.0) == [Send("decode-9", Abort("nobody", 3))]
