@@ -185,13 +185,9 @@ class Front:
         await self._grpc.set_ready(ready=True)
 
     async def drain(self) -> None:
-        """Admits nothing more and waits for what is under way, within a limit."""
+        """Admits nothing more and waits for what is under way; what takes too long fails."""
         await self._grpc.set_ready(ready=False)
-        try:
-            async with asyncio.timeout(self._config.limits.drain_s):
-                await self.gateway.drain()
-        except TimeoutError:
-            log.warning("drain incomplete requests=%d", len(self.gateway.requests()))
+        await self.gateway.drain(self._config.limits.drain_s)
 
     async def close(self) -> None:
         await self._grpc.stop(LAST_ANSWERS_S)

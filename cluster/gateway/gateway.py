@@ -102,9 +102,9 @@ class Gateway:
 
         Raises BadRequest, or Overloaded when it is refused now.
         """
-        if self.draining:
-            raise Overloaded("the server is shutting down", 5.0)
+        self._check_open()
         answer = await self.intake.answer(call, self.clock.now())
+        self._check_open()
         if answer.id in self._answers:
             raise BadRequest("request_id", answer.id, "is under way already")
         if call.request_id is not None:
@@ -135,6 +135,10 @@ class Gateway:
                 self._abort(choice, FinishReason.ABORT)
                 choice.end(FinishReason.ABORT)
 
+    def _check_open(self) -> None:
+        if self.draining:
+            raise Overloaded("the server is shutting down", 5.0)
+
     def _check_elsewhere(self, answer: Answer) -> None:
         """A caller's own request id must not be that of another gateway's request."""
         for choice in answer.choices:
@@ -154,9 +158,17 @@ class Gateway:
         """The instances' latest loads, in order of id."""
         return [one.load for one in self._sightings.view(self.clock.now()).instances]
 
-    async def drain(self) -> None:
-        """Admit nothing more and wait for what is under way."""
+    async def drain(self, within_s: float) -> None:
+        """Admit nothing more and wait for what is under way; what takes longer fails."""
         self.draining = True
+        try:
+            async with asyncio.timeout(within_s):
+                await self._until_all_have_ended()
+        except TimeoutError:
+            LOG.warning("drain incomplete requests=%d", len(self._choices))
+            self._give_up_all(DeadlineExceeded(f"not done {within_s:g} s after a shutdown began"))
+
+    async def _until_all_have_ended(self) -> None:
         while self._choices:
             self._changed.clear()
             await self._changed.wait()
@@ -419,5 +431,14 @@ class Gateway:
             error = Overloaded(f"no room within {settings.queue_s:g} s", 1.0)
         else:
             return
-        self._act(self._journal.abort(request.id), now)
+        self._give_up(choice, error, now)
+
+    def _give_up(self, choice: Choice, error: TandemError, now: float) -> None:
+        self._act(self._journal.abort(choice.request.id), now)
         self._fail(choice, error, now)
+
+    def _give_up_all(self, error: TandemError) -> None:
+        now = self.clock.now()
+        for choice in list(self._choices.values()):
+            if choice.request.id in self._choices:
+                self._give_up(choice, error, now)

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 
 import pytest
 
@@ -18,7 +19,7 @@ from engine.messages import Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
 from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
-from tests.cluster.serving import ask, read, running, says, settle, tokens_of, until
+from tests.cluster.serving import PATIENCE_S, ask, read, running, says, settle, tokens_of, until
 
 
 def call(prompt="hello", **options) -> Call:
@@ -293,7 +294,7 @@ async def test_draining_refuses_new_requests_and_waits_for_the_old():
     async with running("mixed-0") as cluster:
         cluster.paused.add("mixed-0")
         answer = await cluster.gateway.open(call())
-        drained = asyncio.create_task(cluster.gateway.drain())
+        drained = asyncio.create_task(cluster.gateway.drain(PATIENCE_S))
         await settle()
         with pytest.raises(Overloaded, match="shutting down"):
             await cluster.gateway.open(call())
@@ -302,6 +303,44 @@ async def test_draining_refuses_new_requests_and_waits_for_the_old():
         await read(answer)
         cluster.gateway.close(answer)
         await drained
+
+
+async def test_what_a_drain_has_no_time_for_fails_and_is_freed():
+    admission = AdmissionSettings(ahead_requests=1, ahead_tokens=0)
+    async with running("mixed-0", settings=GatewaySettings(admission=admission)) as cluster:
+        cluster.paused.add("mixed-0")
+        sent, queued = await cluster.gateway.open(call(n=1)), await cluster.gateway.open(call(n=2))
+        await until(lambda: cluster.instances["mixed-0"].sequences)
+        await cluster.gateway.drain(0.0)
+        for answer in (sent, queued):
+            with pytest.raises(DeadlineExceeded, match="a shutdown began"):
+                await read(answer)
+            cluster.gateway.close(answer)
+        await until(lambda: not cluster.instances["mixed-0"].sequences)
+        cluster.assert_empty()
+
+
+class SlowCheck:
+    """Compiles for as long as the test wants."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def check(self, _: Grammar) -> None:
+        self.done.wait()
+
+
+async def test_a_call_whose_grammar_was_compiled_while_the_drain_ended_is_refused():
+    slow = SlowCheck()
+    sampling = Sampling(grammar=Grammar("regex", "a*"))
+    async with running("mixed-0", grammars=slow) as cluster:
+        opening = asyncio.create_task(cluster.gateway.open(call(sampling=sampling)))
+        await settle()
+        await cluster.gateway.drain(PATIENCE_S)
+        slow.done.set()
+        with pytest.raises(Overloaded, match="shutting down"):
+            await opening
+        cluster.assert_empty()
 
 
 class RefusesEverything:

@@ -347,6 +347,20 @@ async def test_a_failure_in_mid_stream_is_told_in_the_stream():
         await until(lambda: not cluster.instances["mixed-0"].sequences)
 
 
+async def test_a_shutdown_that_cannot_wait_is_told_in_the_answer_and_in_the_stream():
+    async with serving("mixed-0") as client:
+        gateway, body = client.cluster.gateway, COMPLETION | {"max_tokens": 1000}
+        whole = asyncio.create_task(client.post("/v1/completions", json=body))
+        stream = asyncio.create_task(client.post("/v1/completions", json=body | {"stream": True}))
+        await until(lambda: [bool(one.output_tokens) for one in gateway.requests()] == [True] * 2)
+        await gateway.drain(0.0)
+        answer, (*_, last) = await whole, events(await stream)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert last["error"]["code"] == "deadline_exceeded"
+        await until(lambda: not client.cluster.instances["mixed-0"].sequences)
+        client.cluster.assert_empty()
+
+
 @asynccontextmanager
 async def listening(app):
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
