@@ -38,6 +38,7 @@ from engine.messages import (
     Accepted,
     Claim,
     Dropped,
+    InstanceState,
     Kept,
     Load,
     Lost,
@@ -71,6 +72,8 @@ class Journal:
         self._tombstones: dict[str, int] = {}
         self._heard_s: dict[str, float] = {}
         self._lost: dict[str, None] = {}
+        self._leaving: dict[str, None] = {}
+        """Instances that drain: no request brings them down."""
         self._pools: dict[str, tuple[int, int]] = {}
         """Each live instance's blocks, and tokens in a block."""
 
@@ -217,6 +220,9 @@ class Journal:
         self._heard_s[load.instance] = now
         self._pools[load.instance] = load.total_blocks, load.block_tokens
         self._lost.pop(load.instance, None)
+        self._leaving.pop(load.instance, None)
+        if load.state is InstanceState.DRAINING:
+            self._leaving[load.instance] = None
         actions: list[Action] = []
         for running in load.sequences:
             entry = self._entries.get(running.request_id)
@@ -234,10 +240,12 @@ class Journal:
         self._lost[name] = None
         self._heard_s.pop(name, None)
         self._pools.pop(name, None)
+        crashed = name not in self._leaving
+        self._leaving.pop(name, None)
         actions: list[Action] = []
         for entry in list(self._entries.values()):
             why = f"{name} is lost"
-            if name in entry.holders and self._crashed(entry):
+            if crashed and name in entry.holders and self._crashed(entry):
                 actions += self._fail(entry, self._poison(entry, why))
             elif entry.owner == name:
                 actions += self._without_owner(entry, (name,), why, now)

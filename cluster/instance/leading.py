@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster.actors import PULL_ANSWER_S, ControllerSync, answer, find_worker
+from cluster.instance.draining import Emptying
 from cluster.instance.host import Host, HostSettings
 from cluster.instance.instance import Instance
 from cluster.instance.mover import InstanceMover
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
+SETTLE_S = 1.0
+"""How long a drained instance must have been empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +125,11 @@ class Leading:
             tasks.create_task(self.membership.run())
 
     async def drain(self) -> None:
-        """Returns once every request has ended or moved away and nobody reads from here."""
+        """Returns once every request has ended or moved away, nobody reads from here, and nothing
+        more has come for a while."""
         self._hosted.instance.drain()
-        while not self._is_empty():
+        emptying = Emptying(SETTLE_S)
+        while not emptying.is_over(self._hosted.instance.load(), self._clock.now()):
             self._hosted.pump()
             await asyncio.sleep(DRAIN_POLL_S)
 
@@ -172,10 +177,6 @@ class Leading:
     def _in_order(self, instance: str) -> asyncio.Lock:
         """Parting from an instance is over before its successor is met."""
         return self._meetings.setdefault(instance, asyncio.Lock())
-
-    def _is_empty(self) -> bool:
-        load = self._hosted.instance.load()
-        return not (load.queue_requests or load.running_sequences or load.pinned_blocks)
 
     @property
     def _hosted(self) -> Host:

@@ -1,9 +1,19 @@
 """An instance by itself: what it answers to messages that find things otherwise than expected."""
 
+from cluster.instance.draining import Emptying
 from cluster.instance.instance import Instance, InstanceSettings
 from engine.blocks import BlockPool
 from engine.layout import KvLayout
-from engine.messages import Abort, Dropped, Role, Start
+from engine.messages import (
+    Abort,
+    Cancelled,
+    Dropped,
+    Offer,
+    Reserved,
+    Role,
+    Start,
+    TransferKind,
+)
 from engine.request import Request, Sampling
 
 LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
@@ -31,3 +41,35 @@ def test_a_start_under_an_aborted_epoch_is_refused_aloud_and_a_later_one_is_take
     one.receive("gateway-1", Start(REQUEST, 3), 0.0)
     assert said(one) == []
     assert [running.epoch for running in one.load().sequences] == [3]
+
+
+def offer_to(one: Instance) -> None:
+    offered = Offer("t", TransferKind.HANDOFF, REQUEST, 2, "gateway-0", LAYOUT, 6)
+    one.receive("prefill-0", offered, 0.0)
+
+
+def test_an_instance_to_which_kv_is_on_its_way_is_not_empty():
+    one, emptying = instance(Role.DECODE), Emptying(settle_s=1.0)
+    one.drain()
+    offer_to(one)
+    assert said(one) == [("prefill-0", Reserved("t"))]
+    load = one.load()
+    assert (load.queue_requests, load.running_sequences, load.pinned_blocks) == (0, 0, 0)
+    assert not emptying.is_over(load, 0.0)
+    assert not emptying.is_over(load, 5.0)
+    one.receive("prefill-0", Cancelled("t", "StaleEpoch", "the request was aborted"), 6.0)
+    assert not emptying.is_over(one.load(), 6.0)
+    assert emptying.is_over(one.load(), 7.0)
+    assert one.pool.available == 32
+
+
+def test_a_drained_instance_stays_a_while_for_what_was_sent_before_everyone_knew():
+    one, emptying = instance(), Emptying(settle_s=1.0)
+    one.drain()
+    assert not emptying.is_over(one.load(), 0.0)
+    one.receive("gateway-0", Start(REQUEST, 1), 0.5)
+    assert not emptying.is_over(one.load(), 1.0)
+    one.receive("gateway-0", Abort("r", 1), 1.5)
+    assert not emptying.is_over(one.load(), 1.5)
+    assert not emptying.is_over(one.load(), 2.4)
+    assert emptying.is_over(one.load(), 2.5)

@@ -206,6 +206,17 @@ def test_replays_are_bounded_but_progress_earns_more():
     assert len(journal) == 0
 
 
+def test_an_instance_that_drained_was_brought_down_by_no_request():
+    journal = journal_with(ALONE, crashes=1)
+    leaving = replace(EchoInstance("mixed-0").load(), state=InstanceState.DRAINING)
+    journal.load(leaving, 0.5)
+    assert isinstance(journal.lost("mixed-0", 1.0)[-1], Reroute)
+    assert journal.find("r").crashes == 0
+    journal.restart("r", ALONE, 1.0)
+    journal.load(EchoInstance("mixed-0").load(), 1.5)
+    assert isinstance(journal.lost("mixed-0", 2.0)[-1].error, PoisonRequest)
+
+
 def test_bad_input_found_by_an_instance_fails_at_once():
     journal = journal_with(ALONE)
     dropped = Dropped("r", 1, "BadRequest", "the grammar is empty")
