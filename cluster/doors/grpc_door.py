@@ -14,6 +14,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.doors.both import host_in_url
 from cluster.doors.grpc_calls import call_of, chunks_of
 from cluster.doors.keys import EVERYONE, Unauthorized
 from cluster.doors.limits import GrpcLimits
@@ -21,6 +22,7 @@ from cluster.doors.tls import grpc_credentials
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import (
+    BadConfig,
     BadInput,
     BadRequest,
     DeadlineExceeded,
@@ -263,11 +265,18 @@ class GrpcDoor:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if tls is None:
-            self.port = self._server.add_insecure_port(address)
-        else:
-            self.port = self._server.add_secure_port(address, grpc_credentials(tls))
+        self.port = self._listen(host, port, tls)
+
+    def _listen(self, host: str, port: int, tls: TlsConfig | None) -> int:
+        """The port that it is; BadConfig if the address cannot be had."""
+        address = f"{host_in_url(host)}:{port}"
+        credentials = None if tls is None else grpc_credentials(tls)
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise BadConfig("gateway.grpc_port", port, f"cannot listen on {host}") from error
 
     async def start(self) -> None:
         await self._server.start()

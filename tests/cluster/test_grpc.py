@@ -11,12 +11,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from cluster.doors.both import listen
 from cluster.doors.grpc_door import GrpcDoor
 from cluster.events import Event
 from cluster.gateway.settings import GatewaySettings
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
-from engine.errors import NotFound
+from engine.errors import BadConfig, NotFound
 from engine.messages import Role
 from engine.request import Request, Sampling
 from placement.routing.admission import AdmissionSettings
@@ -227,3 +228,12 @@ async def test_reflection_describes_the_services():
                 return [method.name for method in found.methods]
 
         assert await asyncio.to_thread(described) == ["Generate", "Abort"]
+
+
+async def test_a_port_that_is_taken_is_told_as_the_http_door_tells_it():
+    taken = listen("127.0.0.1", 0, "port")
+    port = taken.getsockname()[1]
+    async with running("mixed-0") as cluster:
+        with pytest.raises(BadConfig, match=rf"gateway.grpc_port: {port}: cannot listen on 127"):
+            GrpcDoor(cluster.gateway, FakeOperator(), port=port)
+    taken.close()
