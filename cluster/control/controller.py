@@ -23,12 +23,13 @@ from cluster.control.replanning import PlannerProcess
 from cluster.control.resharing import Resharing, move_away
 from cluster.control.scaling import PolicyStatus, Scaling, Usage
 from cluster.events import Event, EventLog
+from cluster.gateway.journal import ARRIVING, COMMITTED
 from cluster.roster import CONTROLLER, InstanceSpec, Kind, Member, Roster, next_name
 from cluster.watching.logs import set_up_logging
 from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.errors import BadRequest, InstanceLost, NotFound, TandemError
-from engine.messages import InstanceState, Load, Migrate, Role
+from engine.messages import InstanceState, Load, Migrate, Migrated, Role
 from placement.scaling.signals import Phase, Unit
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ class InstanceReport:
 class Scaled:
     started: tuple[str, ...]
     draining: tuple[str, ...]
+
+
+def owner_of(request_id: str, loads: Mapping[str, Load]) -> str:
+    """The instance that works on a request, and not one where it arrives or that it has left."""
+    listed = [
+        (running.state == COMMITTED, name)
+        for name, load in loads.items()
+        for running in load.sequences
+        if running.request_id == request_id and running.state not in ARRIVING
+    ]
+    if not listed:
+        raise NotFound(f"no instance runs {request_id}")
+    return min(listed)[1]
 
 
 class Controller:
@@ -257,13 +271,11 @@ class Controller:
         """Asks the request's owner to move it; returns the source and the target."""
         await self._recovered.wait()
         self._keeper.up(target)
-        for source, load in sorted(self._keeper.loads.items()):
-            if any(running.request_id == request_id for running in load.sequences):
-                if source == target:
-                    raise BadRequest("instance", target, f"runs {request_id} already")
-                self._link.send(source, Migrate(request_id, target, "operator"))
-                return source, target
-        raise NotFound(f"no instance runs {request_id}")
+        source = owner_of(request_id, self._keeper.loads)
+        if source == target:
+            raise BadRequest("instance", target, f"runs {request_id} already")
+        self._link.send(source, Migrate(request_id, target, "operator"))
+        return source, target
 
     async def shut_down(self) -> None:
         """Stops every instance; the streams must have ended before."""
@@ -298,9 +310,18 @@ class Controller:
     async def _listen(self) -> None:
         while True:
             sender, message = await self._link.receive()
+            if isinstance(message, Migrated):
+                self._not_moved(message)
             heard = isinstance(message, Load) and self._keeper.heard(sender, message)
             if heard and self._keeper.loads[sender].state is InstanceState.DRAINING:
                 self._balancing.empty()
+
+    def _not_moved(self, message: Migrated) -> None:
+        """An instance that does not have the request does not know its gateway either."""
+        request_id, outcome = message.request_id, message.outcome
+        self._balancing.ended(request_id, outcome)
+        route = {"source": message.source, "target": message.target}
+        self._note("migration", request_id, outcome, **route, reason=message.reason)
 
     async def _look(self) -> None:
         while True:

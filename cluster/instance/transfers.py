@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from decode.migration import Migrations
+from engine.errors import NotFound, Unsupported
 from engine.messages import (
     Accepted,
     Cancelled,
@@ -89,7 +90,7 @@ class Transfers:
     def _receive_migration(self, sender: str, message: Message, now: float) -> None:
         match message:
             case Migrate():
-                self._migrate(message, now)
+                self._migrate(sender, message, now)
             case Verdict():
                 self._migrations.verdict(sender, message, now)
             case Accepted(request_id, epoch):
@@ -261,11 +262,12 @@ class Transfers:
         self._migrations.void(out)
         self._send(out.gateway, Kept(sequence.id, sequence.epoch))
 
-    def _migrate(self, migrate: Migrate, now: float) -> None:
+    def _migrate(self, asker: str, migrate: Migrate, now: float) -> None:
         """A running sequence moves with its KV; a prompt that waits is simply sent elsewhere."""
         request_id = migrate.request_id
         sequence = self._residents.find(request_id)
         if sequence is None:
+            self._send(asker, self._not_moved(migrate, NotFound.__name__))
             return
         gateway = self._residents.gateway(request_id)
         moves = self._departures.of(request_id) is not None
@@ -276,8 +278,11 @@ class Transfers:
             self._send(gateway, Dropped(request_id, sequence.epoch, "Overloaded", migrate.reason))
             self.end(request_id, now)
         else:
-            busy = (migrate.target, migrate.reason, "Unsupported", 0.0, 0.0, 0)
-            self._send(gateway, Migrated(request_id, self._name, *busy))
+            self._send(gateway, self._not_moved(migrate, Unsupported.__name__))
+
+    def _not_moved(self, migrate: Migrate, error: str) -> Migrated:
+        how = (migrate.target, migrate.reason, error, 0.0, 0.0, 0)
+        return Migrated(migrate.request_id, self._name, *how)
 
     def _accepted(self, request_id: str, epoch: int, now: float) -> None:
         if self._migrations.accepted(request_id, epoch, now):

@@ -8,6 +8,7 @@ from engine.messages import (
     Abort,
     Cancelled,
     Dropped,
+    Migrate,
     Offer,
     Reserved,
     Role,
@@ -73,3 +74,14 @@ def test_a_drained_instance_stays_a_while_for_what_was_sent_before_everyone_knew
     assert not emptying.is_over(one.load(), 1.5)
     assert not emptying.is_over(one.load(), 2.4)
     assert emptying.is_over(one.load(), 2.5)
+
+
+def test_an_instance_at_which_a_request_only_arrives_says_that_it_cannot_move_it():
+    one = instance(Role.DECODE)
+    offer_to(one)
+    said(one)
+    for name in ("r", "nobody"):
+        one.receive("controller", Migrate(name, "decode-1", "operator"), 0.0)
+        ((to, answer),) = said(one)
+        assert (to, answer.request_id, answer.outcome) == ("controller", name, "NotFound")
+    assert [running.state for running in one.load().sequences] == ["reserved"]
