@@ -108,6 +108,8 @@ class Dropped:
     error: str
     """Name of the error's class in engine/errors.py."""
     reason: str
+    handoff: bool = False
+    """Whether that is because its hand-off, which had begun, did not commit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -420,7 +420,7 @@ class Gateway:
 
     def _note_failed_handoff(self, dropped: Dropped, now: float) -> None:
         entry = self._journal.find(dropped.request_id)
-        if entry is not None and entry.grant is not None and entry.knows(dropped.epoch):
+        if dropped.handoff and entry is not None and entry.knows(dropped.epoch):
             self.observers.handoff_failed(dropped.request_id, dropped.error, now)
 
     def _check_time(self, choice: Choice, now: float) -> None:

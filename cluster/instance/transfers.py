@@ -197,7 +197,8 @@ class Transfers:
         if out.kind is TransferKind.MIGRATION:
             self._migrations.failed(out, error, now)
             return
-        self._send(out.gateway, Dropped(sequence.id, sequence.epoch, error, reason))
+        dropped = Dropped(sequence.id, sequence.epoch, error, reason, handoff=True)
+        self._send(out.gateway, dropped)
         self.end(sequence.id, now)
 
     def _gone(self, sequence: Sequence) -> None:

@@ -216,6 +216,38 @@ async def test_without_any_instance_left_the_call_fails_with_a_typed_error():
         assert cluster.gateway.requests() == []
 
 
+class Failures:
+    """What a gateway tells of moves that came to nothing."""
+
+    def __init__(self) -> None:
+        self.handoffs, self.reroutes = list[str](), list[str]()
+
+    def handoff_failed(self, request_id, reason, at_s) -> None:
+        self.handoffs.append(reason)
+
+    def rerouted(self, event) -> None:
+        self.reroutes.append(event.outcome)
+
+    def __getattr__(self, _):
+        return lambda *_: None
+
+
+async def test_only_a_hand_off_that_had_begun_counts_as_one_that_failed():
+    failures = Failures()
+    async with running("prefill-0", "decode-0", observers=[failures]) as cluster:
+        cluster.paused |= {"prefill-0", "decode-0"}
+        answer = await cluster.gateway.open(call())
+        for error, handoff in (("BatchFailed", False), ("Overloaded", False), ("PeerLost", True)):
+            epoch = answer.choices[0].entry.epoch
+            dropped = Dropped(answer.id, epoch, error, "no", handoff=handoff)
+            cluster.gateway.receive("prefill-0", dropped)
+        assert failures.handoffs == ["PeerLost"]
+        assert failures.reroutes == ["replayed"] * 3
+        cluster.gateway.close(answer)
+        await until(lambda: not cluster.instances["prefill-0"].sequences)
+        cluster.assert_empty()
+
+
 @pytest.mark.parametrize("replays", [0, 5])
 async def test_an_answer_that_fails_takes_its_siblings_with_it(replays):
     settings = GatewaySettings(journal=JournalSettings(replays=replays))

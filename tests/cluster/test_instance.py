@@ -1,5 +1,7 @@
 """An instance by itself: what it answers to messages that find things otherwise than expected."""
 
+from dataclasses import replace
+
 from cluster.instance.draining import Emptying
 from cluster.instance.instance import Instance, InstanceSettings
 from engine.blocks import BlockPool
@@ -85,3 +87,16 @@ def test_an_instance_at_which_a_request_only_arrives_says_that_it_cannot_move_it
         ((to, answer),) = said(one)
         assert (to, answer.request_id, answer.outcome) == ("controller", name, "NotFound")
     assert [running.state for running in one.load().sequences] == ["reserved"]
+
+
+def test_a_request_that_is_dropped_says_whether_its_hand_off_had_begun():
+    one = instance(Role.PREFILL)
+    begun, waits = REQUEST, replace(REQUEST, id="waits")
+    one.receive("gateway-0", Start(begun, 1, (), "decode-0", 2), 0.0)
+    assert one.next_batch(0.0) is not None
+    ((_, offer),) = said(one)
+    one.receive("gateway-0", Start(waits, 1, (), "decode-0", 2), 0.0)
+    one.receive("controller", Migrate("waits", "prefill-1", "room"), 0.0)
+    one.receive("decode-0", Cancelled(offer.transfer, "OutOfBlocks", "full"), 0.0)
+    dropped = [message for _, message in said(one) if isinstance(message, Dropped)]
+    assert [(one.request_id, one.handoff) for one in dropped] == [("waits", False), ("r", True)]
