@@ -56,12 +56,20 @@ class Reroute:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """Its owner goes on with it, whose migration came to nothing; the Resume may be repeated."""
+
+    request_id: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     request_id: str
     error: TandemError
 
 
-Action = Send | Deliver | Reroute | Fail
+Action = Send | Deliver | Reroute | Resumed | Fail
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.gateway.entry import Deliver, Fail, Reroute, Send
+from cluster.gateway.entry import Deliver, Fail, Reroute, Resumed, Send
 from cluster.gateway.intake import Intake
 from cluster.gateway.journal import Journal
 from cluster.gateway.peers import Everywhere, Peers
@@ -20,7 +20,7 @@ from cluster.gateway.telling import ended, opened
 from cluster.gateway.view import RequestStatus, Sightings, status_of
 from cluster.watching.observer import Observers, Rerouted
 from engine.errors import BadRequest, DeadlineExceeded, InstanceLost, NotFound, Overloaded
-from engine.messages import Dropped, Load, Lost, Migrated, Query, Reply, Resume, Tokens
+from engine.messages import Dropped, Load, Lost, Migrated, Query, Reply, Tokens
 from engine.request import FinishReason
 from placement.routing.admission import Admission, Forecast
 from placement.routing.router import Router
@@ -343,15 +343,15 @@ class Gateway:
                 case Reroute(request_id, avoid, why) if request_id in self._choices:
                     self._pending[request_id] = _Pending(avoid, why)
                     self._restart(request_id, now)
+                case Resumed(request_id, owner):
+                    why = "the migration's target was lost"
+                    self.observers.rerouted(Rerouted(request_id, now, owner, None, "resumed", why))
                 case Fail(request_id, error) if request_id in self._choices:
                     self._fail(self._choices[request_id], error, now)
                 case Reroute() | Fail():
                     pass  # Its call has just ended with another of its answers.
 
     def _send(self, to: str, message: Message, now: float) -> None:
-        if isinstance(message, Resume):
-            why = "the migration's target was lost"
-            self.observers.rerouted(Rerouted(message.request_id, now, to, None, "resumed", why))
         try:
             self.link.send(to, message)
         except InstanceLost as error:

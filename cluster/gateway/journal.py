@@ -19,6 +19,7 @@ from cluster.gateway.entry import (
     Grant,
     JournalSettings,
     Reroute,
+    Resumed,
     Send,
 )
 from engine import errors
@@ -334,8 +335,9 @@ class Journal:
         entry.epoch, entry.grant = grant.epoch + 1, None
         entry.early.clear()
         entry.evidence_s = now
-        resume: Action = Send(entry.owner, Resume(entry.id, entry.resumed_from, entry.epoch))
-        return [resume, *self._send_alive((grant.instance,), Abort(entry.id, grant.epoch))]
+        resume = Send(entry.owner, Resume(entry.id, entry.resumed_from, entry.epoch))
+        resumed = Resumed(entry.id, entry.owner)
+        return [resumed, resume, *self._send_alive((grant.instance,), Abort(entry.id, grant.epoch))]
 
     def _replay(self, entry: Entry, avoid: tuple[str, ...], why: str, now: float) -> list[Action]:
         """Take the request from whoever holds it and ask for a route to compute it again."""

@@ -15,7 +15,7 @@ from engine.errors import (
     Overloaded,
     PromptTooLong,
 )
-from engine.messages import Dropped, Migrate, Tokens
+from engine.messages import Claim, Dropped, Migrate, Tokens
 from engine.request import FinishReason, Grammar, Request, Sampling
 from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
@@ -245,6 +245,26 @@ async def test_only_a_hand_off_that_had_begun_counts_as_one_that_failed():
         assert failures.reroutes == ["replayed"] * 3
         cluster.gateway.close(answer)
         await until(lambda: not cluster.instances["prefill-0"].sequences)
+        cluster.assert_empty()
+
+
+async def test_a_migration_that_was_taken_back_counts_once_however_often_its_source_is_told():
+    failures = Failures()
+    async with running("mixed-0", "mixed-1", observers=[failures]) as cluster:
+        cluster.paused |= {"mixed-0", "mixed-1"}
+        answer = await cluster.gateway.open(call())
+        source = answer.choices[0].prefill
+        await until(lambda: cluster.instances[source].sequences)
+        before = cluster.instances[source].load()
+        target = "mixed-1" if source == "mixed-0" else "mixed-0"
+        cluster.gateway.receive(source, Claim(answer.id, 1, 2, target))
+        cluster.kill(target)
+        for _ in range(3):
+            cluster.gateway.receive(source, before)
+        assert failures.reroutes == ["resumed"]
+        cluster.resume(source)
+        assert [delta.token for delta in await read(answer)] == expected(8)
+        cluster.gateway.close(answer)
         cluster.assert_empty()
 
 
