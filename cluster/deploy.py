@@ -113,16 +113,27 @@ class _Deployment:
                     tasks.create_task(companions.run()),
                     tasks.create_task(self._renew()),
                 ]
-                if await self._until(self._ready(front, companions)):
+                if await self._until(self._started(front, companions)):
                     self._say_ready(f"ready http={front.http_url} grpc={front.grpc_address}")
                     await self._ending.wait()
                     await asyncio.gather(front.drain(), companions.drain())
-                await answer(self._controller.shut_down.remote(), SHUT_DOWN_S)
+                await self._shut_down()
                 await companions.stop()
                 for task in background:
                     task.cancel()
         finally:
             await front.close()
+
+    async def _started(self, front: Front, companions: Companions) -> None:
+        """Ready; a start that fails leaves no instance behind, which the next would take over."""
+        try:
+            await self._ready(front, companions)
+        except TandemError:
+            await self._shut_down()
+            raise
+
+    async def _shut_down(self) -> None:
+        await answer(self._controller.shut_down.remote(), SHUT_DOWN_S)
 
     async def _ready(self, front: Front, companions: Companions) -> None:
         await show_progress(self._controller, front.ready)
