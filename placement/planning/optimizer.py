@@ -75,14 +75,18 @@ def answer(
         choices = choices_of(scored, question)
         alone = ranked(book, choices, question)
         mixing = Mixing(setting, question, spread)
-        mixes = mixing.best(search.prospects(), choices, alone[0] if alone else None)
+        prospects = search.prospects()
+        mixes = mixing.best(prospects, choices, alone[0] if alone else None)
     choices += choices_of(mixes, question)
     able = ranked(book, choices, question)
     if not able:
         raise refusal(choices, question, phases)
     chosen, rivals = able[0], _beaten(choices, able)
     unknown = [cut for cut in feasible if cut not in cuts]
-    return Answer(_write(book, question, chosen, rivals, unknown), chosen, tuple(rivals), setting)
+    kinds = frozenset(one.candidate.kind for one in prospects)
+    reason = Reasons(book, question, kinds).explain(chosen, rivals, unknown)
+    found = _write(book, question, chosen, rivals, reason)
+    return Answer(found, chosen, tuple(rivals), setting)
 
 
 def _scored(
@@ -149,7 +153,7 @@ def _write(
     question: Question,
     chosen: Choice,
     rivals: list[Choice],
-    unknown: Sequence[Cut],
+    reason: str,
 ) -> Plan:
     candidate = chosen.candidate
     return Plan(
@@ -159,7 +163,7 @@ def _write(
         hardware=_describe(book),
         predicted=_predicted(book, chosen),
         alternatives=tuple(_alternative(book, rival) for rival in rivals),
-        reason=Reasons(book, question).explain(chosen, rivals, unknown),
+        reason=reason,
         token_budget=candidate.token_budget,
         co_located=_co_location(book, candidate),
     )

@@ -8,7 +8,7 @@ from placement.planning.candidate import AGGREGATED, DISAGGREGATED, HYBRID, MIX
 from placement.planning.question import Objective
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from placement.planning.choice import Choice
     from placement.planning.costbook import CostBook, Cut
@@ -29,10 +29,10 @@ EXPLANATIONS = {
 
 
 class Reasons:
-    """Compares in the terms of what was asked for."""
+    """Compares in the terms of what was asked for, with the kinds of candidates that fit."""
 
-    def __init__(self, book: CostBook, question: Question) -> None:
-        self._book, self._question = book, question
+    def __init__(self, book: CostBook, question: Question, kinds: Collection[str]) -> None:
+        self._book, self._question, self._kinds = book, question, kinds
 
     def explain(self, winner: Choice, rivals: Sequence[Choice], unknown: Sequence[Cut] = ()) -> str:
         """`rivals` in order of preference; those that cannot answer the question come last.
@@ -65,6 +65,11 @@ class Reasons:
         )
 
     def _against_splitting(self, winner: Choice, split: Choice | None) -> str:
+        if split is None and DISAGGREGATED not in self._kinds:
+            return (
+                "Do not disaggregate: this fleet has no room for a prefill beside a decode "
+                "instance that meet the targets."
+            )
         if split is None:
             return "Do not disaggregate: no split pools meet the targets on this fleet."
         if not split.serves(self._question):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LARGEST_UNIT = 8
 """Accelerators of a candidate; larger fleets hold copies of it."""
+INSTANCES_OF_LARGE = 4
+"""In a candidate of a model whose smallest instances would fill it: enough for the small ratios."""
 MOST_INSTANCES = 8
 """Of one role in a candidate."""
 KEPT_CUTS = 3
@@ -58,6 +60,7 @@ class Search:
         self._prefills = _best(in_time, lambda p: p.prefill_rps)
         self._decodes = _best([p for p in phases if p.decode_rps > 0], lambda p: p.decode_rps)
         self._both = [p for p in in_time if p.decode_rps > 0]
+        self._largest = _largest_units(phases)
 
     def prospects(self) -> list[Prospect]:
         """Everything worth simulating, the most promising first."""
@@ -74,7 +77,7 @@ class Search:
         if candidate.units is not None:
             return self._units(candidate)
         fit = self._fit(candidate)
-        if self._crowded and candidate.accelerators * 2 <= LARGEST_UNIT:
+        if self._crowded and candidate.accelerators * 2 <= self._most_of(candidate.by_device):
             return min(fit, 1)
         return fit
 
@@ -85,8 +88,10 @@ class Search:
     def _side_by_side(self, prospect: Prospect) -> Iterator[Prospect]:
         """On one machine, where copies slow each other down: they are simulated together."""
         candidate = prospect.candidate
-        most = min(self._fit(candidate), LARGEST_UNIT // candidate.accelerators)
-        for number in range(1, most + 1):
+        most = min(
+            self._fit(candidate), self._most_of(candidate.by_device) // candidate.accelerators
+        )
+        for number in range(1, max(most, 1) + 1):
             yield Prospect(candidate.times(number), prospect.bound_rps * number)
 
     def _units(self, candidate: Candidate) -> int:
@@ -100,10 +105,15 @@ class Search:
     def _devices(self, device: str) -> int:
         return self._hardware.group(device).devices
 
+    def _most_of(self, devices: Iterable[str]) -> int:
+        """Accelerators of a candidate on these kinds."""
+        return max(self._largest[device] for device in devices)
+
     def _aggregated(self) -> Iterable[Prospect]:
         """Mixed instances, one and as many as the largest candidate may hold."""
         for phase, budget in product(self._both, self._budgets):
-            most = min(LARGEST_UNIT, self._devices(phase.cut.device)) // phase.cut.accelerators
+            device = phase.cut.device
+            most = min(self._largest[device], self._devices(device)) // phase.cut.accelerators
             for count in sorted({1, min(4, most)} - {0}):
                 pools = (PoolPlan(Role.MIXED, count, phase.cut),)
                 yield self._prospect(Candidate(pools, budget))
@@ -122,20 +132,21 @@ class Search:
                 yield from self._balanced(prefill, decode, together=True)
 
     def _balanced(self, prefill: Phase, decode: Phase, *, together: bool) -> Iterable[Prospect]:
-        most = range(1, MOST_INSTANCES + 1)
-        ratios = [
-            (n, m)
-            for n, m in product(most, repeat=2)
-            if n * prefill.cut.accelerators + m * decode.cut.accelerators <= LARGEST_UNIT
-        ]
         rates: dict[Prospect, float] = {}
-        for n, m in ratios:
+        for n, m in self._ratios(prefill.cut, decode.cut):
             prospect = self._pair(prefill, n, decode, m, together=together)
             if self.copies(prospect.candidate) > 0:
                 rates[prospect] = min(n * prefill.prefill_rps, m * decode.decode_rps)
         by_fleet = sorted(rates, key=lambda p: -rates[p] * self.copies(p.candidate))
         by_share = sorted(rates, key=lambda p: -rates[p] / p.candidate.accelerators)
         yield from dict.fromkeys([*by_share[:KEPT_RATIOS], *by_fleet[:1]])
+
+    def _ratios(self, prefill: Cut, decode: Cut) -> Iterator[tuple[int, int]]:
+        """One of each, however large, and as many as the largest candidate may hold."""
+        most = self._most_of((prefill.device, decode.device))
+        for n, m in product(range(1, MOST_INSTANCES + 1), repeat=2):
+            if n == m == 1 or n * prefill.accelerators + m * decode.accelerators <= most:
+                yield n, m
 
     def _pair(self, prefill: Phase, n: int, decode: Phase, m: int, *, together: bool) -> Prospect:
         pools = (PoolPlan(Role.PREFILL, n, prefill.cut), PoolPlan(Role.DECODE, m, decode.cut))
@@ -165,7 +176,7 @@ class Search:
             mixed = Candidate(
                 (*pools, PoolPlan(Role.MIXED, 1, cut)), min(self._budgets), candidate.units
             )
-            if mixed.accelerators <= LARGEST_UNIT:
+            if mixed.accelerators <= self._most_of(mixed.by_device):
                 yield self._prospect(mixed)
 
     def _prospect(self, candidate: Candidate) -> Prospect:
@@ -182,6 +193,16 @@ class Search:
                 decode_rps += pool.instances * (1 - share) * phase.decode_rps * gain
             bound = max(bound, min(prefill_rps, decode_rps))
         return Prospect(candidate, bound)
+
+
+def _largest_units(phases: list[Phase]) -> dict[str, int]:
+    """Accelerators of a candidate, by device; more where the smallest cut takes many."""
+    smallest: dict[str, int] = {}
+    for cut in (phase.cut for phase in phases):
+        smallest[cut.device] = min(cut.accelerators, smallest.get(cut.device, cut.accelerators))
+    return {
+        device: max(LARGEST_UNIT, INSTANCES_OF_LARGE * taken) for device, taken in smallest.items()
+    }
 
 
 def _best(phases: list[Phase], rate: Callable[[Phase], float]) -> list[Phase]:

@@ -167,6 +167,14 @@ def test_a_cut_that_no_measured_server_had_is_not_planned_but_named() -> None:
     assert "Not considered" not in plan(costs, chat(), question()).reason
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_model_that_fills_a_node_is_split_where_two_fit(nodes: int) -> None:
+    costs = CostBook(find_model("opt-175b"), one_kind("a100-80gb", nodes, 8))
+    found = plan(costs, chat(), question(Target(4.0, 0.2)))
+    assert ("disaggregated" in {other.kind for other in found.alternatives}) == (nodes == 2)
+    assert ("no room for a prefill beside a decode" in found.reason) == (nodes == 1)
+
+
 @pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
 def test_a_looser_target_never_serves_less(device: str, count: int) -> None:
     """Each step loosens one target: TTFT, TPOT, then the share that must meet both."""
