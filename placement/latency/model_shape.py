@@ -71,9 +71,10 @@ class ModelShape:
         return self.layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
 
     def splits_into(self, tensor: int, pipeline: int) -> bool:
-        """Whether heads divide over tensor ranks and every stage gets a layer."""
+        """Whether heads and the MLP divide over tensor ranks and every stage gets a layer."""
         kv_fits = self.kv_heads % tensor == 0 or tensor % self.kv_heads == 0
-        return self.heads % tensor == 0 and kv_fits and pipeline <= self.layers
+        divides = self.heads % tensor == 0 and self.intermediate % tensor == 0
+        return divides and kv_fits and pipeline <= self.layers
 
     def kv_heads_of_rank(self, tensor: int) -> int:
         return max(1, self.kv_heads // tensor)

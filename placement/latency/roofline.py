@@ -37,7 +37,7 @@ class Roofline(LatencyModel):
         if not self.shape.splits_into(self.tensor_parallel, self.pipeline_parallel):
             field = f"{self.shape.name} parallelism"
             value = f"{self.tensor_parallel}x{self.pipeline_parallel}"
-            raise BadConfig(field, value, "heads do not divide, or a stage has no layer")
+            raise BadConfig(field, value, "heads or the MLP do not divide, or a stage has no layer")
 
     def cut(self, tensor_parallel: int, pipeline_parallel: int) -> Roofline:
         """The same model and device at another parallelism."""

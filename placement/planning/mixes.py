@@ -22,6 +22,7 @@ from placement.planning.cheapest_mix import (
     size_buckets,
 )
 from placement.planning.choice import Choice
+from placement.planning.packing import copies_that_fit, room_of, taken_of_room
 from placement.planning.plan import PoolPlan
 from placement.planning.question import Objective
 from placement.planning.scoring import OVER_BOUND
@@ -122,7 +123,7 @@ class Mixing:
             if most is not None and mix.price >= most:
                 return
             proposal = _together(mix, [unit.candidate for unit in units])
-            if proposal.kind == MIX and proposal != seen:
+            if self._is_mix(proposal) and proposal != seen:
                 seen = proposal
                 most_rps = sum(one.most_rps * mix.counts[str(one.candidate)] for one in units)
                 asked = asked_of(self.setting, proposal, rate_rps, least=1, guess=1, most=1)
@@ -142,13 +143,19 @@ class Mixing:
         mix = fullest_mix(types, self._limits())
         expected_rps = sum(one.bucket_rps[0] * mix.counts[one.name] for one in types)
         proposal = _together(mix, [one.candidate for one in ones])
-        if proposal.kind == MIX and expected_rps > beaten.rate_rps:
+        if self._is_mix(proposal) and expected_rps > beaten.rate_rps:
             most_rps = sum(one.most_rps * mix.counts[str(one.candidate)] for one in ones)
             guess_rps = expected_rps * EXPECTED_SHARE
             trial = self.setting.trial(
                 proposal, guess_rps, worth_rps=beaten.rate_rps, most_rps=most_rps
             )
             yield from self.spread(score, [trial])
+
+    def _is_mix(self, proposal: Candidate) -> bool:
+        """Of several kinds, and one that fits: the program knows nodes by widths alone."""
+        return (
+            proposal.kind == MIX and copies_that_fit(self.setting.book.hardware, proposal.pools) > 0
+        )
 
     def _types(self, units: Sequence[Unit]) -> list[InstanceType]:
         """Each unit's highest rate for requests of each size alone."""
@@ -184,14 +191,12 @@ class Mixing:
                 price = power_w
             case _:
                 price = float(candidate.accelerators)
-        devices = candidate.by_device
-        most = min(book.hardware.group(name).devices // n for name, n in devices.items())
-        return InstanceType(str(candidate), price, most, bucket_rps, {**devices, POWER: power_w})
+        most = copies_that_fit(book.hardware, candidate.pools)
+        room = taken_of_room(book.hardware, candidate.pools)
+        return InstanceType(str(candidate), price, most, bucket_rps, {**room, POWER: power_w})
 
     def _limits(self) -> dict[str, float]:
-        limits: dict[str, float] = {
-            group.device.name: group.devices for group in self.setting.book.hardware.groups
-        }
+        limits: dict[str, float] = {**room_of(self.setting.book.hardware)}
         if self.question.power_cap_w is not None:
             limits[POWER] = self.question.power_cap_w
         return limits

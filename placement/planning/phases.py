@@ -53,16 +53,13 @@ def cuts_in_service(book: CostBook, cuts: list[Cut]) -> list[Cut]:
 
 
 def _cuts(book: CostBook, group: NodeGroup) -> list[Cut]:
-    """Tensor ranks that divide a node and the heads; powers of two of stages, over nodes too."""
-    shape = book.shape
-    found: list[Cut] = []
-    for tensor in range(1, group.devices_per_node + 1):
-        found += [
-            Cut(group.device.name, tensor, pipeline)
-            for pipeline in _powers_of_two(group.devices // tensor)
-            if group.devices_per_node % tensor == 0 and shape.splits_into(tensor, pipeline)
-        ]
-    return found
+    """Tensor ranks of a node that divide the model; powers of two of stages, over nodes too."""
+    return [
+        Cut(group.device.name, tensor, pipeline)
+        for tensor in range(1, group.devices_per_node + 1)
+        for pipeline in _powers_of_two(group.devices_per_node // tensor * group.nodes)
+        if book.shape.splits_into(tensor, pipeline)
+    ]
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.messages import Role
 from placement.planning.candidate import Candidate
+from placement.planning.packing import copies_that_fit
 from placement.planning.plan import PoolPlan
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class Search:
         return fit
 
     def _fit(self, candidate: Candidate) -> int:
-        used = candidate.by_device
-        return min(self._hardware.group(name).devices // n for name, n in used.items())
+        return copies_that_fit(self._hardware, candidate.pools)
 
     def _side_by_side(self, prospect: Prospect) -> Iterator[Prospect]:
         """On one machine, where copies slow each other down: they are simulated together."""
@@ -102,9 +102,6 @@ class Search:
         of_a_stage = candidate.accelerators // cut.pipeline
         return group.devices_per_node // of_a_stage * group.nodes // cut.pipeline
 
-    def _devices(self, device: str) -> int:
-        return self._hardware.group(device).devices
-
     def _most_of(self, devices: Iterable[str]) -> int:
         """Accelerators of a candidate on these kinds."""
         return max(self._largest[device] for device in devices)
@@ -112,8 +109,8 @@ class Search:
     def _aggregated(self) -> Iterable[Prospect]:
         """Mixed instances, one and as many as the largest candidate may hold."""
         for phase, budget in product(self._both, self._budgets):
-            device = phase.cut.device
-            most = min(self._largest[device], self._devices(device)) // phase.cut.accelerators
+            fit = copies_that_fit(self._hardware, (PoolPlan(Role.MIXED, 1, phase.cut),))
+            most = min(self._largest[phase.cut.device] // phase.cut.accelerators, fit)
             for count in sorted({1, min(4, most)} - {0}):
                 pools = (PoolPlan(Role.MIXED, count, phase.cut),)
                 yield self._prospect(Candidate(pools, budget))

@@ -151,7 +151,7 @@ def test_fp8_weights_halve_what_decode_reads() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(BadConfig, match="heads do not divide"):
+    with pytest.raises(BadConfig, match="heads or the MLP do not divide"):
         roofline("opt-66b", tensor=5)
 
 

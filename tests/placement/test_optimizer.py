@@ -20,6 +20,7 @@ from placement.planning.candidate import Candidate, deployment_of
 from placement.planning.costbook import CostBook, Cut
 from placement.planning.goodput import find_fewest_copies, find_goodput
 from placement.planning.optimizer import plan
+from placement.planning.packing import copies_that_fit, room_of, taken_of_room
 from placement.planning.plan import Plan, PoolPlan, Target, plan_from, read_plan
 from placement.planning.question import Objective, Question
 from placement.simulation.deployment import Overheads
@@ -120,12 +121,61 @@ def test_nothing_is_said_to_have_beaten_itself(answer: Plan) -> None:
     assert len(set(deployed)) == len(deployed)
 
 
-@pytest.mark.parametrize(("device", "model"), [("l4", "llama-3.1-8b"), ("a100-40gb", "opt-13b")])
-def test_more_accelerators_never_serve_less(device: str, model: str) -> None:
-    found = [served(plan(book(n, device, model), chat(), question(TIGHT))) for n in (1, 2, 4)]
+@pytest.mark.parametrize(
+    ("device", "model", "sizes"),
+    [("l4", "llama-3.1-8b", (1, 2, 3, 4)), ("a100-40gb", "opt-13b", (1, 2, 4, 5, 6))],
+)
+def test_more_accelerators_never_serve_less(
+    device: str, model: str, sizes: tuple[int, ...]
+) -> None:
+    found = [served(plan(book(n, device, model), chat(), question(TIGHT))) for n in sizes]
     for fewer, more in pairwise(found):
         assert more >= fewer * (1 - SLACK)
     assert found[-1] > found[0] * 2
+
+
+def test_nor_do_they_where_larger_candidates_are_simulated_for_longer() -> None:
+    asked = question(TIGHT, requests=60, most_requests=480)
+    found = [served(plan(book(n), chat(), asked)) for n in (2, 3)]
+    for fewer, more in pairwise(found):
+        assert more >= fewer * (1 - SLACK)
+
+
+def test_a_node_that_a_tensor_size_does_not_divide_holds_whole_instances_of_it() -> None:
+    """Llama-3.1-70B at TP4, as four of the devices have it."""
+    costs = book(6, "a100-80gb", "llama-3.1-70b")
+    asked = question(Target(4.0, 0.2), objective=Objective.PER_ACCELERATOR)
+    found = plan(costs, chat(), asked)
+    cuts = {pool.cut for pool in found.pools}
+    cuts |= {pool.cut for other in found.alternatives for pool in other.pools}
+    assert Cut("a100-80gb", 4) in cuts
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "pools", "copies"),
+    [
+        (1, 6, [(1, Cut("l4", 4))], 1),
+        (2, 6, [(1, Cut("l4", 4))], 2),
+        (2, 6, [(1, Cut("l4", 4)), (1, Cut("l4", 2))], 2),
+        (2, 6, [(1, Cut("l4", 4)), (2, Cut("l4", 1))], 2),
+        (3, 5, [(1, Cut("l4", 2)), (1, Cut("l4", 3))], 3),
+        (2, 8, [(1, Cut("l4", 3))], 4),
+        (2, 8, [(1, Cut("l4", 3)), (1, Cut("l4", 5))], 2),
+        (2, 3, [(1, Cut("l4", 2, 2))], 1),
+        (3, 7, [(1, Cut("l4", 4, 2))], 1),
+        (1, 4, [(1, Cut("l4", 4)), (1, Cut("l4", 1))], 0),
+        (100_000, 8, [(1, Cut("l4", 4)), (3, Cut("l4", 1))], 114_285),
+    ],
+)
+def test_nodes_hold_so_many_copies_of_whole_instances(
+    nodes: int, devices: int, pools: list[tuple[int, Cut]], copies: int
+) -> None:
+    hardware = one_kind("l4", nodes, devices)
+    wanted = [PoolPlan(Role.MIXED, count, cut) for count, cut in pools]
+    assert copies_that_fit(hardware, wanted) == copies
+    many = [replace(pool, instances=pool.instances * max(copies, 1)) for pool in wanted]
+    taken, room = taken_of_room(hardware, many), room_of(hardware)
+    assert (copies == 0) == any(taken[name] > room[name] for name in room)
 
 
 def crowded(devices: int) -> CostBook:
