@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.errors import BadConfig
 from engine.messages import Role
+from placement.latency.catalog import accelerator_of, catalog_name, hardware_from
 from placement.planning.co_location import co_location_from
 
 RAY_TYPES = {
@@ -34,7 +35,7 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
     devices = {"cpu" if kind.startswith("cpu") else "cuda" for kind in kinds}
     if len(devices) > 1:
         raise BadConfig("pools", ", ".join(sorted(kinds)), "CPUs and GPUs cannot serve together")
-    gpus = {one for one in kinds | _kinds(_fleet(plan)) if one and not one.startswith("cpu")}
+    gpus = {one for one in kinds | _fleet_kinds(plan) if one and not one.startswith("cpu")}
     for number, pool in enumerate(plan["pools"]):
         role = pool.get("role") if isinstance(pool, dict) else None
         if role not in shapes:
@@ -67,7 +68,7 @@ def _shape(where: str, pool: dict[str, Any], gpus: set[str]) -> dict[str, Any]:
     """Of one pool's instances, on its own kind of these GPUs."""
     kept = ("instances", "tensor_parallel", "pipeline_parallel", "resources")
     shape = {key: pool[key] for key in kept if pool.get(key) is not None}
-    kind = str(pool.get("device", "")).lower()
+    kind = _kind(pool)
     if len(gpus) > 1 and kind in gpus and "resources" not in shape:
         shape["resources"] = _resources_of(where, kind, gpus)
     if pool.get("nodes"):
@@ -83,16 +84,23 @@ def _pool_of(shapes: list[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "more": more} if more else first
 
 
-def _kinds(entries: list[object]) -> set[str]:
-    """Of the devices that pools or nodes have."""
-    return {str(one.get("device", "")).lower() for one in entries if isinstance(one, dict)}
+def _kinds(pools: list[object]) -> set[str]:
+    """Of the devices that pools have."""
+    return {_kind(pool) for pool in pools if isinstance(pool, dict)}
 
 
-def _fleet(plan: dict[str, Any]) -> list[object]:
-    """The nodes that the plan was made for; those it leaves idle are there, too."""
+def _kind(pool: dict[str, Any]) -> str:
+    return accelerator_of(str(pool.get("device", "")).lower())
+
+
+def _fleet_kinds(plan: dict[str, Any]) -> set[str]:
+    """Of the nodes that the plan was made for; those it leaves idle are there, too."""
     hardware = plan.get("hardware")
     nodes = hardware.get("nodes") if isinstance(hardware, dict) else None
-    return nodes if isinstance(nodes, list) else []
+    if not nodes:
+        return set()
+    groups = hardware_from({"nodes": nodes}).groups
+    return {accelerator_of(group.device.name.lower()) for group in groups}
 
 
 def _only_node(where: str, nodes: object) -> str:
@@ -104,7 +112,7 @@ def _only_node(where: str, nodes: object) -> str:
 
 def _resources_of(where: str, kind: str, gpus: set[str]) -> dict[str, float]:
     """What makes Ray place a pool on its kind of device, where a plan or its fleet has several."""
-    type_of = {one: RAY_TYPES.get(one.partition("-")[0]) for one in gpus}
+    type_of = {one: RAY_TYPES.get(catalog_name(one).partition("-")[0]) for one in gpus}
     if type_of[kind] is None or list(type_of.values()).count(type_of[kind]) > 1:
         rule = "Ray cannot tell it from the plan's other devices: say by which resource it can"
         raise BadConfig(f"{where}.resources", kind, rule)

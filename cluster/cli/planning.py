@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import parse_config
 from cluster.yaml_file import read_yaml
 from engine.errors import BadConfig, NoFeasiblePlan
-from placement.latency.catalog import find_model, hardware_from
+from placement.latency.catalog import accelerator_of, find_model, hardware_from
 from placement.latency.measured import fit_link
 from placement.latency.model_shape import read_shape
 from placement.latency.profile_file import read_profile
@@ -19,9 +19,9 @@ from placement.planning.plan import plan_from
 from placement.simulation.dynamics import Dynamics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from placement.latency.catalog import Hardware, NodeGroup
+    from placement.latency.catalog import Hardware
     from placement.latency.model_shape import ModelShape
     from placement.latency.profile import Profile
     from placement.planning.plan import Plan
@@ -52,29 +52,33 @@ def cost_book(model: str, fleet: Mapping[str, Any]) -> CostBook:
     if "profile" not in fleet:
         return CostBook(find_shape(model), hardware)
     profile = read_profile(Path(str(fleet["profile"])))
-    _check_device(profile, hardware)
+    kinds = _measured_kinds(profile, hardware)
     return CostBook(
-        find_shape(model), _with_measured_links(hardware, profile), {profile.device: profile}
+        find_shape(model),
+        _with_measured_links(hardware, profile, kinds),
+        {kind: replace(profile, device=kind) for kind in kinds},
     )
 
 
-def _check_device(profile: Profile, hardware: Hardware) -> None:
-    devices = [group.device.name for group in hardware.groups]
-    if profile.device not in devices:
-        raise BadConfig("profile.device", profile.device, f"the fleet has {', '.join(devices)}")
+def _measured_kinds(profile: Profile, hardware: Hardware) -> list[str]:
+    """Of nodes, however many of the devices they hold."""
+    kinds = [group.device.name for group in hardware.groups]
+    measured = [kind for kind in kinds if accelerator_of(kind) == profile.device]
+    if not measured:
+        raise BadConfig("profile.device", profile.device, f"the fleet has {', '.join(kinds)}")
+    return measured
 
 
-def _with_measured_links(hardware: Hardware, profile: Profile) -> Hardware:
+def _with_measured_links(hardware: Hardware, profile: Profile, kinds: Sequence[str]) -> Hardware:
     if not profile.transfers:
         return hardware
-    groups = tuple(_with_measured_link(group, profile) for group in hardware.groups)
+    groups = tuple(
+        replace(group, link=fit_link(profile.transfers, group.link.name))
+        if group.device.name in kinds
+        else group
+        for group in hardware.groups
+    )
     return replace(hardware, groups=groups)
-
-
-def _with_measured_link(group: NodeGroup, profile: Profile) -> NodeGroup:
-    if group.device.name != profile.device:
-        return group
-    return replace(group, link=fit_link(profile.transfers, group.link.name))
 
 
 def read_plan_file(path: Path) -> Plan:

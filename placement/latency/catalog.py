@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
-from math import log2, sqrt
+from math import inf, log2, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,7 @@ from engine.errors import BadConfig, unknown_name
 from placement.latency.model_shape import ModelShape, read_shape, shape_from_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -98,7 +99,14 @@ class Hardware:
     """What a plan may use, and the network between its nodes."""
 
     groups: tuple[NodeGroup, ...]
+    """Each of a kind of its own, by its device's name."""
     network: Link
+
+    def __post_init__(self) -> None:
+        for name, groups in Counter(group.device.name for group in self.groups).items():
+            if groups > 1:
+                rule = "entries of one kind of nodes must be one entry with their count"
+                raise BadConfig("hardware.nodes", name, rule)
 
     @property
     def devices(self) -> int:
@@ -113,6 +121,28 @@ class Hardware:
             if group.device.name == device:
                 return group
         raise unknown_name("device", device, [g.device.name for g in self.groups])
+
+
+def entry_of(group: NodeGroup) -> dict[str, Any]:
+    """What a fleet file would say of it, to be read back."""
+    device, usual = group.device, find_device(catalog_name(group.device.name))
+    entry: dict[str, Any] = {
+        "device": usual.name,
+        "count": group.nodes,
+        "devices": group.devices_per_node,
+        "link": group.link.name,
+    }
+    own = (
+        ("power_cap_w", device.power_w, usual.power_w),
+        ("price_per_hour", device.price_per_hour, usual.price_per_hour),
+        ("memory_bytes", device.memory_bytes, usual.memory_bytes),
+    )
+    return entry | {key: value for key, value, default in own if value != default}
+
+
+def catalog_name(kind: str) -> str:
+    """Of the device of a kind of nodes."""
+    return accelerator_of(kind).partition("@")[0]
 
 
 def find_device(name: str) -> Device:
@@ -154,9 +184,52 @@ def hardware_from(raw: object, where: str = "hardware") -> Hardware:
     nodes = content.get("nodes")
     if not isinstance(nodes, list) or not nodes:
         raise BadConfig("hardware.nodes", nodes, "a list with at least one entry")
-    groups = tuple(_group(f"hardware.nodes[{i}]", entry) for i, entry in enumerate(nodes))
+    entries = [_group(f"hardware.nodes[{i}]", entry) for i, entry in enumerate(nodes)]
+    groups = _told_apart(_merged(entries))
     default = "shared-memory" if len(groups) == 1 and groups[0].nodes == 1 else "infiniband-ndr"
     return Hardware(groups, find_link(str(content.get("network", default))))
+
+
+def _merged(groups: Sequence[NodeGroup]) -> list[NodeGroup]:
+    """Equal nodes are one group, however many entries they have."""
+    nodes: Counter[NodeGroup] = Counter()
+    for group in groups:
+        nodes[replace(group, nodes=1)] += group.nodes
+    return [replace(group, nodes=count) for group, count in nodes.items()]
+
+
+def _told_apart(groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Where several kinds of nodes have one device, it is named after what these differ in."""
+    marks = [(group.device.name, *_marks(group)) for group in groups]
+    told = []
+    for group, mine in zip(groups, marks, strict=True):
+        alike = [other for other in marks if other[0] == mine[0]]
+        differing = [
+            one
+            for one, all_of in zip(mine, zip(*alike, strict=True), strict=True)
+            if len(set(all_of)) > 1
+        ]
+        name = "".join((mine[0], *differing))
+        told.append(replace(group, device=replace(group.device, name=name)))
+    return tuple(told)
+
+
+def _marks(group: NodeGroup) -> tuple[str, ...]:
+    """What it has unlike the catalog; nothing where it has the same."""
+    device, usual = group.device, find_device(group.device.name)
+    marks = (
+        (f"@{device.power_w:g}W", device.power_w == usual.power_w),
+        (f"/devices={group.devices_per_node}", group.devices_per_node == usual.devices_per_node),
+        (f"/memory={device.memory_bytes}", device.memory_bytes == usual.memory_bytes),
+        (f"/price={device.price_per_hour}", device.price_per_hour == usual.price_per_hour),
+        (f"/link={group.link.name}", group.link.name == usual.link),
+    )
+    return tuple("" if same else mark for mark, same in marks)
+
+
+def accelerator_of(kind: str) -> str:
+    """What a kind of nodes computes with; kinds may also differ in how its nodes are made up."""
+    return kind.partition("/")[0]
 
 
 def one_kind(device: str, nodes: int = 1, devices_per_node: int | None = None) -> Hardware:
@@ -198,8 +271,8 @@ def _positive(field: str, raw: Mapping[str, Any], key: str, default: int) -> int
 
 def _amount(field: str, raw: Mapping[str, Any], key: str) -> float:
     value = raw[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-        raise BadConfig(f"{field}.{key}", value, "must be a number of at least 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < inf:
+        raise BadConfig(f"{field}.{key}", value, "must be a finite number of at least 0")
     return float(value)
 
 

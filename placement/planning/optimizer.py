@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from placement.latency.catalog import entry_of
 from placement.planning.carrying import Carrying
 from placement.planning.choice import Choice, choices_of, ranked, refusal
 from placement.planning.co_location import CoLocation
@@ -210,13 +211,5 @@ def _alternative(book: CostBook, rival: Choice) -> Alternative:
 
 
 def _describe(book: CostBook) -> dict[str, Any]:
-    nodes = [
-        {
-            "device": g.device.name,
-            "count": g.nodes,
-            "devices": g.devices_per_node,
-            "link": g.link.name,
-        }
-        for g in book.hardware.groups
-    ]
+    nodes = [entry_of(group) for group in book.hardware.groups]
     return {"nodes": nodes, "network": book.hardware.network.name}

@@ -153,7 +153,8 @@ def test_every_objective_can_be_asked_for_and_is_explained_in_its_terms(tandem, 
 
 
 def served_as(files, *pools, fleet=()):
-    hardware = {"nodes": [{"device": device} for device in fleet]}
+    nodes = [one if isinstance(one, dict) else {"device": one} for one in fleet]
+    hardware = {"nodes": nodes}
     plan = {**SPLIT_PLAN, "hardware": hardware, "pools": list(pools)}
     path = write(files / "mix.yaml", yaml.safe_dump(plan))
     return initial_specs(load_config(str(path)), Ground("cuda", owned=True))
@@ -220,6 +221,28 @@ def test_devices_that_ray_cannot_tell_apart_are_not_mixed_up(files, devices, fie
 def test_a_pool_goes_to_the_node_that_it_names(files):
     (spec,) = served_as(files, {"role": "mixed", "nodes": ["10.0.0.7"]})
     assert dict(spec.resources)["node:10.0.0.7"] == A_LITTLE
+
+
+CAPPED = {"device": "h100-80gb", "power_cap_w": 350}
+
+
+def test_capped_devices_are_told_from_others_by_resources_alone(files):
+    fleet = ["h100-80gb", CAPPED]
+    capped = {"role": "mixed", "device": "h100-80gb@350W"}
+    for pool in (capped, {**capped, "device": "h100-80gb"}):
+        with pytest.raises(BadConfig, match=r"pools\[0\].resources: 'h100-80gb"):
+            served_as(files, pool, fleet=fleet)
+    (spec,) = served_as(files, {**capped, "resources": {"slow": 1.0}}, fleet=fleet)
+    assert dict(spec.resources)["slow"] == 1.0
+    (anywhere,) = served_as(files, {**capped, "device": "h100-80gb"}, fleet=[CAPPED])
+    assert "accelerator_type:H100" not in dict(anywhere.resources)
+
+
+def test_a_device_in_nodes_of_two_sizes_is_one_to_ray(files):
+    fleet = ["h100-80gb", {"device": "h100-80gb", "devices": 4}, "l4"]
+    pools = [{"role": "mixed", "device": f"h100-80gb{size}"} for size in ("", "/devices=4")]
+    for spec in served_as(files, *pools, fleet=fleet):
+        assert dict(spec.resources)["accelerator_type:H100"] == A_LITTLE
 
 
 @pytest.mark.parametrize("nodes", ["10.0.0.7", ["10.0.0.7", "10.0.0.8"]])
@@ -508,3 +531,11 @@ def test_a_policy_that_cannot_be_followed_is_refused(tandem, files, changed, mor
     policy = write(files / "policy.yaml", text)
     given = ("--plan", plan, "--workload", files / "load.csv", "--policy", policy)
     refused(tandem("simulate", *given, *more), field)
+
+
+def test_a_profile_tells_of_its_device_in_nodes_of_every_size(files):
+    nodes = [{"device": "cpu-core", "devices": size} for size in (2, 4)]
+    book = cost_book("demo", {"nodes": nodes, "profile": str(files / "profile.json")})
+    kinds = ["cpu-core", "cpu-core/devices=4"]
+    assert [group.device.name for group in book.hardware.groups] == kinds
+    assert {type(book.latency(Cut(kind))) for kind in kinds} == {Measured}

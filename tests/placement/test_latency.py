@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import yaml
 
 from engine.errors import BadCheckpoint, BadConfig, Unsupported
 from placement.latency.catalog import (
     device_names,
+    entry_of,
     find_device,
     find_link,
     find_model,
+    hardware_from,
     model_names,
     one_kind,
     read_hardware,
@@ -186,10 +189,48 @@ def test_a_fleet_file(tmp_path: Path) -> None:
     assert one_kind("l4", 2).devices == 16
 
 
+CAPPED = "{device: h100-80gb, power_cap_w: 350}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kinds"),
+    [
+        (["{device: h100-80gb}", CAPPED], {"h100-80gb": (1, 700), "h100-80gb@350W": (1, 350)}),
+        ([CAPPED], {"h100-80gb": (1, 350)}),
+        ([CAPPED, CAPPED], {"h100-80gb": (2, 350)}),
+        (
+            ["{device: l4}", "{device: l4, devices: 4, count: 3}"],
+            {"l4": (1, 72), "l4/devices=4": (3, 72)},
+        ),
+        (["{device: l4}", "{device: l4, devices: 8, count: 3}"], {"l4": (4, 72)}),
+        (
+            ["{device: l4, price_per_hour: 0.5}", "{device: l4, link: pcie5}"],
+            {"l4/price=0.5": (1, 72), "l4/link=pcie5": (1, 72)},
+        ),
+    ],
+)
+def test_one_device_in_nodes_that_differ_is_several_kinds(
+    nodes: list[str], kinds: dict[str, tuple[int, float]]
+) -> None:
+    fleet = hardware_from(yaml.safe_load(f"nodes: [{', '.join(nodes)}]"))
+    assert {one.device.name: (one.nodes, one.device.power_w) for one in fleet.groups} == kinds
+    entries = [entry_of(group) for group in fleet.groups]
+    again = hardware_from({"nodes": entries, "network": fleet.network.name})
+    assert again == fleet
+
+
+def test_a_fleet_has_one_group_of_each_kind() -> None:
+    fleet = one_kind("l4")
+    with pytest.raises(BadConfig, match="must be one entry"):
+        replace(fleet, groups=fleet.groups * 2)
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
         ("nodes: []", "hardware.nodes"),
+        ("nodes: [{device: l4, price_per_hour: .inf}]", "hardware.nodes[0].price_per_hour"),
+        ("nodes: [{device: l4, power_cap_w: .nan}]", "hardware.nodes[0].power_cap_w"),
         ("nodes: [{device: tpu}]", "device"),
         ("nodes: [{device: l4, count: 0}]", "hardware.nodes[0].count"),
         ("nodes: [{device: l4, cuont: 1}]", "hardware.nodes[0]"),

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import yaml
 
 from engine.errors import BadConfig, NoFeasiblePlan
 from engine.messages import Role
 from placement.latency.at_work import StepsAtWork
-from placement.latency.catalog import Hardware, find_device, find_link, find_model, one_kind
+from placement.latency.catalog import (
+    Hardware,
+    find_link,
+    find_model,
+    hardware_from,
+    one_kind,
+)
 from placement.latency.measured import Run, Sample
 from placement.latency.model import decode_step, prefill_step
 from placement.latency.profile import Profile
@@ -394,7 +401,13 @@ def test_a_bad_plan_is_refused(content: object, field: str) -> None:
     assert refusal.value.field == field
 
 
-def test_a_capped_device_has_its_own_cut() -> None:
-    cut = Cut("h100-80gb", 2)
-    assert str(PoolPlan(Role.PREFILL, 3, cut)) == "3 prefill (TP2 on h100-80gb)"
-    assert find_device("h100-80gb").capped(350).power_w == 350
+def test_capped_and_uncapped_devices_are_planned_as_two_kinds() -> None:
+    nodes = [{"device": "l4", "devices": 2}, {"device": "l4", "devices": 2, "power_cap_w": 50}]
+    costs = CostBook(find_model("llama-3.1-8b"), hardware_from({"nodes": nodes}))
+    assert costs.cost_per_hour(Cut("l4@50W")) == costs.cost_per_hour(Cut("l4"))
+    assert costs.power_w(Cut("l4@50W"), 1.0, prefills=True, decodes=False) <= 50
+    found = plan(costs, chat(), question())
+    assert {pool.cut.device for pool in found.pools} == {"l4", "l4@50W"}
+    again = plan_from(yaml.safe_load(found.to_yaml()))
+    assert hardware_from(again.hardware) == costs.hardware
+    assert again.pools == found.pools
