@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadCheckpoint, Unsupported, unknown_name
 from engine.layout import DTYPE_BYTES
+from engine.model.fields import Fields
+from engine.model.scaling import read_scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 UNGATED = frozenset({"opt", "bloom", "gpt2", "gpt_neox", "gptj", "falcon", "gpt_bigcode"})
 """Families whose feed-forward has two matrices, not three."""
+SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 DTYPES = {"half": "float16", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -36,10 +39,20 @@ class ModelShape:
     tied: bool = False
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
+    matrix_dtype: str | None = None
+    """Of the layers' matrices where they are stored narrower; they are widened as they are read."""
+    dense_layers: int = 0
+    """Without experts, in a model that has them."""
+    dense_intermediate: int = 0
+    """Of these layers."""
 
     @property
     def weight_bytes_each(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def matrix_bytes_each(self) -> int:
+        return DTYPE_BYTES[self.matrix_dtype or self.dtype]
 
     @property
     def attention_parameters(self) -> int:
@@ -52,19 +65,37 @@ class ModelShape:
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
+    def dense_parameters(self) -> int:
+        """Those of a layer without experts."""
+        return (3 if self.gated else 2) * self.hidden * self.dense_intermediate
+
+    @property
+    def expert_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    @property
     def router_parameters(self) -> int:
         return self.hidden * self.experts if self.experts > 1 else 0
 
+    def matrix_parameters(self, experts: float) -> float:
+        """Of all layers, with so many experts of each that has some."""
+        feed_forward = self.expert_layers * experts * self.expert_parameters
+        feed_forward += self.dense_layers * self.dense_parameters
+        return self.layers * self.attention_parameters + feed_forward
+
     @property
     def parameters(self) -> int:
-        layer = self.attention_parameters + self.router_parameters
-        layer += self.experts * self.expert_parameters
-        embeddings = self.hidden * self.vocabulary * (1 if self.tied else 2)
-        return self.layers * layer + embeddings
+        return int(self.matrix_parameters(self.experts)) + self._other_parameters
 
     @property
     def weight_bytes(self) -> int:
-        return self.parameters * self.weight_bytes_each
+        matrices = int(self.matrix_parameters(self.experts)) * self.matrix_bytes_each
+        return matrices + self._other_parameters * self.weight_bytes_each
+
+    @property
+    def _other_parameters(self) -> int:
+        embeddings = self.hidden * self.vocabulary * (1 if self.tied else 2)
+        return self.expert_layers * self.router_parameters + embeddings
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -73,8 +104,8 @@ class ModelShape:
     def splits_into(self, tensor: int, pipeline: int) -> bool:
         """Whether heads and the MLP divide over tensor ranks and every stage gets a layer."""
         kv_fits = self.kv_heads % tensor == 0 or tensor % self.kv_heads == 0
-        divides = self.heads % tensor == 0 and self.intermediate % tensor == 0
-        return divides and kv_fits and pipeline <= self.layers
+        divided = (self.heads, self.intermediate, self.dense_intermediate)
+        return kv_fits and pipeline <= self.layers and not any(one % tensor for one in divided)
 
     def kv_heads_of_rank(self, tensor: int) -> int:
         return max(1, self.kv_heads // tensor)
@@ -94,6 +125,9 @@ def read_shape(directory: Path) -> ModelShape:
 def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     if "kv_lora_rank" in config:
         raise Unsupported(f"{name}: multi-head latent attention has no cost model")
+    for key in SHARED_EXPERTS:
+        if config.get(key):
+            raise Unsupported(f"{name}: {key}: experts that every token takes have no cost model")
     field = _Fields(name, config)
     hidden = field.integer("hidden_size", "n_embd", "d_model")
     heads = field.integer("num_attention_heads", "n_head", "num_heads")
@@ -101,9 +135,11 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     dtype = _dtype(name, str(config.get("torch_dtype", config.get("dtype", "bfloat16"))))
     default_kv = 1 if config.get("multi_query") else heads
     experts = field.integer("num_local_experts", "num_experts", "n_routed_experts", default=1)
+    layers = field.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    dense = _dense_layers(config, layers) if experts > 1 else 0
     return ModelShape(
         name=name,
-        layers=field.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=field.integer("num_key_value_heads", "num_kv_heads", default=default_kv),
@@ -116,6 +152,19 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         tied=bool(config.get("tie_word_embeddings", False)),
         dtype=dtype,
         kv_dtype=dtype,
+        matrix_dtype=None if read_scaling(Fields(config, name)) is None else "float8_e4m3fn",
+        dense_layers=dense,
+        dense_intermediate=_intermediate(field, hidden, 1) if dense else 0,
+    )
+
+
+def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
+    """How many have no experts, as the engine reads it."""
+    fields = Fields(config)
+    first = fields.count("first_k_dense_replace", 0)
+    dense, step = fields.integers("mlp_only_layers"), fields.integer("decoder_sparse_step", 1)
+    return sum(
+        layer < first or layer in dense or (layer + 1) % step != 0 for layer in range(layers)
     )
 
 

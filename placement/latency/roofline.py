@@ -72,30 +72,31 @@ class Roofline(LatencyModel):
     def flops(self, tokens: int, draws: int) -> float:
         """Of the weights, per device."""
         shape = self.shape
-        layer = shape.attention_parameters + shape.router_parameters
-        layer += shape.active_experts * shape.expert_parameters
-        total = tokens * shape.layers * layer + draws * shape.hidden * shape.vocabulary
+        layers = shape.matrix_parameters(shape.active_experts)
+        layers += shape.expert_layers * shape.router_parameters
+        total = tokens * layers + draws * shape.hidden * shape.vocabulary
         return 2 * total / (self.tensor_parallel * self.pipeline_parallel)
 
     def weight_bytes_read(self, tokens: int) -> float:
         """Per device; a batch touches only some experts."""
         shape = self.shape
-        experts = self.experts_touched(tokens) * shape.expert_parameters
-        layer = shape.attention_parameters + shape.router_parameters + experts
-        total = shape.layers * layer + shape.hidden * shape.vocabulary
-        return total * shape.weight_bytes_each / (self.tensor_parallel * self.pipeline_parallel)
+        layers = shape.matrix_parameters(self.experts_touched(tokens)) * shape.matrix_bytes_each
+        rest = shape.expert_layers * shape.router_parameters + shape.hidden * shape.vocabulary
+        total = layers + rest * shape.weight_bytes_each
+        return total / (self.tensor_parallel * self.pipeline_parallel)
 
     def experts_touched(self, tokens: int) -> float:
         """Distinct experts, expected, if tokens choose evenly."""
         experts, active = self.shape.experts, self.shape.active_experts
         return experts * (1 - (1 - active / experts) ** tokens)
 
-    def matrix_s(self, rows: int, parameters: float, read: float) -> float:
-        """`rows` times a matrix; `read` of its parameters come from memory."""
-        device, each = self.device, self.shape.weight_bytes_each
-        fp8 = device.fp8_flops if each == 1 else None
+    def matrix_s(self, rows: int, parameters: float, read_bytes: float) -> float:
+        """`rows` times a matrix, of which so much comes from memory; multiplied in the model's own
+        floats, even where it is stored in narrower ones."""
+        device = self.device
+        fp8 = device.fp8_flops if self.shape.weight_bytes_each == 1 else None
         compute_s = 2 * rows * parameters / ((fp8 or device.bf16_flops) * device.compute)
-        memory_s = read * each / (device.memory_bytes_per_s * device.memory)
+        memory_s = read_bytes / (device.memory_bytes_per_s * device.memory)
         return float((compute_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS))
 
     @cached_property
@@ -103,29 +104,39 @@ class Roofline(LatencyModel):
         """What has been worked out of `fixed_s`."""
         return {}
 
-    def _layer_s(self, tokens: int) -> float:
+    def _layer_s(self, tokens: int, computed: float, read: float) -> float:
+        """With so many parameters of its feed-forward computed with for each token, and read."""
         shape, tensor = self.shape, self.tensor_parallel
+        each = shape.matrix_bytes_each
         query_value = shape.attention_parameters / 2 / tensor
-        feed_forward = shape.expert_parameters / tensor
-        active = shape.active_experts * feed_forward
-        touched = self.experts_touched(tokens) * feed_forward
         hidden_bytes = tokens * shape.hidden * 2
         small_s = ACTIVATION_PASSES * hidden_bytes / self.device.memory_bytes_per_s
         return (
-            2 * self.matrix_s(tokens, query_value, query_value)
-            + self.matrix_s(tokens, active, touched)
+            2 * self.matrix_s(tokens, query_value, query_value * each)
+            + self.matrix_s(tokens, computed / tensor, read / tensor * each)
             + small_s
             + self.device.layer_overhead_s
             + 2 * self.link.all_reduce_s(hidden_bytes, tensor)
         )
 
+    def _layers_s(self, tokens: int) -> float:
+        """Those with experts, or alike where there are none, and those without."""
+        shape = self.shape
+        active = shape.active_experts * shape.expert_parameters
+        touched = self.experts_touched(tokens) * shape.expert_parameters
+        layers_s = shape.expert_layers * self._layer_s(tokens, active, touched)
+        if shape.dense_layers:
+            dense = shape.dense_parameters
+            layers_s += shape.dense_layers * self._layer_s(tokens, dense, dense)
+        return layers_s
+
     def _fixed_s(self, tokens: int, draws: int) -> float:
         shape = self.shape
         head = shape.hidden * shape.vocabulary / self.tensor_parallel
+        head_s = self.matrix_s(draws, head, head * shape.weight_bytes_each)
         between = self.pipeline_link or self.link
         sends_s = (self.pipeline_parallel - 1) * between.transfer_s(tokens * shape.hidden * 2)
-        layers_s = shape.layers * self._layer_s(tokens)
-        return layers_s + self.matrix_s(draws, head, head) + sends_s + self.device.step_overhead_s
+        return self._layers_s(tokens) + head_s + sends_s + self.device.step_overhead_s
 
 
 def power_w(device: Device, compute_share: float, memory_share: float) -> float:

@@ -85,9 +85,9 @@ def check_operators(data: Path) -> None:
 def matrices_s(model: Roofline, tokens: int) -> float:
     shape, ranks = model.shape, model.tensor_parallel
     half = shape.attention_parameters / 2 / ranks
-    feed_forward = shape.expert_parameters / ranks
-    return 2 * model.matrix_s(tokens, half, half) + model.matrix_s(
-        tokens, feed_forward, feed_forward
+    feed_forward, each = shape.expert_parameters / ranks, shape.matrix_bytes_each
+    return 2 * model.matrix_s(tokens, half, half * each) + model.matrix_s(
+        tokens, feed_forward, feed_forward * each
     )
 
 

@@ -80,6 +80,13 @@ def test_config_names_of_other_families_are_understood() -> None:
         ({"num_hidden_layers": 0}, BadCheckpoint),
         ({"torch_dtype": "int3"}, BadConfig),
         ({"kv_lora_rank": 512}, Unsupported),
+        ({"shared_expert_intermediate_size": 64}, Unsupported),
+        ({"n_shared_experts": 2}, Unsupported),
+        ({"quantization_config": {"quant_method": "awq"}}, BadCheckpoint),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack"}},
+            BadCheckpoint,
+        ),
     ],
 )
 def test_a_config_without_a_cost_model_is_refused(
@@ -151,6 +158,53 @@ def test_fp8_weights_halve_what_decode_reads() -> None:
     small = replace(model, shape=replace(model.shape, dtype="float8_e4m3fn"))
     assert small.decode_s([1]) < 0.75 * model.decode_s([1])
     assert small.prefill_s([(8192, 0)]) < 0.75 * model.prefill_s([(8192, 0)])
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "vocab_size": 128256, "torch_dtype": "bfloat16"}  # fmt: skip
+
+
+def test_matrices_stored_in_8_bits_are_read_so_and_computed_with_as_before() -> None:
+    wide = roofline("llama-3.1-8b", tensor=1)
+    shape = shape_from_config("llama-3.1-8b", LLAMA | {"quantization_config": FP8})
+    narrow = replace(wide, shape=shape)
+    embeddings = 2 * 4096 * 128256
+    assert shape.parameters == wide.shape.parameters
+    assert shape.weight_bytes == shape.parameters + embeddings
+    assert shape.kv_bytes_per_token == wide.shape.kv_bytes_per_token
+    assert narrow.weight_bytes_read(1) < 0.57 * wide.weight_bytes_read(1)
+    assert narrow.decode_s([1]) < 0.75 * wide.decode_s([1])
+    assert narrow.prefill_s([(8192, 0)]) > 0.97 * wide.prefill_s([(8192, 0)])
+
+
+QWEN3_MOE = {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+             "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+             "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+             "head_dim": 128, "vocab_size": 151936}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "dense"),
+    [
+        ({}, 0),
+        ({"mlp_only_layers": [0, 1, 5]}, 3),
+        ({"decoder_sparse_step": 2}, 24),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [0, 1]}, 25),
+        ({"first_k_dense_replace": 4}, 4),
+    ],
+)
+def test_layers_without_experts_are_counted_as_they_are(said: dict[str, Any], dense: int) -> None:
+    known, shape = find_model("qwen3-30b-a3b"), shape_from_config("moe", QWEN3_MOE | said)
+    less = dense * (128 * (3 * 2048 * 768 + 2048) - 3 * 2048 * 6144)
+    assert known.parameters - shape.parameters == less
+    assert shape.weight_bytes == 2 * shape.parameters
+    device = find_device("h100-80gb")
+    model = Roofline(shape, device, find_link(device.link))
+    every = replace(model, shape=known)
+    assert (model.decode_s([10] * 64) < every.decode_s([10] * 64)) == (dense > 0)
+    assert (model.flops(1, 1) == every.flops(1, 1)) == (dense == 0)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
