@@ -157,9 +157,9 @@ class Carrying:
         for prospect in batch:
             candidate, bound_rps = prospect.candidate, prospect.bound_rps
             most = self._search.copies(candidate)
-            if candidate.family in self._lowest:
-                affordable = self._lowest[candidate.family] / self._least_price(candidate)
-                most = min(most, int(affordable + 1e-9))
+            price = self._least_price(candidate)
+            if candidate.family in self._lowest and price > 0:
+                most = min(most, int(self._lowest[candidate.family] / price + 1e-9))
             least = ceil(self._rate_rps / (bound_rps * OVER_BOUND) - 1e-9)
             if least <= most:
                 guess = min(max(ceil(self._rate_rps / (bound_rps * GUESSED_SHARE)), least), most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -73,8 +74,8 @@ class Target:
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s"):
-            if getattr(self, name) <= 0:
-                raise BadConfig(f"slo.{name}", getattr(self, name), "must be positive")
+            if not 0 < getattr(self, name) < inf:
+                raise BadConfig(f"slo.{name}", getattr(self, name), "must be positive and finite")
         if not 0 < self.attainment <= 1:
             raise BadConfig("slo.attainment", self.attainment, "must be above 0 and at most 1")
 

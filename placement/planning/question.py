@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import TYPE_CHECKING
 
 from engine.errors import BadConfig
@@ -47,9 +48,8 @@ class Question:
     def __post_init__(self) -> None:
         if self.objective.needs_rate and self.rate_rps is None:
             raise BadConfig("rate", None, f"needed to plan for least {self.objective.value}")
-        if self.rate_rps is not None and self.rate_rps <= 0:
-            raise BadConfig("rate", self.rate_rps, "must be positive")
-        if self.power_cap_w is not None and self.power_cap_w <= 0:
-            raise BadConfig("power-cap", self.power_cap_w, "must be positive")
+        for name, value in (("rate", self.rate_rps), ("power-cap", self.power_cap_w)):
+            if value is not None and not 0 < value < inf:
+                raise BadConfig(name, value, "must be positive and finite")
         if self.requests < 50:
             raise BadConfig("requests", self.requests, "at least 50 are needed for percentiles")

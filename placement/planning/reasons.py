@@ -112,9 +112,9 @@ class Reasons:
         objective = self._question.objective
         prices = (one.price(self._book, objective) for one in (winner, rival))
         ours, theirs = prices
-        change = ours / theirs - 1
-        if abs(change) < CLOSE:
+        if abs(ours - theirs) <= CLOSE * abs(theirs):
             return None
+        change = ours / theirs - 1
         size = f"{abs(change):.0%}"
         match objective:
             case Objective.GOODPUT:

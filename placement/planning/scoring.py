@@ -78,7 +78,8 @@ class Setting:
         tokens = float(self.sample.output_tokens.mean())
         answer_s = tokens * self.target.tpot_s * TYPICAL_TPOT_SHARE
         lasting_s = max(ANSWERS_LONG * answer_s, FIRST_TOKENS_LONG * self.target.ttft_s)
-        return self.sample.first(max(self.requests, int(rate_rps * lasting_s)))
+        wanted = min(rate_rps * lasting_s, len(self.sample))
+        return self.sample.first(max(self.requests, int(wanted)))
 
 
 class Spread(Protocol):

@@ -152,6 +152,22 @@ def test_every_objective_can_be_asked_for_and_is_explained_in_its_terms(tandem, 
     assert answer["predicted"]["power_w"] <= asked.get("power-cap", float("inf"))
 
 
+def test_targets_beyond_any_time_are_targets(tandem, files):
+    status, _, _ = tandem(*plan_arguments(files, ttft=1e308, tpot=1e300))
+    assert status == 0
+
+
+def test_machines_that_cost_nothing_are_planned_for_a_rate(tandem, files):
+    text = "nodes: [{device: cpu-core, devices: 2, price_per_hour: 0}]"
+    free = write(files / "free.yaml", text)
+    asked = {"objective": "cost", "rate": 1.0, "hardware": free}
+    status, out, _ = tandem(*plan_arguments(files, **asked), "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["predicted"]["cost_per_hour"] == 0
+    assert "It is as good as the best" in answer["reason"]
+
+
 def served_as(files, *pools, fleet=()):
     nodes = [one if isinstance(one, dict) else {"device": one} for one in fleet]
     hardware = {"nodes": nodes}
@@ -309,6 +325,12 @@ def test_plans_and_simulations_draw_reports_that_fetch_nothing(tandem, files):
         ({"ttft": 0.001}, "slo.ttft_s"),
         ({"tpot": 0.0001}, "slo.tpot_s"),
         ({"ttft": -1}, "slo.ttft_s"),
+        ({"ttft": "inf"}, "slo.ttft_s"),
+        ({"tpot": "nan"}, "slo.tpot_s"),
+        ({"attainment": "nan"}, "slo.attainment"),
+        ({"rate": "nan"}, "rate"),
+        ({"rate": "inf", "objective": "cost"}, "rate"),
+        ({"power-cap": "inf"}, "power-cap"),
         ({"attainment": 1.5}, "slo.attainment"),
         ({"rate": 1e6}, "rate"),
         ({"rate": -1}, "rate"),

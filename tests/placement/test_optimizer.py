@@ -365,6 +365,10 @@ def test_questions_that_make_no_sense_are_refused() -> None:
         question(objective=Objective.COST)
     with pytest.raises(BadConfig, match="positive"):
         Target(0.0, 0.1)
+    with pytest.raises(BadConfig, match="finite"):
+        Target(1.0, float("inf"))
+    with pytest.raises(BadConfig, match="finite"):
+        question(rate_rps=float("nan"))
     with pytest.raises(BadConfig, match="at most 1"):
         Target(1.0, 0.1, 90)
 
