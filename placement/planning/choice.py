@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.errors import NoFeasiblePlan
 from placement.planning.question import Objective
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from placement.planning.candidate import Candidate, Scored
     from placement.planning.costbook import CostBook
-    from placement.planning.phases import Phase
     from placement.planning.plan import PoolPlan
     from placement.planning.question import Question
 
@@ -93,33 +91,3 @@ def ranked(book: CostBook, choices: Iterable[Choice], question: Question) -> lis
             str(one.candidate),
         ),
     )
-
-
-def refusal(choices: Sequence[Choice], question: Question, phases: list[Phase]) -> NoFeasiblePlan:
-    """Which constraint binds, and by how much."""
-    if not choices:
-        return _nothing_serves(question, phases)
-    cap = question.power_cap_w
-    if cap is not None and all(one.copies < 1 for one in choices):
-        least = min(one.scored.power_w for one in choices)
-        rule = f"the smallest candidate draws {least:.0f} W, {least / cap - 1:.0%} over the cap"
-        return NoFeasiblePlan("power_cap_w", cap, rule)
-    most = max(choices, key=lambda one: one.rate_rps)
-    wanted = question.rate_rps or 0.0
-    bound = "under the power cap" if cap is not None else "with this hardware"
-    rule = (
-        f"{bound} at most {most.rate_rps:.4g} requests/s can be served ({most.candidate}); "
-        f"{wanted / max(most.rate_rps, 1e-9):.2f} times as much is asked"
-    )
-    return NoFeasiblePlan("rate", wanted, rule)
-
-
-def _nothing_serves(question: Question, phases: list[Phase]) -> NoFeasiblePlan:
-    fastest = min(phases, key=lambda phase: phase.best_ttft_s)
-    target = question.target
-    spare = 1 - fastest.best_ttft_s / target.ttft_s
-    rule = (
-        f"no candidate reaches {target.attainment:.0%} at any rate; a long prompt alone takes "
-        f"{fastest.best_ttft_s:.4g} s of {target.ttft_s:g} s, which leaves {spare:.0%} for waiting"
-    )
-    return NoFeasiblePlan("slo.attainment", target.attainment, rule)

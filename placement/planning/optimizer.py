@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.errors import NoFeasiblePlan
 from placement.latency.catalog import entry_of
 from placement.planning.carrying import Carrying
-from placement.planning.choice import Choice, choices_of, ranked, refusal
+from placement.planning.choice import Choice, choices_of, ranked
 from placement.planning.co_location import CoLocation
 from placement.planning.mixes import Mixing
 from placement.planning.phases import check_targets, cuts_in_service, feasible_cuts, phase_of
 from placement.planning.plan import Alternative, Plan
-from placement.planning.reasons import Reasons
+from placement.planning.reasons import Reasons, left_out
+from placement.planning.refusal import no_room, nothing_serves, too_little
 from placement.planning.scoring import Setting, score_prospects, spreading
 from placement.planning.search import Search
 from placement.workload import Arrivals
@@ -63,31 +65,57 @@ def answer(
 ) -> Answer:
     sample = representative(workload, max(question.requests, question.most_requests), question.seed)
     feasible = feasible_cuts(book, sample)
+    try:
+        return _answer_of(book, sample, question, feasible, progress or _unseen)
+    except NoFeasiblePlan as refusal:
+        unknown = _unknown(book, feasible)
+        if not unknown:
+            raise
+        rule = f"{refusal.rule}. {left_out(unknown)}"
+        raise NoFeasiblePlan(refusal.field, refusal.value, rule) from refusal
+
+
+def _answer_of(
+    book: CostBook,
+    sample: Workload,
+    question: Question,
+    feasible: list[Cut],
+    progress: Callable[[int, int], None],
+) -> Answer:
     cuts = cuts_in_service(book, feasible)
     phases = [phase_of(book, cut, sample, question.target) for cut in cuts]
     check_targets(phases, question.target)
     slow = _slow_copies(book, sample, question.target)
     search = Search(book, phases, question.target, question.token_budgets, slow)
+    prospects = search.prospects()
+    if not prospects:
+        raise no_room(phases, question.target)
     setting = Setting(
         book, sample, question.target, question.overheads, question.processes, question.requests
     )
     with spreading(question.processes) as spread:
-        scored = _scored(setting, question, search, spread, progress or _unseen)
+        scored = _scored(setting, question, search, spread, progress)
         choices = choices_of(scored, question)
         alone = ranked(book, choices, question)
         mixing = Mixing(setting, question, spread)
-        prospects = search.prospects()
         mixes = mixing.best(prospects, choices, alone[0] if alone else None)
-    choices += choices_of(mixes, question)
+        choices += choices_of(mixes, question)
+        if not choices:
+            raise nothing_serves(setting, scored, spread)
     able = ranked(book, choices, question)
     if not able:
-        raise refusal(choices, question, phases)
+        raise too_little(choices, question)
     chosen, rivals = able[0], _beaten(choices, able)
-    unknown = [cut for cut in feasible if cut not in cuts]
     kinds = frozenset(one.candidate.kind for one in prospects)
-    reason = Reasons(book, question, kinds).explain(chosen, rivals, unknown)
+    reason = Reasons(book, question, kinds).explain(chosen, rivals, _unknown(book, feasible))
     found = _write(book, question, chosen, rivals, reason)
     return Answer(found, chosen, tuple(rivals), setting)
+
+
+def _unknown(book: CostBook, feasible: list[Cut]) -> list[Cut]:
+    """Left out, since nothing tells how they do in service."""
+    cuts = cuts_in_service(book, feasible)
+    return [cut for cut in feasible if cut not in cuts]
 
 
 def _scored(

@@ -52,8 +52,7 @@ class Reasons:
         limit = winner.scored.goodput.limit
         parts.append(f"Beyond its goodput the first thing to give way is {limit}.")
         if unknown:
-            cuts = ", ".join(map(str, unknown))
-            parts.append(f"Not considered: {cuts}, of which the profile measured no server.")
+            parts.append(f"{left_out(unknown)}.")
         return " ".join(parts)
 
     def _why_together(self, winner: Choice) -> str:
@@ -140,6 +139,11 @@ class Reasons:
                 return f"{serves} and takes {choice.candidate.accelerators} of the accelerators"
             case _:
                 return serves
+
+
+def left_out(cuts: Sequence[Cut]) -> str:
+    names = ", ".join(map(str, cuts))
+    return f"Not considered: {names}, of which the profile measured no server"
 
 
 def _because(choice: Choice) -> str:

@@ -28,8 +28,11 @@ from placement.planning.costbook import CostBook, Cut
 from placement.planning.goodput import find_fewest_copies, find_goodput
 from placement.planning.optimizer import plan
 from placement.planning.packing import copies_that_fit, room_of, taken_of_room
+from placement.planning.phases import Phase
 from placement.planning.plan import Plan, PoolPlan, Target, plan_from, read_plan
 from placement.planning.question import Objective, Question
+from placement.planning.refusal import no_room
+from placement.planning.search import Search
 from placement.simulation.deployment import Overheads
 from placement.workload import Workload
 
@@ -230,6 +233,44 @@ def test_a_model_that_fills_a_node_is_split_where_two_fit(nodes: int) -> None:
     found = plan(costs, chat(), question(Target(4.0, 0.2)))
     assert ("disaggregated" in {other.kind for other in found.alternatives}) == (nodes == 2)
     assert ("no room for a prefill beside a decode" in found.reason) == (nodes == 1)
+
+
+def test_so_it_is_where_there_is_no_plan() -> None:
+    costs = crowded(2)
+    work = decode_step([512] * 4)
+    steps = (StepsAtWork(10, work, costs.latency(Cut("l4")).step_s(work)),)
+    served_too = replace(costs, profiles={"l4": replace(costs.profiles["l4"], steps=steps)})
+    left_out = "Not considered: TP2 on l4, of which the profile measured no server"
+    for asked in (question(Target(0.001, 0.09)), question(Target(2.0, 0.055, 1.0))):
+        with pytest.raises(NoFeasiblePlan, match=left_out):
+            plan(served_too, chat(), asked)
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [(Target(0.4, 0.5, 1.0), "slo.ttft_s"), (Target(200.0, 0.0668, 1.0), "slo.tpot_s")],
+)
+def test_what_no_rate_attains_says_which_target_is_missed_and_by_how_much(
+    target: Target, field: str
+) -> None:
+    """Of requests that come eight at once, however rarely."""
+    load = replace(chat(), arrival_s=np.repeat(chat().arrival_s[::8], 8))
+    with pytest.raises(NoFeasiblePlan, match="no candidate reaches 100%") as refusal:
+        plan(book(1), load, question(target))
+    assert refusal.value.field == field
+    assert "longer; what gives way is" in refusal.value.rule
+
+
+def test_targets_that_only_two_instances_meet_need_room_for_both() -> None:
+    costs = book(2)
+    phases = [
+        Phase(Cut("l4"), 1.0, 0.0, best_ttft_s=0.1, best_tpot_s=0.2),
+        Phase(Cut("l4", 2), 1.0, 1.0, best_ttft_s=0.2, best_tpot_s=0.1),
+    ]
+    target = Target(0.15, 0.15)
+    assert Search(costs, phases, target, (2048,), lambda *_: False).prospects() == []
+    refusal = no_room(phases, target)
+    assert "no room for one for each, such as TP1 on l4 beside TP2 on l4" in refusal.rule
 
 
 @pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
