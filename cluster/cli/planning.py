@@ -54,7 +54,7 @@ def cost_book(model: str, fleet: Mapping[str, Any]) -> CostBook:
     profile = read_profile(Path(str(fleet["profile"])))
     kinds = _measured_kinds(profile, hardware)
     return CostBook(
-        find_shape(model),
+        find_shape(model).stored_as(profile.dtype, profile.kv_dtype),
         _with_measured_links(hardware, profile, kinds),
         {kind: replace(profile, device=kind) for kind in kinds},
     )

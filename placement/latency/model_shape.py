@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadCheckpoint, Unsupported, unknown_name
@@ -100,6 +100,11 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         return self.layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
+
+    def stored_as(self, dtype: str | None, kv_dtype: str | None) -> ModelShape:
+        """With weights and KV in these floats, where they are given; KV is like weights else."""
+        weights = dtype or self.dtype
+        return replace(self, dtype=weights, kv_dtype=kv_dtype or weights)
 
     def splits_into(self, tensor: int, pipeline: int) -> bool:
         """Whether heads and the MLP divide over tensor ranks and every stage gets a layer."""

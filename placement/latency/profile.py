@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig
 from engine.messages import Role
@@ -45,6 +45,17 @@ class Profile:
     """A hand-off's messages, beyond its copy."""
     role: Role = Role.MIXED
     """Of the instances whose latency it tells."""
+    dtype: str | None = None
+    """Of weights, as it was measured; None where an earlier version did not say."""
+    kv_dtype: str | None = None
+    threads: int | None = None
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """How a config's engine section deploys what was measured."""
+        narrow = None if self.kv_dtype == self.dtype else self.kv_dtype
+        said = {"dtype": self.dtype, "kv_dtype": narrow, "threads": self.threads}
+        return {key: value for key, value in said.items() if value is not None}
 
     def run(self, tensor_parallel: int, pipeline_parallel: int) -> Run | None:
         for run in self.runs:

@@ -1,7 +1,8 @@
 """Reads profiles that `tandem profile` wrote.
 
-A profile is JSON: `model` (name), `device`, `dtype`, `kv_bytes_per_token`, and `runs`, one for
-each parallelism: `tensor_parallel`, `pipeline_parallel`, `kv_capacity_tokens`, and samples
+A profile is JSON: `model` (name), `device`, optionally `dtype`, `kv_dtype` and `threads` (of the
+engine that was measured), and `runs`, one for each parallelism: `tensor_parallel`,
+`pipeline_parallel`, `kv_capacity_tokens`, and samples
 `prefill` (tokens, squares, seconds; optionally prompts, context), `decode` (batch, context,
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
@@ -18,6 +19,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig, unknown_name
+from engine.layout import DTYPE_BYTES
 from placement.latency.at_work import StepsAtWork
 from placement.latency.measured import Run, Sample
 from placement.latency.model import Step
@@ -73,7 +75,17 @@ def profile_from(content: object) -> Profile:
         way_s,
         way_steps,
         handoff_s,
+        dtype=_dtype(content, "dtype"),
+        kv_dtype=_dtype(content, "kv_dtype"),
+        threads=_count("profile", content, "threads") if "threads" in content else None,
     )
+
+
+def _dtype(content: Mapping[str, Any], key: str) -> str | None:
+    name = content.get(key)
+    if name is not None and name not in DTYPE_BYTES:
+        raise unknown_name(f"profile.{key}", str(name), DTYPE_BYTES)
+    return name
 
 
 def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any]) -> StepsAtWork:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from engine.errors import BadConfig
 from engine.messages import Role
 from placement.latency.roofline import Roofline, power_w
 from placement.role import RoleSettings
@@ -111,6 +112,15 @@ class CostBook:
         """What profiles say of them; several devices' clients wait for the slowest."""
         known = [(one.arrival_s, one.handoff_s) for one in self.profiles.values()]
         return Overheads(*map(max, zip(*known, strict=True)))
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """How instances must be set for these costs; all are set alike."""
+        settings = [profile.engine for profile in self.profiles.values()] or [{}]
+        if any(one != settings[0] for one in settings):
+            rule = "profiles of one fleet must be of one dtype, kv_dtype and number of threads"
+            raise BadConfig("profile", settings, rule)
+        return settings[0]
 
     def cost_per_hour(self, cut: Cut) -> float:
         return self.group(cut).device.price_per_hour * cut.accelerators

@@ -194,6 +194,7 @@ def _write(
         alternatives=tuple(_alternative(book, rival) for rival in rivals),
         reason=reason,
         token_budget=candidate.token_budget,
+        engine=book.engine,
         co_located=_co_location(book, candidate),
     )
 

@@ -112,6 +112,8 @@ class Plan:
     reason: str = ""
     token_budget: int | None = None
     """Prompt tokens of a batch, where one was chosen."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """What else its instances are set to."""
     co_located: CoLocation | None = None
 
     @property
@@ -132,8 +134,12 @@ class Plan:
         }
         if self.co_located is not None:
             content["co_located"] = _rounded(asdict(self.co_located))
+        engine = dict(self.engine)
         if self.token_budget is not None:
-            content["engine"] = {"prefill": {"token_budget": self.token_budget}}
+            prefill = engine.get("prefill") or {}
+            engine["prefill"] = {**prefill, "token_budget": self.token_budget}
+        if engine:
+            content["engine"] = engine
         content["predicted"] = _rounded(self.predicted)
         content["alternatives"] = [_alternative_entry(other) for other in self.alternatives]
         content["reason"] = self.reason
@@ -167,7 +173,8 @@ def plan_from(content: object) -> Plan:
         _number("slo.tpot_s", slo.get("tpot_s", 0.1)),
         _number("slo.attainment", slo.get("attainment", 0.9)),
     )
-    prefill = (content.get("engine") or {}).get("prefill") or {}
+    engine = content.get("engine") or {}
+    prefill = engine.get("prefill") or {}
     budget = prefill.get("token_budget")
     read = tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools))
     return Plan(
@@ -178,6 +185,7 @@ def plan_from(content: object) -> Plan:
         predicted=content.get("predicted") or {},
         reason=str(content.get("reason", "")),
         token_budget=None if budget is None else _whole("engine.prefill.token_budget", budget),
+        engine=engine,
         co_located=_read_co_location(content.get("co_located"), read),
     )
 

@@ -125,6 +125,38 @@ def test_a_plan_is_written_shown_and_deployable(tandem, files):
         assert getattr(config.pools, role).instances == deployed.get(role, 0)
 
 
+def test_a_plan_deploys_the_engine_that_was_profiled(tandem, files):
+    said = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "threads": 2, "kv_bytes_per_token": 1}
+    write(files / "profile.json", json.dumps(profile_document("demo") | said))
+    status, _, _ = tandem(*plan_arguments(files))
+    assert status == 0
+    engine = load_config(str(files / "plan.yaml")).engine
+    assert (engine.dtype, engine.kv_dtype, engine.threads) == ("bfloat16", "auto", 2)
+    planned = read_plan_file(files / "plan.yaml")
+    assert planned.engine["prefill"]["token_budget"] == engine.prefill.token_budget
+    assert yaml.safe_load(planned.to_yaml())["engine"] == planned.engine
+
+
+def test_narrow_kv_is_planned_and_deployed_as_it_was_profiled(tandem, files):
+    wide = profile_document("llama-3.1-8b", "l4") | {"dtype": "float16", "kv_dtype": "float16"}
+    write(files / "wide.json", json.dumps(wide))
+    write(files / "narrow.json", json.dumps(wide | {"kv_dtype": "float8_e4m3fn"}))
+    fleet = write(files / "l4.yaml", "nodes: [{device: l4, devices: 1}]")
+    asked = {"model": "llama-3.1-8b", "hardware": fleet, "profile": files / "narrow.json"}
+    status, _, _ = tandem(*plan_arguments(files, **asked))
+    assert status == 0
+    engine = load_config(str(files / "plan.yaml")).engine
+    assert (engine.dtype, engine.kv_dtype) == ("float16", "float8_e4m3fn")
+    by_dtype = [
+        cost_book("llama-3.1-8b", yaml.safe_load(fleet.read_text()) | {"profile": str(path)})
+        for path in (files / "narrow.json", files / "wide.json")
+    ]
+    narrow, full = (book.shape.kv_bytes_per_token for book in by_dtype)
+    assert 2 * narrow == full
+    simulated = deployment_for(read_plan_file(files / "plan.yaml"), by_dtype[0])
+    assert simulated.kv_bytes_per_token == narrow
+
+
 def test_the_plan_as_json_is_the_file(tandem, files):
     arguments = plan_arguments(files, objective="accelerators", rate=1.0)
     status, out, _ = tandem(*arguments, "--json")
@@ -392,6 +424,8 @@ def test_a_bad_fleet_is_one_line_and_status_2(tandem, files, text, field):
         (profile_document("demo", "h100-80gb"), "profile.device"),
         ({"model": "demo"}, "profile.device"),
         ({"model": "demo", "device": "cpu-core", "runs": [3]}, "profile.runs"),
+        ({**profile_document("demo"), "kv_dtype": "float8"}, "profile.kv_dtype"),
+        ({**profile_document("demo"), "threads": "two"}, "profile.threads"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(tandem, files, document, field):
