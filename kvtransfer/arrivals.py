@@ -1,6 +1,7 @@
 """The target side of an instance's transfers: room, copies, and nothing used unconfirmed.
 
-Reserved blocks of an aborted transfer stay reserved until every copy into them has ended.
+Reserved blocks of an aborted transfer stay reserved until every copy into them has ended. `admit`
+alone takes blocks: whoever calls it knows that nobody reads free ones any more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.messages import (
     Ready,
     Renew,
     Reserved,
+    Sealed,
     TransferKind,
 )
 from engine.request import Sequence
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from engine.blocks import BlockPool
     from engine.errors import TransferError
     from engine.layout import KvLayout
-    from engine.messages import Message, Sealed
+    from engine.messages import Message
     from kvtransfer.transfer import PullOrder
 
     Send = Callable[[str, Message], None]
@@ -64,6 +66,8 @@ class Arrivals:
         self._ended: dict[str, None] = {}
         self._next_word_s: dict[str, float] = {}
         self._pulls: list[PullOrder | PullCancel] = []
+        self._growing: dict[str, Ready | Sealed] = {}
+        """What was said last of a sequence that grew past its reservation while it moved."""
 
     def __len__(self) -> int:
         return len(self._open) + len(self._fencing)
@@ -110,7 +114,9 @@ class Arrivals:
         self._next_word_s[offer.transfer] = now + self.settings.heartbeat_s
 
     def admit(self, now: float) -> None:
-        """Reserve for waiting offers, the most urgent first, as far as there is room."""
+        """Reserve for what grew, then for waiting offers, the most urgent first, as far as there
+        is room."""
+        self._grow(now)
         waiting = [i for i in self._open.values() if i.state is TransferState.OFFERED]
         waiting.sort(key=lambda i: (-i.offer.request.priority, i.arrived_s, i.id))
         for incoming in waiting:
@@ -122,20 +128,16 @@ class Arrivals:
 
     def ready(self, sender: str, ready: Ready, now: float) -> None:
         incoming = self._heard(ready.transfer, sender, now)
-        if incoming is None or incoming.state is TransferState.OFFERED:
-            return
-        if self._make_room(incoming, ready.tokens):
-            self._pulls.extend(incoming.order(ready))
-            self._report(incoming, now)
+        if incoming is not None and incoming.state is not TransferState.OFFERED:
+            self._follow(incoming, ready, now)
 
     def sealed(self, sender: str, sealed: Sealed, now: float) -> None:
         incoming = self._heard(sealed.transfer, sender, now)
         if incoming is None or incoming.state is TransferState.OFFERED:
             return
-        if incoming.sealed is None and self._make_room(incoming, sealed.computed + 1):
-            incoming.sealed = sealed
-            self._pulls.extend(incoming.order_rest())
-        if not incoming.over:
+        if incoming.sealed is None:
+            self._follow(incoming, sealed, now)
+        else:
             self._report(incoming, now)
 
     def confirmed(self, sender: str, message: Confirmed, now: float) -> Arrived | None:
@@ -231,15 +233,35 @@ class Arrivals:
         incoming.reserve(shared, self._pool.reserve(missing))
         return True
 
-    def _make_room(self, incoming: Incoming, tokens: int) -> bool:
+    def _follow(self, incoming: Incoming, said: Ready | Sealed, now: float) -> None:
+        """Orders what may be read by now, or keeps it in mind until there are blocks for it."""
+        if self._missing(incoming, said) > 0:
+            self._growing[incoming.id] = said
+            return
+        if isinstance(said, Sealed):
+            incoming.sealed = said
+            self._pulls.extend(incoming.order_rest())
+        else:
+            self._pulls.extend(incoming.order(said))
+        self._report(incoming, now)
+
+    def _grow(self, now: float) -> None:
         """A sequence that grew past its reservation while it moved gets more, or is refused."""
-        missing = blocks_for(tokens, self.layout.block_tokens) - len(incoming.blocks)
-        if missing > self._pool.available:
-            self.give_up(incoming, "OutOfBlocks", f"{missing} more blocks wanted while copying")
-            return False
-        if missing > 0:
-            incoming.reserved.extend(self._pool.reserve(missing))
-        return True
+        growing, self._growing = self._growing, {}
+        for transfer, said in growing.items():
+            incoming = self._open[transfer]
+            missing = self._missing(incoming, said)
+            if missing > self._pool.available:
+                reason = f"{missing} more blocks wanted while copying"
+                self.give_up(incoming, "OutOfBlocks", reason)
+            else:
+                incoming.reserved.extend(self._pool.reserve(missing))
+                self._follow(incoming, said, now)
+
+    def _missing(self, incoming: Incoming, said: Ready | Sealed) -> int:
+        """A sealed sequence needs room for the token after those that are computed, too."""
+        tokens = said.computed + 1 if isinstance(said, Sealed) else said.tokens
+        return blocks_for(tokens, self.layout.block_tokens) - len(incoming.blocks)
 
     def _report(self, incoming: Incoming, now: float) -> None:
         if incoming.may_compare:
@@ -292,6 +314,7 @@ class Arrivals:
     def _forget(self, incoming: Incoming) -> None:
         del self._open[incoming.id]
         del self._next_word_s[incoming.id]
+        self._growing.pop(incoming.id, None)
         self._end(incoming.id)
 
     def _end(self, transfer: str) -> None:

@@ -130,6 +130,51 @@ def test_kv_that_has_not_come_in_full_is_never_used():
     target.check_empty()
 
 
+GROWN = (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "said", [Ready("t", 17, 0, 4, GROWN), Sealed("t", (5, 6, 7, 8), 16, GROWN)]
+)
+def test_what_outgrew_its_reservation_takes_blocks_only_when_some_are_given_out(said):
+    target = Target()
+    target.offered()
+    grows = target.arrivals.ready if isinstance(said, Ready) else target.arrivals.sealed
+    grows("prefill-0", said, 0.0)
+    assert target.arrivals.take_pulls() == []
+    assert target.pool.counts().reserved == 4
+    target.arrivals.admit(0.0)
+    (order,) = target.arrivals.take_pulls()
+    assert target.pool.counts().reserved == 5
+    target.arrivals.lost("prefill-0")
+    target.arrivals.pull_finished("t", order.number, None, 0.0)
+    target.check_empty()
+
+
+def test_what_outgrew_its_reservation_is_refused_where_there_are_no_more_blocks():
+    target = Target()
+    target.offered()
+    others = target.pool.allocate(BLOCKS - 4)
+    target.arrivals.ready("prefill-0", Ready("t", 17, 0, 4, GROWN), 0.0)
+    target.arrivals.admit(0.0)
+    assert [message for _, message in target.sent] == [
+        Cancelled("t", "OutOfBlocks", "1 more blocks wanted while copying"),
+        Fenced("t"),
+    ]
+    target.arrivals.admit(0.0)
+    target.pool.release(others)
+    target.check_empty()
+
+
+def test_what_is_cancelled_before_it_could_grow_takes_no_blocks():
+    target = Target()
+    target.offered()
+    target.arrivals.ready("prefill-0", Ready("t", 17, 0, 4, GROWN), 0.0)
+    target.arrivals.cancelled("prefill-0", Cancelled("t", "StaleEpoch", "the request has ended"))
+    target.arrivals.admit(0.0)
+    target.check_empty()
+
+
 BLOCK_TABLE = (0, 1, 2, 3)
 CONFIRMED = Confirmed("t", (5,), 13)
 
