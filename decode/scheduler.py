@@ -98,12 +98,17 @@ class DecodeScheduler:
         held = [*self._waiting.values(), *(sequence for sequence, _ in self._swapped.values())]
         return sum([max(self._missing_blocks(sequence), 0) for sequence in held])
 
+    @property
+    def displaced(self) -> bool:
+        """Whether somebody who had to give way is not back yet."""
+        return bool(self._swapped) or any(not s.blocks for s in self._waiting.values())
+
     def has_room(self, blocks: int) -> bool:
         """Whether newcomers may take so many blocks: never before those that had to give way."""
         reserve = int(self.pool.total_blocks * self.settings.watermark)
         if not self._running and not self._waiting:
             reserve = 0
-        return not self._displaced() and self.pool.available - blocks >= reserve
+        return not self.displaced and self.pool.available - blocks >= reserve
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.id not in self
@@ -145,9 +150,6 @@ class DecodeScheduler:
         sequence = self._running[chunk.request_id]
         sequence.computed = chunk.end
         return sequence
-
-    def _displaced(self) -> bool:
-        return bool(self._swapped) or any(not s.blocks for s in self._waiting.values())
 
     def _by_urgency(self, held: dict[str, Sequence]) -> list[Sequence]:
         return sorted(held.values(), key=_urgency)

@@ -50,6 +50,7 @@ class Step:
 
 class RoleBatcher:
     """Every decode token rides in every batch; prompt chunks fill what the TPOT target leaves.
+    No prompt is let in before a sequence that had to give way is back.
 
     A prefill instance simply has nothing in its decode scheduler, and a decode instance takes a
     prompt only when the router sends it one; a mixed instance uses both all the time.
@@ -70,7 +71,9 @@ class RoleBatcher:
     def next_step(self, now: float, held: Collection[str] = ()) -> Step:
         decode_step = self.decode.next_step(held)
         decodes = tuple(decode_step.chunks)
-        prefills = tuple(self.prefill.next_chunks(now, self._prompt_budget(len(decodes))))
+        budget = self._prompt_budget(len(decodes))
+        admits = not self.decode.displaced
+        prefills = tuple(self.prefill.next_chunks(now, budget, admits=admits))
         batch = Batch(decodes + prefills, tuple(decode_step.swaps))
         return Step(batch, prefills, decodes, decode_step)
 

@@ -113,16 +113,18 @@ class PrefillScheduler:
             _take_out(self._expired, _age(sequence))
         return sequence
 
-    def next_chunks(self, now: float, budget: int) -> list[Chunk]:
-        """Chunks of at most `budget` tokens together; admitted prompts have all their blocks."""
+    def next_chunks(self, now: float, budget: int, *, admits: bool = True) -> list[Chunk]:
+        """Chunks of at most `budget` tokens together; admitted prompts have all their blocks.
+        Unless it `admits`, only those go on."""
         if not self._sequences:
             return []
         late_budget = int(budget * self.settings.late_share)
         ahead, late = self._order(now)
         chunks: list[Chunk] = []
         if late and ahead:
-            budget -= self._pack([late[0][1]], late_budget, chunks)
-        self._pack(chain(ahead, (sequence for _, sequence in late)), budget, chunks)
+            budget -= self._pack([late[0][1]], late_budget, chunks, admits=admits)
+        order = chain(ahead, (sequence for _, sequence in late))
+        self._pack(order, budget, chunks, admits=admits)
         return chunks
 
     def computed(self, chunk: Chunk) -> Sequence:
@@ -207,11 +209,13 @@ class PrefillScheduler:
         over_s = now + tokens / self.tokens_per_s
         return over_s <= first.ttft_deadline_s
 
-    def _pack(self, order: Iterable[Sequence], budget: int, chunks: list[Chunk]) -> int:
+    def _pack(
+        self, order: Iterable[Sequence], budget: int, chunks: list[Chunk], *, admits: bool
+    ) -> int:
         """Append chunks in this order; returns the tokens used. A prompt that finds no room keeps
         those behind it out, or else small prompts would starve it; admitted ones go on."""
         used = 0
-        full = False
+        full = not admits
         packed = {chunk.request_id for chunk in chunks}
         computing = self._blocks_under_way()
         most = self.settings.max_sequences

@@ -33,7 +33,7 @@ class SteadyDecodeScheduler(DecodeScheduler):
     def is_steady(self) -> bool:
         """Whether whoever runs goes on, and newcomers that wait bring all that they need: then a
         step changes nothing but the tokens of those that run."""
-        return not self._displaced()
+        return not self.displaced
 
     def let_in(self) -> list[Sequence]:
         """Those of the newcomers who find a place now; others wait until somebody leaves."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from decode.scheduler import DecodeSettings
 from engine.blocks import BlockPool, blocks_for
 from engine.request import Request, Sampling, start_sequence
 from engine.slo import Slo
@@ -64,6 +65,29 @@ def test_batches_come_to_fill_the_target_while_decodes_never_run_alone(first_gue
             taken = step(batcher, now=0.0)
             assert taken.prefills
     assert duration_s(taken) == pytest.approx(LIMIT_S, rel=0.1)
+    drain(batcher)
+
+
+def test_no_prompt_takes_the_room_that_a_sequence_which_gave_way_waits_for():
+    batcher = RoleBatcher(BlockPool(4, 4), RoleSettings(decode=DecodeSettings(watermark=0.0)))
+    for arrival_s, name in enumerate(("old", "late")):
+        wanted = replace(request(name, 7), arrival_s=float(arrival_s))
+        sequence = start_sequence(wanted, 1, (7,))
+        sequence.blocks = batcher.decode.pool.allocate(2)
+        sequence.computed = 7
+        batcher.decode.add(sequence)
+    assert len(step(batcher, 0.0).decodes) == 2
+    for number in range(9):
+        batcher.prefill.add(start_sequence(request(f"prompt {number}", 3), 1))
+    assert [chunk.request_id for chunk in step(batcher, 0.0).decodes] == ["old"]
+    while "old" in batcher.decode:
+        taken = step(batcher, 0.0)
+        assert not taken.prefills
+        if len(batcher.decode.find("old").tokens) > 10:
+            batcher.decode.pool.release(batcher.decode.remove("old").blocks)
+    taken = step(batcher, 0.0)
+    assert [chunk.request_id for chunk in taken.decodes] == ["late"]
+    assert len(taken.prefills) == 1
     drain(batcher)
 
 
