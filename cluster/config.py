@@ -253,6 +253,9 @@ class LimitsConfig(Section):
     """The longest that a request may take."""
     start_s: Seconds = 900.0
     """How long an instance may take to load and warm up."""
+    pass_s: Seconds = 300.0
+    """The longest that one forward pass may take, with kernels that are compiled in it and CUDA
+    graphs that are made; after that its instance counts as lost."""
     drain_s: Seconds = 30.0
     """How long a shutdown or a drained instance waits for its requests."""
     heartbeat_s: Seconds = 0.25

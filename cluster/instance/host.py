@@ -50,6 +50,8 @@ class HostSettings:
     heartbeat_s: float = 0.25
     change_s: float = 0.02
     """A changed load is told this often at most."""
+    pass_s: float = 300.0
+    """A batch that runs for longer will never end: its device hangs."""
 
 
 class Host:
@@ -145,9 +147,13 @@ class Host:
         """A failed batch costs its requests a retry; only a lost rank, or a fault that follows
         no request, ends the instance."""
         try:
-            result = await running
+            async with asyncio.timeout(self._settings.pass_s):
+                result = await running
         except InstanceLost:
             raise
+        except TimeoutError as late:
+            after = f"after {self._settings.pass_s:g} s"
+            raise InstanceLost(f"limits.pass_s: a pass has not returned {after}") from late
         except (TandemError, RuntimeError, ValueError) as error:
             log.exception("batch failed requests=%d", len(batch.chunks))
             self.instance.fail_batch(batch, error, self._clock.now())

@@ -109,6 +109,7 @@ class Leading:
             settings=instance_settings(self._config),
             eos=self._loaded.checkpoint.eos_token_ids,
         )
+        limits = self._config.limits
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             remote = [RemoteRank(actor) for actor in self._others]
@@ -119,7 +120,7 @@ class Leading:
                 link=self._link,
                 mover=InstanceMover(ranks, tasks),
                 clock=self._clock,
-                settings=HostSettings(heartbeat_s=self._config.limits.heartbeat_s),
+                settings=HostSettings(heartbeat_s=limits.heartbeat_s, pass_s=limits.pass_s),
             )
             tasks.create_task(self._host.run())
             tasks.create_task(self.membership.run())

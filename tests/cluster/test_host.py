@@ -1,6 +1,7 @@
 """The host drives real instances with an executor that computes nothing."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -51,6 +52,17 @@ class BrokenExecutor:
         raise InstanceLost("a rank of the model failed")
 
 
+class StuckExecutor:
+    """A pass that does not return before the test lets it."""
+
+    def __init__(self):
+        self.let_go = threading.Event()
+
+    def execute(self, batch, on_layer_group=None):
+        assert self.let_go.wait(PATIENCE_S)
+        return StepResult(())
+
+
 class InstantRank:
     """Every pull succeeds at once, unless told to fail."""
 
@@ -67,7 +79,9 @@ class InstantRank:
 
 
 @asynccontextmanager
-async def hosted(network, name, role, *, executor=None, rank=None, settings=SETTINGS):
+async def hosted(
+    network, name, role, *, executor=None, rank=None, settings=SETTINGS, pass_s=PATIENCE_S
+):
     pool = BlockPool(32, 4)
     instance = Instance(name, role, pool, LAYOUT, settings=settings, eos=frozenset())
     async with asyncio.TaskGroup() as tasks:
@@ -77,7 +91,7 @@ async def hosted(network, name, role, *, executor=None, rank=None, settings=SETT
             link=network.join(name),
             mover=InstanceMover([rank or InstantRank()], tasks),
             clock=SystemClock(),
-            settings=HostSettings(heartbeat_s=0.02, change_s=0.001),
+            settings=HostSettings(heartbeat_s=0.02, change_s=0.001, pass_s=pass_s),
         )
         running = tasks.create_task(host.run())
         yield host
@@ -104,9 +118,9 @@ async def loads_of(link, count):
     return found
 
 
-async def run_broken(network, gateway):
+async def run_broken(network, gateway, executor, pass_s=PATIENCE_S):
     async with (
-        hosted(network, "mixed-0", Role.MIXED, executor=BrokenExecutor()),
+        hosted(network, "mixed-0", Role.MIXED, executor=executor, pass_s=pass_s),
         asyncio.timeout(PATIENCE_S),
     ):
         gateway.send("mixed-0", Start(REQUEST, 1))
@@ -198,8 +212,20 @@ async def test_a_failed_batch_ends_the_host():
     network = LocalNetwork()
     gateway = network.join("gateway-0")
     with pytest.raises(ExceptionGroup) as caught:
-        await run_broken(network, gateway)
+        await run_broken(network, gateway, BrokenExecutor())
     assert caught.group_contains(InstanceLost)
+
+
+async def test_a_pass_that_never_returns_ends_the_host():
+    network = LocalNetwork()
+    gateway = network.join("gateway-0")
+    stuck = StuckExecutor()
+    try:
+        with pytest.raises(ExceptionGroup) as caught:
+            await run_broken(network, gateway, stuck, pass_s=0.01)
+    finally:
+        stuck.let_go.set()
+    assert caught.group_contains(InstanceLost, match="a pass has not returned")
 
 
 async def test_a_failed_pull_is_an_outcome_not_a_crash():
