@@ -34,11 +34,12 @@ class LayerReports:
         self._groups = {layers[-1]: group for group, layers in enumerate(groups)}
 
     @contextmanager
-    def telling(self, tell: Report) -> Iterator[Report]:
-        """What to call at the end of each layer; all is told when the context ends."""
+    def telling(self, tell: Report | None) -> Iterator[Report]:
+        """What to call at the end of each layer. When the context ends, the device has done all
+        that it was asked for inside, and whoever listens has been told."""
 
         def report(layer: int) -> None:
-            if layer in self._groups:
+            if tell is not None and layer in self._groups:
                 tell(self._groups[layer])
 
         yield report
@@ -56,14 +57,16 @@ class DeviceReports(LayerReports):
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="layer groups")
 
     @contextmanager
-    def telling(self, tell: Report) -> Iterator[Report]:
+    def telling(self, tell: Report | None) -> Iterator[Report]:
         told: list[Future[None]] = []
 
         def later(group: int) -> None:
+            assert tell is not None
             told.append(self._waiting.submit(_tell_after, self._event(), tell, group))
 
-        with super().telling(later) as report:
+        with super().telling(None if tell is None else later) as report:
             yield report
+        self._event().synchronize()
         for each in told:
             each.result()
 

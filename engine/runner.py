@@ -179,7 +179,7 @@ class Runner:
         start_s = self._clock.now()
         with (
             self.kv.swapping(batch),
-            self._reports.telling(on_layer_group or _ignore) as report,
+            self._reports.telling(on_layer_group) as report,
         ):
             drawn = self._pass(batch, report) if batch.chunks else ()
         if not batch.chunks:

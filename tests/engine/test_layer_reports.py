@@ -34,9 +34,12 @@ def test_a_cpu_tells_a_group_with_its_last_layer() -> None:
 
 def test_a_device_is_asked_further_before_it_has_come_to_what_was_asked() -> None:
     events: list[FakeEvent] = []
+    last = False
 
     def event() -> FakeEvent:
         events.append(FakeEvent())
+        if last:
+            events[-1].reach()
         return events[-1]
 
     told: list[int] = []
@@ -47,7 +50,23 @@ def test_a_device_is_asked_further_before_it_has_come_to_what_was_asked() -> Non
         assert told == []
         for each in events:
             each.reach()
+        last = True
     assert told == [0, 1, 2]
+
+
+def test_where_nobody_listens_the_device_is_waited_for_once() -> None:
+    events: list[FakeEvent] = []
+
+    def event() -> FakeEvent:
+        events.append(FakeEvent())
+        events[-1].reach()
+        return events[-1]
+
+    with DeviceReports(GROUPS, event).telling(None) as report:
+        for layer in range(5):
+            report(layer)
+        assert events == []
+    assert len(events) == 1
 
 
 def test_what_fails_in_telling_fails_the_batch() -> None:
