@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+import engine.model
 from cluster.instance.weight_keeper import Wanted, address_of, is_ours
 from cluster.instance.weight_memory import Exported
 from engine.errors import BadConfig, InstanceLost
@@ -107,14 +108,22 @@ def borrow_weights(
 
 
 def _name(wanted: Wanted, checkpoint: Checkpoint, weighed: Weighed, gpu: str) -> str:
-    """Differs wherever files, numbers, parts or devices do."""
+    """Differs wherever files, numbers, parts, devices or the code that loads them do."""
     digest = blake2b(digest_size=12)
     for file in sorted(checkpoint.directory.glob("*.safetensors")):
         status = file.stat()
         digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    parts = (asdict(wanted), checkpoint.fingerprint, weighed.order, gpu, version("tandem-serve"))
+    for code in _loading_code():
+        digest.update(code.read_bytes())
+    parts = (asdict(wanted), checkpoint.fingerprint, weighed.order, gpu)
     digest.update(repr(parts).encode())
     return digest.hexdigest()
+
+
+def _loading_code() -> list[Path]:
+    """What decides how weights lie; a version is not known where the package is not installed."""
+    assert engine.model.__file__ is not None
+    return sorted(Path(engine.model.__file__).parent.glob("*.py"))
 
 
 def borrow(

@@ -6,6 +6,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from itertools import count
 
 import pytest
@@ -217,6 +218,21 @@ def test_only_the_same_weights_on_the_same_gpu_have_the_same_name(monkeypatch):
     names = [names_of(monkeypatch, **parts) for parts in ({}, *others)]
     assert len(set(names)) == len(names)
     assert names_of(monkeypatch) == names[0]
+
+
+def test_weights_have_a_name_where_the_package_is_not_installed(monkeypatch):
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", not_installed)
+    assert names_of(monkeypatch)
+
+
+def test_weights_that_other_code_loads_have_another_name(monkeypatch, tmp_path):
+    name, changed = names_of(monkeypatch), tmp_path / "loading.py"
+    changed.write_text("NOT_AS_BEFORE = True")
+    monkeypatch.setattr(borrowed_weights, "_loading_code", lambda: [changed])
+    assert names_of(monkeypatch) != name
 
 
 HALF = {"resources": {"GPU": 0.5}}
