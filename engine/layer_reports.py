@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import torch
+from engine.device_events import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from engine.device_events import Event
+
 Report = Callable[[int], None]
-
-
-class Event(Protocol):
-    """A place in the device's work."""
-
-    def synchronize(self) -> None: ...
-
-
-def recorded() -> torch.cuda.Event:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 class LayerReports:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
 
 from engine.clock import SystemClock
+from engine.device_events import await_event, recorded
 from engine.errors import BadConfig
-from engine.layer_reports import recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from engine.clock import Clock
     from engine.model.config import ModelConfig
 
 MEET_S = 900.0
@@ -169,20 +168,6 @@ def join(
         wait_s=wait_s,
         ordered=ordered,
     )
-
-
-class Reached(Protocol):
-    """A place in a device's work; torch.cuda.Event is one."""
-
-    def query(self) -> bool: ...
-
-
-def await_event(event: Reached, wait_s: float, clock: Clock) -> None:
-    """Looks again and again, as waiting for a device does anyway; raises RuntimeError if late."""
-    end_s = clock.now() + wait_s
-    while not event.query():
-        if clock.now() > end_s:
-            raise RuntimeError(f"the device is not through after {wait_s} s")
 
 
 def await_all(parallel: Parallel) -> None:

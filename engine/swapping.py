@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.layer_reports import recorded
+from engine.device_events import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

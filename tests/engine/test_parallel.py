@@ -11,7 +11,7 @@ import pytest
 from engine.batch import Batch, Swap
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, InstanceLost
-from engine.parallel import Parallel, await_event
+from engine.parallel import Parallel
 from tests.engine import tiny
 from tests.engine.driving import chunk, generate, step
 from tests.engine.ranks import leading, runner
@@ -82,36 +82,6 @@ def test_a_rank_that_hangs_fails_the_leaders_call(
         with pytest.raises(InstanceLost, match="a rank of the model failed"):
             step(executor, chunk("a", (7,), 2, BLOCKS))
         follower.kill()
-
-
-class Ticking:
-    """A second a look; nobody else looks."""
-
-    def __init__(self) -> None:
-        self._now_s = 0.0
-
-    def now(self) -> float:
-        self._now_s += 1.0
-        return self._now_s
-
-
-class After:
-    """A device that gets through at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    def query(self) -> bool:
-        self.looks -= 1
-        return self.looks <= 0
-
-
-def test_a_device_is_waited_for_within_bounds() -> None:
-    slow, stuck = After(5), After(1000)
-    await_event(slow, 10.0, Ticking())
-    assert slow.looks == 0
-    with pytest.raises(RuntimeError, match=r"not through after 10\.0 s"):
-        await_event(stuck, 10.0, Ticking())
 
 
 SWAPS_ONLY = Batch((), (Swap("a", (7,), (0,), to_host=True),))
