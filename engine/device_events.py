@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from engine.errors import InstanceLost
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,9 +40,9 @@ def recorded() -> torch.cuda.Event:
 def await_event(
     event: Event, wait_s: float, clock: Clock, pause: Callable[[float], object] = NEVER.wait
 ) -> None:
-    """Looks again and again; raises RuntimeError if the device is late."""
+    """Looks again and again; raises InstanceLost if the device is late."""
     end_s = clock.now() + wait_s
     while not event.query():
         if clock.now() > end_s:
-            raise RuntimeError(f"the device is not through after {wait_s} s")
+            raise InstanceLost(f"the device is not through after {wait_s} s")
         pause(LOOK_S)

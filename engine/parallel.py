@@ -177,6 +177,6 @@ def await_all(parallel: Parallel) -> None:
 
 
 def leave(parallel: Parallel) -> None:
-    """Takes this rank out; ranks that still wait for it fail at once."""
+    """Takes this rank out, once nothing is asked of its device any more."""
     if parallel.size > 1 and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,8 @@
-"""One model over several ranks: rank 0 leads, the others run each batch it broadcasts."""
+"""One model over several ranks: rank 0 leads, the others run each batch it broadcasts.
+
+A rank that fails says so and keeps its groups, which end with its process: to take it out would
+be to wait, without bounds, for sums that its device will never finish.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,6 @@ class ParallelRunner:
         try:
             await_all(self._parallel)
         except RuntimeError as error:
-            leave(self._parallel)
             raise InstanceLost(f"a rank of the model did not start: {error}") from error
 
     def execute(
@@ -45,7 +48,6 @@ class ParallelRunner:
             result = self.runner.execute(batch, on_layer_group)
             return self._answer(result)
         except RuntimeError as error:
-            leave(self._parallel)
             raise InstanceLost(f"a rank of the model failed: {error}") from error
 
     def close(self) -> None:
@@ -54,8 +56,7 @@ class ParallelRunner:
             _broadcast(b"", self._parallel)
         except RuntimeError as error:
             raise InstanceLost(f"a rank of the model was already gone: {error}") from error
-        finally:
-            leave(self._parallel)
+        leave(self._parallel)
 
     def _answer(self, result: StepResult) -> StepResult:
         """The drawn tokens, from wherever they were drawn."""
@@ -77,8 +78,7 @@ def follow(runner: Runner, on_layer_group: Callable[[int], None] | None = None) 
                 _send(encode_record(result), LEADER, parallel.answers)
     except RuntimeError as error:
         raise InstanceLost(f"rank {parallel.rank}: another rank failed: {error}") from error
-    finally:
-        leave(parallel)
+    leave(parallel)
 
 
 def _broadcast(data: bytes, parallel: Parallel) -> None:

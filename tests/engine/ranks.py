@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from engine.checkpoint import open_checkpoint
-from engine.parallel import join
+from engine.parallel import join, leave
 from engine.parallel_runner import ParallelRunner, follow
 from engine.runner import Runner
 from tests.engine.driving import Greedy
@@ -105,10 +105,13 @@ def leading(
     for follower in followers:
         follower.start()
     try:
-        mine = runner(directory, join(0, device=CPU, **cut), repeating=repeating)
-        yield ParallelRunner(mine), followers
-        for follower in followers:
-            follower.join(PATIENCE_S)
+        parallel = join(0, device=CPU, **cut)
+        try:
+            yield ParallelRunner(runner(directory, parallel, repeating=repeating)), followers
+            for follower in followers:
+                follower.join(PATIENCE_S)
+        finally:
+            leave(parallel)  # also where it failed, or else the next test could not join
     finally:
         for follower in followers:
             follower.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.device_events import LOOK_S, await_event
+from engine.errors import InstanceLost
 
 
 class Ticking:
@@ -36,7 +37,7 @@ def test_a_device_is_waited_for_within_bounds() -> None:
     slow, stuck = After(5), After(1000)
     await_event(slow, 10.0, Ticking())
     assert slow.looks == 0
-    with pytest.raises(RuntimeError, match=r"not through after 10\.0 s"):
+    with pytest.raises(InstanceLost, match=r"not through after 10\.0 s"):
         await_event(stuck, 10.0, Ticking())
 
 

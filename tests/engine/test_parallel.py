@@ -65,6 +65,22 @@ def test_a_lost_rank_fails_the_leaders_call(
             step(executor, chunk("a", (7,), 2, BLOCKS))
 
 
+def test_a_leader_that_fails_says_so_before_it_waits_for_any_group(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[Parallel] = []
+    monkeypatch.setattr("engine.parallel_runner.leave", left.append)
+    with leading(tiny_checkpoint("llama3"), tmp_path / "meet", tensor_size=2, stages=1) as (
+        executor,
+        (follower,),
+    ):
+        follower.kill()
+        follower.join()
+        with pytest.raises(InstanceLost):
+            step(executor, chunk("a", (5, 6), 0, BLOCKS))
+    assert left == []
+
+
 @pytest.mark.parametrize(("tensor_size", "stages"), [(2, 1), (1, 2)])
 def test_a_rank_that_hangs_fails_the_leaders_call(
     tensor_size: int, stages: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
