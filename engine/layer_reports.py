@@ -7,11 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine.device_events import recorded
+import torch
+
+from engine.device_events import await_event, recorded
+from engine.errors import InstanceLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from engine.clock import Clock
     from engine.device_events import Event
 
 Report = Callable[[int], None]
@@ -40,23 +44,43 @@ class DeviceReports(LayerReports):
     the host goes on telling."""
 
     def __init__(
-        self, groups: Sequence[Sequence[int]], event: Callable[[], Event] = recorded
+        self,
+        groups: Sequence[Sequence[int]],
+        event: Callable[[], Event] = recorded,
+        *,
+        wait_s: float,
+        clock: Clock,
     ) -> None:
         super().__init__(groups)
-        self._event = event
+        self._event, self._wait_s, self._clock = event, wait_s, clock
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="layer groups")
 
     @contextmanager
     def telling(self, tell: Report | None) -> Iterator[Report]:
+        """Also when a pass fails halfway, its blocks are nobody's before the device is through."""
         told: list[Future[None]] = []
 
         def later(group: int) -> None:
             assert tell is not None
             told.append(self._waiting.submit(_tell_after, self._event(), tell, group))
 
-        with super().telling(None if tell is None else later) as report:
-            yield report
-        self._event().synchronize()
+        try:
+            with super().telling(None if tell is None else later) as report:
+                yield report
+        except InstanceLost:
+            raise  # whoever gave the device up does not wait for it
+        except BaseException:
+            self._settle(told)
+            raise
+        self._settle(told)
+
+    def _settle(self, told: list[Future[None]]) -> None:
+        """Raises InstanceLost for a device that is late, or that fails whatever it is asked: no
+        request is to blame for it then."""
+        try:
+            await_event(self._event(), self._wait_s, self._clock)
+        except torch.AcceleratorError as error:
+            raise InstanceLost(f"the device is of no use any more: {error}") from error
         for each in told:
             each.result()
 

@@ -169,8 +169,10 @@ class Runner:
                 device=self.device,
             )
         groups = self.layout.layer_groups(parallel.stage, layer_groups)
-        self._reports = (DeviceReports if self.device.type == "cuda" else LayerReports)(groups)
         self._sampler, self._clock = sampler, clock or SystemClock()
+        self._reports = LayerReports(groups)
+        if self.device.type == "cuda":
+            self._reports = DeviceReports(groups, wait_s=parallel.wait_s, clock=self._clock)
         log.info("runner ready device=%s dtype=%s ops=%s blocks=%d", device, name, ops.name, blocks)
 
     def execute(
@@ -178,8 +180,8 @@ class Runner:
     ) -> StepResult:
         start_s = self._clock.now()
         with (
-            self.kv.swapping(batch),
             self._reports.telling(on_layer_group) as report,
+            self.kv.swapping(batch),
         ):
             drawn = self._pass(batch, report) if batch.chunks else ()
         if not batch.chunks:
