@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,7 +38,7 @@ UniqueId = tuple[int, ...]
 
 
 class Communicator(Protocol):
-    """Two ranks' communicator; used by one thread."""
+    """Two ranks' communicator; used by one thread at a time."""
 
     def start(self, pieces: list[tuple[int, int]], *, sending: bool) -> Callable[[], bool]:
         """Moves (address, bytes) pieces as one group; the result tells when that is done."""
@@ -99,7 +100,7 @@ class _Lane:
         if self._broken.is_set():
             raise self._broken_off()
         if self._communicator is None:
-            self._communicator = self._join()
+            self._communicator = self._meet()
         offsets = part.source_offsets if self._sending else part.target_offsets
         addresses = (offsets + self._pool.address).tolist()
         pieces = list(zip(addresses, part.nbytes.tolist(), strict=True))
@@ -108,6 +109,32 @@ class _Lane:
         except PeerLost:
             self._communicator.abort()
             raise
+
+    def _meet(self) -> Communicator:
+        """Joins, which blocks for as long as the peer does not, in a thread of its own. One that
+        is not waited for any more has been asked for nothing and is aborted when it has joined."""
+        joining: Future[Communicator] = Future()
+        name = f"join {self._name}"
+        threading.Thread(target=_fulfil, args=(joining, self._join), name=name, daemon=True).start()
+        try:
+            self._await_joined(joining)
+        except PeerLost:
+            joining.add_done_callback(_abort)
+            raise
+        return joining.result()
+
+    def _await_joined(self, joining: Future[Communicator]) -> None:
+        deadline = time.monotonic() + self._limits.join_timeout_s
+        while not joining.done():
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"{self._name}: has not joined within {self._limits.join_timeout_s:g} s"
+                )
+            self._broken.wait(LOOK_S)
+            if self._broken.is_set():
+                break
+        if self._broken.is_set():
+            raise self._broken_off()
 
     def _start(
         self, communicator: Communicator, pieces: list[tuple[int, int]]
@@ -135,6 +162,18 @@ class _Lane:
 
     def _broken_off(self) -> PeerLost:
         return PeerLost(f"{self._name}: broken off; connect again")
+
+
+def _fulfil(joining: Future[Communicator], join: Callable[[], Communicator]) -> None:
+    try:
+        joining.set_result(join())
+    except PeerLost as lost:
+        joining.set_exception(lost)
+
+
+def _abort(joining: Future[Communicator]) -> None:
+    if joining.exception() is None:
+        joining.result().abort()
 
 
 class NcclPull:
@@ -258,17 +297,18 @@ class CudaLibrary:
     def join(self, unique_id: UniqueId, rank: int, device: str) -> Communicator:
         if len(unique_id) != UNIQUE_ID_BYTES or not all(-128 <= byte < 128 for byte in unique_id):
             raise PeerLost(f"joining: not an NCCL id: {len(unique_id)} numbers")
-        self._cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
+        own = self._cupy.cuda.Device(int(device.partition(":")[2] or 0))
+        own.use()
         try:
             joined = self._nccl.NcclCommunicator(2, unique_id, rank)
         except self._nccl.NcclError as error:
             raise PeerLost(f"joining: {error}") from error
-        return CudaCommunicator(self._cupy, self._nccl, joined, peer=1 - rank)
+        return CudaCommunicator(self._cupy, self._nccl, joined, device=own, peer=1 - rank)
 
 
 class CudaCommunicator:
-    def __init__(self, cupy: Any, nccl: Any, joined: Any, *, peer: int) -> None:
-        self._cupy, self._nccl = cupy, nccl
+    def __init__(self, cupy: Any, nccl: Any, joined: Any, *, device: Any, peer: int) -> None:
+        self._cupy, self._nccl, self._device = cupy, nccl, device
         self._joined: Any | None = joined
         self._peer = peer
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -276,6 +316,7 @@ class CudaCommunicator:
     def start(self, pieces: list[tuple[int, int]], *, sending: bool) -> Callable[[], bool]:
         if self._joined is None:
             raise PeerLost("the communicator was aborted")
+        self._device.use()  # it was joined in another thread
         move = self._joined.send if sending else self._joined.recv
         try:
             self._nccl.groupStart()

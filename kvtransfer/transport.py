@@ -45,6 +45,8 @@ class TransportLimits:
     """A pull can be fenced between two slices."""
     slice_timeout_s: float = 5.0
     """A peer that takes longer over one slice is lost."""
+    join_timeout_s: float = 30.0
+    """Where both sides must join first: one that comes later is lost."""
     fence_timeout_s: float = 2.0
     """How long `cancel` waits for the slice under way."""
     queued_pulls: int = 1024

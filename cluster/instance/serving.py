@@ -7,6 +7,7 @@ another on their way, so a source keeps those that come early until their turn.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
@@ -153,11 +154,13 @@ class Asking:
         return ServeRequest(self._calls.me, connection, turn, order, self._layout, self._rank)
 
     async def ask(self, peer: str, request: ServeRequest, pull: Pull) -> TransferError | None:
-        """What the peer has against it, and then the pull has been ended."""
+        """What the peer has against it, and then the pull is about to end: where a fence cannot be
+        promised yet, whoever waits for the end waits for longer."""
         try:
             await self._calls.serve(peer, request)
         except TransferError as refusal:
-            await asyncio.to_thread(pull.cancel)
+            with suppress(TransportError):
+                await asyncio.to_thread(pull.cancel)
             return refusal
         return None
 

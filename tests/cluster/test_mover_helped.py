@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from cluster.instance.mover import RankMover
 from engine.errors import LeaseExpired, TransportError
-from kvtransfer.nccl import NcclTransport
+from kvtransfer.nccl import NcclPull, NcclTransport
 from kvtransfer.plan import plan_cells
 from kvtransfer.shared_memory import SharedMemoryTransport, shared_pool
 from kvtransfer.transfer import PullOrder
@@ -125,6 +126,31 @@ async def test_a_request_over_a_connection_that_is_no_more_is_refused(pair):
         await pair.target.pull(order(1, 0, 1))
     await pair.target.pull(order(2, 0, 1))
     assert (pair.blocks(1)[1] == pair.blocks(0)[0]).all()
+
+
+async def test_an_order_whose_pull_cannot_be_fenced_yet_is_not_over(pair, monkeypatch):
+    """Its blocks would be given to others while it may still write."""
+    held = []
+
+    def cannot_fence(pull, timeout_s=None):
+        held.append(pull)
+        refused.set()
+        raise TransportError("a copy could not be fenced")
+
+    refused = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(refused, "set", partial(loop.call_soon_threadsafe, refused.set))
+    cancel = NcclPull.cancel
+    monkeypatch.setattr(NcclPull, "cancel", cannot_fence)
+    pair.source.metadata(TARGET)
+    pulling = asyncio.ensure_future(pair.target.pull(order(1, 0, 1)))
+    await refused.wait()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not pulling.done()
+    cancel(held[0])
+    with pytest.raises(TransportError, match="a connection that is no more"):
+        await pulling
 
 
 async def test_a_source_without_slots_says_so():

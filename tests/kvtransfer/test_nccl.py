@@ -76,6 +76,46 @@ def test_a_source_that_does_not_serve_is_lost_in_bounded_time(pair):
     assert np.array_equal(pools[1].bytes(), pattern(NBYTES, 1))
 
 
+def let_join(library):
+    """The rank that was kept joining; returns once it has."""
+    library.may_join.set()
+    assert library.joined.acquire(timeout=WAIT_S)
+    for thread in threading.enumerate():
+        if thread.name.startswith("join "):
+            thread.join(WAIT_S)
+
+
+def test_a_pull_that_is_cancelled_while_the_ranks_join_ends_at_once_and_never_writes(pair):
+    _, b, pools = pair
+    library = b._library
+    library.may_join.clear()
+    pull = b.pull("a", pieces((0, 0, NBYTES)))
+    assert library.joining.acquire(timeout=WAIT_S)
+    pull.cancel(WAIT_S)
+    with pytest.raises(TransportError):
+        pull.done()
+    let_join(library)
+    assert (len(library.aborted), library.started) == (1, 0)
+    assert np.array_equal(pools[1].bytes(), pattern(NBYTES, 1))
+
+
+UNMET = TransportLimits(slice_bytes=1 << 12, join_timeout_s=0.01)
+
+
+@pytest.mark.parametrize("pair", [UNMET], indirect=True, ids=["unmet"])
+def test_a_peer_that_never_joins_is_lost_in_bounded_time(pair):
+    _, b, _ = pair
+    b._library.may_join.clear()
+    ended = threading.Event()
+    pull = b.pull("a", pieces((0, 0, 8)))
+    pull.add_done_callback(ended.set)
+    with pytest.raises(PeerLost, match=r"has not joined within 0\.01 s"):
+        pull.wait(WAIT_S)
+    assert ended.wait(WAIT_S)
+    let_join(b._library)
+    assert (len(b._library.aborted), b._library.started) == (1, 0)
+
+
 def test_an_abort_on_one_side_ends_the_other_and_a_new_meeting_mends_it(pair):
     a, b, pools = pair
     whole = pieces((0, 0, NBYTES))

@@ -18,9 +18,14 @@ class FakeNccl:
         self._numbers = itertools.count()
         self._queues = {}
         self._lock = threading.Lock()
-        self.aborted = []
+        self.aborted, self.started = [], 0
         self.joined = threading.Semaphore(0)
         """Released by every rank that joins: from then on it can tell the other of its end."""
+        self.joining = threading.Semaphore(0)
+        """Released by every rank that begins to."""
+        self.may_join = threading.Event()
+        """Cleared, ranks are kept joining."""
+        self.may_join.set()
 
     def unique_id(self):
         return (next(self._numbers),)
@@ -28,6 +33,8 @@ class FakeNccl:
     def join(self, unique_id, rank, device):
         with self._lock:
             groups = self._queues.setdefault(unique_id, queue.SimpleQueue())
+        self.joining.release()
+        assert self.may_join.wait(600)
         self.joined.release()
         return FakeCommunicator(self, unique_id, groups)
 
@@ -38,6 +45,7 @@ class FakeCommunicator:
         self._sent = None
 
     def start(self, pieces, *, sending):
+        self._library.started += 1
         if sending:
             taken = threading.Event()
             self._groups.put(
