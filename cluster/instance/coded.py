@@ -285,6 +285,7 @@ def _filled(slots: range) -> asyncio.Queue[int]:
 
 
 def _settle(memory: torch.Tensor) -> None:
-    """What a GPU was told to write is there when this returns."""
+    """What this thread told a GPU to write is there when this returns. The whole device is not
+    waited for, which CUDA forbids while another thread records a graph."""
     if memory.is_cuda:
-        torch.cuda.synchronize(memory.device)
+        torch.cuda.current_stream(memory.device).record_event().synchronize()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cluster.instance import coded
 from cluster.instance.mover import RankMover
 from engine.errors import LeaseExpired, TransportError
 from kvtransfer.nccl import NcclPull, NcclTransport
@@ -227,6 +229,28 @@ async def test_slots_are_free_again_after_many_pulls_and_after_failures():
     assert [coder._incoming.qsize() for coder in coders] == [4, 4]
     assert coders[0]._outgoing.qsize() + len(coders[0]._lent) == 4
     pair.close()
+
+
+class OwnStream:
+    """What a thread asked a GPU for, and whether it has waited for that."""
+
+    def __init__(self):
+        self.done = []
+
+    def record_event(self):
+        self.done.append("recorded")
+        return self
+
+    def synchronize(self):
+        self.done.append("awaited")
+
+
+def test_coding_on_a_gpu_waits_for_its_own_work_only(monkeypatch):
+    """Another thread may be recording a graph, during which the device cannot be waited for."""
+    stream, memory = OwnStream(), SimpleNamespace(is_cuda=True, device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    coded._settle(memory)
+    assert stream.done == ["recorded", "awaited"]
 
 
 @pytest.mark.parametrize(
