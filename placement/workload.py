@@ -15,13 +15,37 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DAY_S = 86_400.0
+MOST_TOKENS = 10_000_000
+"""Of one prompt or answer that a file may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """Prefixes that continue others by a block each."""
+
+    parents: NDArray[np.int64]
+    """By prefix id the one that it continues, or -1 where it continues none."""
+    block_tokens: int
+
+    def parts(self, prefix: int, tokens: int) -> list[tuple[int, int]]:
+        """So many tokens of a prefix: its beginnings, each with what it adds."""
+        path = []
+        while prefix >= 0:
+            path.append(prefix)
+            prefix = int(self.parents[prefix])
+        return [
+            (one, min(self.block_tokens, tokens - depth * self.block_tokens))
+            for depth, one in enumerate(reversed(path))
+            if depth * self.block_tokens < tokens
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Sorted by arrival. Optional columns are None where no request has them.
 
-    Requests with the same non-negative `prefix_id` begin with the same `prefix_tokens` tokens.
+    Requests with the same non-negative `prefix_id` begin with the same `prefix_tokens` tokens, and
+    with a tree also with those that their prefixes continue.
     """
 
     arrival_s: NDArray[np.float64]
@@ -32,6 +56,7 @@ class Workload:
     priority: NDArray[np.int64] | None = None
     slo_ttft_s: NDArray[np.float64] | None = None
     slo_tpot_s: NDArray[np.float64] | None = None
+    prefix_tree: PrefixTree | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -59,6 +84,14 @@ class Workload:
         stretched = (self.arrival_s - start_s) * (self.rate_rps / rate_rps)
         return replace(self, arrival_s=stretched)
 
+    def prefix_parts(self, row: int) -> list[tuple[int, int]]:
+        """The shared texts that a prompt begins with: the id of each, and how many tokens of it."""
+        if self.prefix_id is None or self.prefix_tokens is None or self.prefix_id[row] < 0:
+            return []
+        prefix, tokens = int(self.prefix_id[row]), int(self.prefix_tokens[row])
+        tree = self.prefix_tree
+        return [(prefix, tokens)] if tree is None else tree.parts(prefix, tokens)
+
     def first(self, count: int) -> Workload:
         return self.select(np.arange(min(count, len(self))))
 
@@ -67,8 +100,9 @@ class Workload:
         columns: dict[str, Any] = {}
         for column in fields(self):
             values = getattr(self, column.name)
-            columns[column.name] = None if values is None else values[rows]
-        return Workload(**columns)
+            if isinstance(values, np.ndarray):
+                columns[column.name] = values[rows]
+        return replace(self, **columns)
 
     def between(self, start_s: float, end_s: float) -> Workload:
         inside = (self.arrival_s >= start_s) & (self.arrival_s < end_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import BadConfig, unknown_name
-from placement.workload import Workload
+from placement.mooncake_file import read_mooncake
+from placement.workload import MOST_TOKENS, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -23,8 +23,6 @@ OPTIONAL = ("prefix_id", "prefix_tokens", "priority", "slo_ttft_s", "slo_tpot_s"
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 UNIT = ("unit_arrival_s", "input_len", "output_len")
-MOONCAKE_BLOCK_TOKENS = 512
-MOST_TOKENS = 10_000_000
 
 
 def read_workload(path: Path) -> Workload:
@@ -39,7 +37,7 @@ def read_workload(path: Path) -> Workload:
 
 def _read(path: Path) -> Workload:
     if path.suffix == ".jsonl":
-        return _read_mooncake(path)
+        return read_mooncake(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         names = tuple(reader.fieldnames or ())
@@ -171,64 +169,3 @@ def _azure_moment(index: int, cell: str) -> float:
         return whole + (float(f"0.{fraction}") if fraction else 0.0)
     except ValueError as error:
         raise _bad_cell("TIMESTAMP", index, cell, "must be a date and time") from error
-
-
-def _read_mooncake(path: Path) -> Workload:
-    """JSON lines; prefixes are shared in runs of 512-token blocks with earlier requests."""
-    entries = [
-        _json_line(index, line)
-        for index, line in enumerate(path.read_text(encoding="utf-8").splitlines())
-        if line.strip()
-    ]
-    rows = [
-        {
-            "arrival_s": repr(entry["timestamp"] / 1e3),
-            "prompt_tokens": str(entry["input_length"]),
-            "output_tokens": str(max(entry["output_length"], 1)),
-        }
-        for entry in entries
-    ]
-    plain = _columns(rows, REQUIRED)
-    ids, tokens = _shared_prefixes([tuple(entry.get("hash_ids", ())) for entry in entries])
-    return Workload(
-        plain.arrival_s,
-        plain.prompt_tokens,
-        plain.output_tokens,
-        prefix_id=ids,
-        prefix_tokens=np.minimum(tokens, plain.prompt_tokens),
-    )
-
-
-def _json_line(index: int, line: str) -> dict[str, Any]:
-    try:
-        entry: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadConfig(f"workload line {index + 1}", line[:60], f"not JSON: {error}") from error
-    for name in ("timestamp", "input_length", "output_length"):
-        value = entry.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise BadConfig(f"workload line {index + 1}, {name}", value, "must be a number")
-    return entry
-
-
-def _shared_prefixes(
-    chains: Sequence[tuple[int, ...]],
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Per request the longest run of leading blocks that another request has too, as an id."""
-    uses: dict[int, int] = {}
-    for chain in chains:
-        for block in chain:
-            uses[block] = uses.get(block, 0) + 1
-    ids, tokens = [], []
-    for chain in chains:
-        shared = _leading(chain, lambda block: uses[block] > 1)
-        ids.append(chain[shared - 1] if shared else -1)
-        tokens.append(shared * MOONCAKE_BLOCK_TOKENS)
-    return np.array(ids, dtype=np.int64), np.array(tokens, dtype=np.int64)
-
-
-def _leading(chain: Sequence[int], holds: Callable[[int], bool]) -> int:
-    count = 0
-    while count < len(chain) and holds(chain[count]):
-        count += 1
-    return count

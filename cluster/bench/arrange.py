@@ -80,11 +80,11 @@ class Arrangement:
             int(load.prompt_tokens[row]),
             int(load.output_tokens[row]),
             self._slo(row),
-            self._prefix(row),
+            self._prefixes(row),
             0 if load.priority is None else int(load.priority[row]),
         )
         later = (
-            replace(first, index=first.index + place, prefix=None, think_s=talk.think_s)
+            replace(first, index=first.index + place, prefixes=(), think_s=talk.think_s)
             for place in range(1, talk.turns)
         )
         return (first, *later)
@@ -95,11 +95,8 @@ class Arrangement:
             _cell(self.workload.slo_tpot_s, row, self.slo.tpot_s),
         )
 
-    def _prefix(self, row: int) -> Prefix | None:
-        ids, tokens = self.workload.prefix_id, self.workload.prefix_tokens
-        if ids is None or tokens is None or ids[row] < 0:
-            return None
-        return Prefix(int(ids[row]), int(tokens[row]))
+    def _prefixes(self, row: int) -> tuple[Prefix, ...]:
+        return tuple(Prefix(*part) for part in self.workload.prefix_parts(row))
 
 
 def _repeated(load: Workload, times: int, rate_rps: float) -> Workload:

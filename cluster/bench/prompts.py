@@ -8,8 +8,12 @@ else a second run would find the first one's in that cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LEAD_TOKENS = 3
 """Leading tokens that number a prompt or a shared prefix."""
@@ -18,7 +22,7 @@ POOL_TOKENS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a prompt begins with and shares with others of the same number."""
+    """What a prompt begins or goes on with and shares with others of the same number."""
 
     number: int
     tokens: int
@@ -40,11 +44,9 @@ class TokenPrompts:
     def highest_id(self) -> int:
         return self._high - 1
 
-    def render(self, number: int, tokens: int, prefix: Prefix | None = None) -> bytes:
+    def render(self, number: int, tokens: int, prefixes: Sequence[Prefix] = ()) -> bytes:
         """As JSON."""
-        shared = b""
-        if prefix is not None:
-            shared = self._run(2 * prefix.number + 1, min(prefix.tokens, tokens))
+        shared = b"".join(self._run(2 * one.number + 1, one.tokens) for one in prefixes)
         own = self._run(2 * number, tokens - len(shared) // self._width)
         return b"[" + (shared + own)[:-1] + b"]"
 
@@ -84,13 +86,12 @@ class TextPrompts:
     def reseeded(self, seed: int) -> TextPrompts:
         return TextPrompts(self._tokens_per_word, seed)
 
-    def text(self, number: int, tokens: int, prefix: Prefix | None = None) -> str:
+    def text(self, number: int, tokens: int, prefixes: Sequence[Prefix] = ()) -> str:
         words = self._words_of(tokens)
-        shared = (
-            self._words(2 * prefix.number + 1, min(self._words_of(prefix.tokens), words))
-            if prefix
-            else []
-        )
+        shared: list[str] = []
+        for one in prefixes:
+            shared += self._words(2 * one.number + 1, self._words_of(one.tokens))
+        shared = shared[:words]
         return " ".join([*shared, *self._words(2 * number, words - len(shared))])
 
     def _words_of(self, tokens: int) -> int:

@@ -32,7 +32,8 @@ class Turn:
     prompt_tokens: int
     output_tokens: int
     slo: Slo = field(default_factory=Slo)
-    prefix: Prefix | None = None
+    prefixes: tuple[Prefix, ...] = ()
+    """What its prompt begins with."""
     priority: int = 0
     think_s: float = 0.0
     """How long its user thinks about the answer before it."""
@@ -92,7 +93,7 @@ class Server:
         prompts = self.dialect.prompts
         if isinstance(prompts, TokenPrompts):
             assert not history, "conversations are held in text"
-            return prompts.render(turn.index, turn.prompt_tokens, turn.prefix)
+            return prompts.render(turn.index, turn.prompt_tokens, turn.prefixes)
         said = [*history, self.text(turn)]
         return json.dumps(_messages(said) if self.dialect.chat else " ".join(said)).encode()
 
@@ -105,7 +106,7 @@ class Server:
         """What its user says in this turn."""
         prompts = self.dialect.prompts
         assert isinstance(prompts, TextPrompts), "conversations are held in text"
-        return prompts.text(turn.index, turn.prompt_tokens, turn.prefix)
+        return prompts.text(turn.index, turn.prompt_tokens, turn.prefixes)
 
     def prepare(self, prompt: bytes, output_tokens: int, priority: int = 0) -> bytes:
         """The bytes of one request."""

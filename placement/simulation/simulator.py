@@ -161,13 +161,13 @@ class Simulation:
 
     def _prompt(self, index: int, tokens: int) -> tuple[int, ...]:
         """Tokens that agree with another prompt's as far as both share a prefix."""
-        workload = self._workload
-        if workload.prefix_id is None or workload.prefix_tokens is None:
+        if self._workload.prefix_id is None:
             return _any_prompt(tokens)
-        prefix = int(workload.prefix_id[index])
-        shared = int(workload.prefix_tokens[index]) if prefix >= 0 else 0
-        head = (PREFIX_TOKEN + prefix,) * shared
-        return head if shared == tokens else (*head, index + 1, *_any_prompt(tokens - shared - 1))
+        head: list[int] = []
+        for prefix, shared in self._workload.prefix_parts(index):
+            head += [PREFIX_TOKEN + prefix] * shared
+        own = tokens - len(head)
+        return (*head, index + 1, *_any_prompt(own - 1)) if own else tuple(head)
 
     def _outcome(self) -> Outcome:
         instances = [*self._gone, *self.instances.values()]

@@ -24,7 +24,7 @@ from placement.simulation.instance import SimulatedInstance
 from placement.simulation.outcome import Outcome, weighted_spread
 from placement.simulation.simulator import Simulation, simulate
 from placement.simulation.steady import ONLY_DECODES, SteadyBatcher
-from placement.workload import Workload
+from placement.workload import PrefixTree, Workload
 
 SLOW_LINK = Link("slow", bytes_per_s=1e9, latency_s=0.0)
 KV_BYTES = 1000
@@ -152,6 +152,24 @@ def test_shared_prefixes_are_computed_once() -> None:
     first, later = simulate(target, shared).ttft_s[[0, -1]]
     assert later < 0.6 * first
     assert simulate(target, alone).ttft_s[-1] == pytest.approx(first)
+
+
+def test_prefixes_that_continue_others_are_computed_once() -> None:
+    """Turns of a conversation, and then one that shares only its beginning."""
+    tokens = np.array([1000, 2000, 3000, 2000])
+    turns = Workload(
+        np.arange(4.0),
+        tokens + 16,
+        np.full(4, 5),
+        prefix_id=np.array([0, 1, 2, 3]),
+        prefix_tokens=tokens,
+        prefix_tree=PrefixTree(np.array([-1, 0, 1, 0]), 1000),
+    )
+    fresh = replace(turns, prefix_tree=None)
+    nested, apart = (simulate(deployment(Role.MIXED), load).ttft_s for load in (turns, fresh))
+    assert nested[0] == pytest.approx(apart[0])
+    assert nested[1:] == pytest.approx(np.full(3, nested[0]), rel=0.1)
+    assert (apart[1:] > 1.3 * nested[1:]).all()
 
 
 def test_the_same_input_gives_the_same_outcome() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,10 +95,58 @@ def test_mooncake_blocks_become_shared_prefixes(tmp_path: Path) -> None:
     assert workload.arrival_s.tolist() == [0.0, 0.5, 0.9]
 
 
-def test_a_bad_line_of_json_is_named(tmp_path: Path) -> None:
+def mooncake(
+    timestamp: object = 0, prompt: object = 1000, output: object = 5, **more: object
+) -> str:
+    line = {"timestamp": timestamp, "input_length": prompt, "output_length": output, **more}
+    return json.dumps(line)
+
+
+def test_mooncake_prefixes_that_continue_others_share_what_those_hold(tmp_path: Path) -> None:
+    chains = ([7, 8, 9], [7, 8, 9, 11], [7, 8, 9, 11, 12], [7, 5], [40])
+    lines = [mooncake(prompt=512 * len(one) + 100, hash_ids=one) for one in chains]
+    workload = read_workload(written(tmp_path, *lines, name="t.jsonl"))
+    parts = [workload.prefix_parts(row) for row in range(len(chains))]
+    assert [len(one) for one in parts] == [3, 4, 4, 1, 0]
+    assert parts[1] == parts[2] == [*parts[0], (3, 512)]
+    assert parts[3] == parts[0][:1]
+    again = workload.select(np.array([3, 1]))
+    assert [again.prefix_parts(row) for row in (0, 1)] == [parts[3], parts[1]]
+
+
+def test_a_shared_block_ends_with_its_prompt(tmp_path: Path) -> None:
+    lines = [mooncake(prompt=600, hash_ids=[1, 2])] * 2
+    workload = read_workload(written(tmp_path, *lines, name="t.jsonl"))
+    assert workload.prefix_parts(1) == [(0, 512), (1, 88)]
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("{", "workload line 3"),
+        ("[1]", "workload line 3"),
+        ("5", "workload line 3"),
+        ('{"timestamp": 5}', "workload line 3, input_length"),
+        (mooncake(True), "workload line 3, timestamp"),
+        (mooncake(float("nan")), "workload line 3, timestamp"),
+        (mooncake(-1), "workload line 3, timestamp"),
+        (mooncake(3), "workload line 3, timestamp"),
+        (mooncake(10**400), "workload line 3, timestamp"),
+        (mooncake(9, "5"), "workload line 3, input_length"),
+        (mooncake(9, 0), "workload line 3, input_length"),
+        (mooncake(9, 5.5), "workload line 3, input_length"),
+        (mooncake(9, output=-5), "workload line 3, output_length"),
+        (mooncake(9, hash_ids=5), "workload line 3, hash_ids"),
+        (mooncake(9, hash_ids=None), "workload line 3, hash_ids"),
+        (mooncake(9, hash_ids=["x"]), "workload line 3, hash_ids"),
+        (mooncake(9, hash_ids=[-1]), "workload line 3, hash_ids"),
+        (mooncake(9, hash_ids=[1 << 64]), "workload line 3, hash_ids"),
+    ],
+)
+def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str, field: str) -> None:
     with pytest.raises(BadConfig) as refusal:
-        read_workload(written(tmp_path, '{"timestamp": 0}', name="t.jsonl"))
-    assert refusal.value.field == "workload line 1, input_length"
+        read_workload(written(tmp_path, mooncake(4), "", line, name="t.jsonl"))
+    assert refusal.value.field == field
 
 
 def test_another_rate_keeps_requests_and_their_order() -> None:

@@ -22,9 +22,9 @@ def ids(seed: int, number: int) -> list[int]:
     return found
 
 
-def blocks(seed: int, prefix: Prefix | None = None) -> set[tuple[int, ...]]:
+def blocks(seed: int, *prefixes: Prefix) -> set[tuple[int, ...]]:
     prompts = TokenPrompts(3, seed)
-    texts = [prompts.render(number, 64, prefix) for number in range(500)]
+    texts = [prompts.render(number, 64, prefixes) for number in range(500)]
     return {tuple(json.loads(text)[:BLOCK]) for text in texts}
 
 
@@ -61,3 +61,19 @@ async def test_a_run_says_its_seed_and_probes_never_meet_their_own_prompts(searc
     prompts = [tuple(one["prompt"]) for one in server.bodies if len(one["prompt"]) == 32]
     assert len(prompts) >= 10
     assert len(set(prompts)) == len(prompts)
+
+
+def test_prompts_share_as_many_texts_as_their_prefixes_have_in_common() -> None:
+    short, long = (Prefix(0, 16),), (Prefix(0, 16), Prefix(1, 16))
+    first, second, third = (
+        json.loads(TokenPrompts().render(number, 48, prefixes))
+        for number, prefixes in enumerate((short, long, long))
+    )
+    assert first[:16] == second[:16]
+    assert second[:32] == third[:32]
+    assert first[16:32] != second[16:32]
+    assert second[32:] != third[32:]
+    assert len(first) == len(second) == 48
+    words = [TextPrompts().text(number, 48, long).split() for number in range(2)]
+    assert words[0][:32] == words[1][:32]
+    assert words[0][32:] != words[1][32:]
