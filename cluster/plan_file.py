@@ -8,6 +8,7 @@ from engine.errors import BadConfig
 from engine.messages import Role
 from placement.latency.catalog import accelerator_of, catalog_name, hardware_from
 from placement.planning.co_location import co_location_from
+from placement.planning.plan_keys import PLAN_KEYS
 
 RAY_TYPES = {
     "a10g": "A10G",
@@ -23,9 +24,6 @@ RAY_TYPES = {
 A_LITTLE = 0.001
 """Of a node or of its accelerator type, which Ray counts as one each: any number of workers may
 ask for it."""
-PLAN_KEYS = (
-    *("model", "slo", "hardware", "pools", "co_located", "predicted", "alternatives", "reason"),
-)
 
 
 def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
@@ -42,18 +40,24 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
             raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
         shapes[role].append(_shape(f"pools[{number}]", pool, gpus))
     pools: dict[str, Any] = {role: _pool_of(found) for role, found in shapes.items()}
+    values = {**values_beside_pools(plan), "pools": pools}
+    if plan.get("co_located") is not None:
+        pools["units"] = co_location_from(plan["co_located"]).units
+    if devices:
+        values.setdefault("device", devices.pop())
+    return values
+
+
+def values_beside_pools(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of a config besides its pools."""
     values = {key: plan[key] for key in plan if key not in PLAN_KEYS}
-    values |= {"model": plan.get("model", "demo"), "pools": pools}
-    values["predicted"] = plan.get("predicted")
+    values |= {"model": plan.get("model", "demo"), "predicted": plan.get("predicted")}
     if plan.get("co_located") is not None:
         together = co_location_from(plan["co_located"])
-        pools["units"] = together.units
         routing = _section(_section(values, "gateway"), "routing")
         routing.setdefault("crossing_token_s", together.crossing_token_s)
     if plan.get("slo"):
         values["slo"] = plan["slo"]
-    if devices:
-        values.setdefault("device", devices.pop())
     return values
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from cluster.policy_file import parse_policy, starting_policy
 from engine.errors import BadConfig
 from engine.messages import Role
-from placement.simulation.dynamics import Dynamics
 from placement.simulation.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -15,8 +14,9 @@ if TYPE_CHECKING:
 
     from placement.planning.costbook import CostBook
     from placement.planning.plan import Plan
+    from placement.scaling.policy import Policy
     from placement.simulation.deployment import Deployment
-    from placement.simulation.dynamics import FleetRecord
+    from placement.simulation.dynamics import Dynamics, FleetRecord
     from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
@@ -24,11 +24,10 @@ SHOWN_CHANGES = 40
 """Of the timeline in the terminal; all are in the JSON."""
 
 
-def following(path: Path, start_s: float) -> Dynamics:
-    """A policy in force from the beginning; a started instance serves after so long."""
+def read_policy(path: Path) -> Policy:
     text = starting_policy(path)
     assert text is not None
-    return Dynamics(policy=parse_policy(text), start_s=start_s)
+    return parse_policy(text)
 
 
 def follow(

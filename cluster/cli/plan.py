@@ -129,11 +129,14 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
-    from cluster.cli.following import follow, following, show_fleet
+    from cluster.cli.following import follow, read_policy, show_fleet
     from cluster.cli.planning import (
+        as_configured,
         check_memory,
+        config_of,
         cost_book,
         dynamics_of,
+        not_simulated,
         planned_fleet,
         read_plan_file,
     )
@@ -146,17 +149,18 @@ def simulate(
         raise BadConfig("report", str(report), "draws a plan as it stands: not with --policy")
     if admission and policy is not None:
         raise BadConfig("admission", "true", "is for a plan as it stands: not with --policy")
-    planned = read_plan_file(plan)
+    planned, config = read_plan_file(plan), config_of(plan)
     book = cost_book(planned.model, planned_fleet(planned, profile))
     load = read_workload(workload)
     load = load if rate is None else load.at_rate(rate)
     check_memory(planned, book, load)
-    deployment = deployment_for(planned, book)
-    fleet = None
+    deployment = as_configured(deployment_for(planned, book), config)
+    dynamics, fleet = dynamics_of(config, admission=admission), None
     if policy is None:
-        outcome = run(deployment, load, dynamics=dynamics_of(plan, admission=admission))
+        outcome = run(deployment, load, dynamics=dynamics)
     else:
-        outcome, fleet = follow(following(policy, start_s), planned, book, deployment, load)
+        following = replace(dynamics, policy=read_policy(policy), start_s=start_s)
+        outcome, fleet = follow(following, planned, book, deployment, load)
     figures = outcome.figures()
     if admission:
         figures["refused"] = outcome.refused
@@ -170,6 +174,8 @@ def simulate(
         text = simulation_report(planned, deployment, load, figures)
         report.write_text(text, encoding="utf-8")
     _show_figures(figures, as_json=as_json)
+    if unheeded := not_simulated(plan):
+        print(f"not simulated: {', '.join(unheeded)}", file=sys.stderr)
     if fleet is not None and not as_json:
         show_fleet(fleet)
 

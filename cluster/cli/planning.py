@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import parse_config
+from cluster.plan_file import values_beside_pools
+from cluster.settings import instance_settings
 from cluster.yaml_file import read_yaml
 from engine.errors import BadConfig, NoFeasiblePlan
 from placement.latency.catalog import accelerator_of, find_model, hardware_from
@@ -16,18 +18,30 @@ from placement.latency.model_shape import read_shape
 from placement.latency.profile_file import read_profile
 from placement.planning.costbook import CostBook
 from placement.planning.plan import plan_from
+from placement.planning.plan_keys import CONFIG_KEYS
 from placement.simulation.dynamics import Dynamics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cluster.config import Config
     from placement.latency.catalog import Hardware
     from placement.latency.model_shape import ModelShape
     from placement.latency.profile import Profile
     from placement.planning.plan import Plan
+    from placement.simulation.deployment import Deployment
     from placement.workload import Workload
 
 DEMO = "demo"
+SIMULATED = {
+    "engine": (
+        *("block_tokens", "cache_prefixes", "host_slots", "prefill", "decode", "tpot_share"),
+    ),
+    "transfer": ("layer_groups", "piece_bytes", "pause_budget_s", "max_rounds"),
+    "migration": ("enabled", "interval_s", "balancer"),
+    "gateway": ("routing", "admission"),
+}
+"""What `tandem simulate` heeds of a plan's config."""
 
 
 def find_shape(model: str) -> ModelShape:
@@ -82,23 +96,53 @@ def _with_measured_links(hardware: Hardware, profile: Profile, kinds: Sequence[s
 
 
 def read_plan_file(path: Path) -> Plan:
-    content = read_yaml(path)
-    for key in ("slo", "hardware", "engine"):
-        if not isinstance(content.get(key) or {}, dict):
-            raise BadConfig(key, content[key], "must be a mapping")
-    return plan_from(content)
+    return plan_from(read_yaml(path))
 
 
-def dynamics_of(path: Path, *, admission: bool = False) -> Dynamics:
-    """What a cluster that serves this plan does of itself: its balancer moves requests, and where
-    it is asked for its gateway refuses some."""
+def config_of(path: Path) -> Config:
+    """The sections of a config that a plan is served with, checked as `tandem serve` does."""
+    return parse_config(values_beside_pools(read_yaml(path)))
+
+
+def as_configured(deployment: Deployment, config: Config) -> Deployment:
+    """With the settings that its plan's file is served with."""
+    role, engine, transfer = instance_settings(config).role, config.engine, config.transfer
+    return replace(
+        deployment,
+        instances=tuple(replace(one, settings=role) for one in deployment.instances),
+        block_tokens=engine.block_tokens,
+        cache_prefixes=engine.cache_prefixes,
+        router=config.gateway.routing,
+        overheads=replace(
+            deployment.overheads,
+            layer_groups=transfer.layer_groups,
+            piece_bytes=transfer.piece_bytes,
+        ),
+    )
+
+
+def not_simulated(path: Path) -> list[str]:
+    """What a plan's file sets that only `tandem serve` heeds."""
     content = read_yaml(path)
-    config = parse_config({key: content.get(key) or {} for key in ("migration", "gateway")})
-    migration = config.migration
+    return [
+        f"{section}.{key}"
+        for section in CONFIG_KEYS
+        if isinstance(content.get(section), dict)
+        for key in content[section]
+        if key not in SIMULATED.get(section, ())
+    ]
+
+
+def dynamics_of(config: Config, *, admission: bool = False) -> Dynamics:
+    """What a cluster does of itself: its balancer moves requests, and where it is asked for its
+    gateway refuses some."""
+    migration, transfer = config.migration, config.transfer
     return Dynamics(
         balance=migration.enabled,
         balancer=migration.balancer,
         look_s=migration.interval_s,
+        pause_budget_s=transfer.pause_budget_s,
+        most_rounds=transfer.max_rounds,
         admission=config.gateway.admission if admission else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -12,24 +12,13 @@ from engine.errors import BadConfig, unknown_name
 from engine.messages import Role
 from placement.planning.co_location import CoLocation, check_units, co_location_from
 from placement.planning.costbook import Cut
+from placement.planning.plan_keys import CONFIG_KEYS, PLAN_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-PLAN_KEYS = (
-    "model",
-    "device",
-    "slo",
-    "hardware",
-    "pools",
-    "co_located",
-    "engine",
-    "migration",
-    "predicted",
-    "alternatives",
-    "reason",
-)
+SLO_KEYS = ("ttft_s", "tpot_s", "attainment")
 POOL_KEYS = (
     "role",
     "instances",
@@ -161,32 +150,53 @@ def plan_from(content: object) -> Plan:
     """The deployment of a plan and its targets; predictions and reasons are for people."""
     if not isinstance(content, dict):
         raise BadConfig("plan", content, "must be a mapping")
-    for key in content:
-        if key not in PLAN_KEYS:
-            raise unknown_name("plan", str(key), PLAN_KEYS)
+    _known_keys("plan", content, PLAN_KEYS + CONFIG_KEYS)
     pools = content.get("pools")
     if not isinstance(pools, list) or not pools:
         raise BadConfig("pools", pools, "a list with at least one pool")
-    slo = content.get("slo") or {}
-    target = Target(
-        _number("slo.ttft_s", slo.get("ttft_s", 2.0)),
-        _number("slo.tpot_s", slo.get("tpot_s", 0.1)),
-        _number("slo.attainment", slo.get("attainment", 0.9)),
-    )
-    engine = content.get("engine") or {}
-    prefill = engine.get("prefill") or {}
+    engine = _section("engine", content.get("engine"))
+    prefill = _section("engine.prefill", engine.get("prefill"))
     budget = prefill.get("token_budget")
     read = tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools))
+    roles = {pool.role for pool in read}
+    if Role.MIXED not in roles and len(roles) == 1:
+        raise BadConfig(
+            "pools", read[0].role.value, "need a prefill and a decode pool, or a mixed one"
+        )
     return Plan(
         model=str(content.get("model", "demo")),
-        target=target,
+        target=_read_target(_section("slo", content.get("slo"))),
         pools=read,
-        hardware=content.get("hardware") or {},
-        predicted=content.get("predicted") or {},
+        hardware=_section("hardware", content.get("hardware")),
+        predicted=_section("predicted", content.get("predicted")),
         reason=str(content.get("reason", "")),
         token_budget=None if budget is None else _whole("engine.prefill.token_budget", budget),
         engine=engine,
         co_located=_read_co_location(content.get("co_located"), read),
+    )
+
+
+def _section(where: str, value: object) -> dict[str, Any]:
+    """One that is left out or empty says nothing."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BadConfig(where, value, "must be a mapping")
+    return value
+
+
+def _known_keys(where: str, raw: dict[str, Any], known: Sequence[str]) -> None:
+    for key in raw:
+        if key not in known:
+            raise unknown_name(where, str(key), known)
+
+
+def _read_target(slo: dict[str, Any]) -> Target:
+    _known_keys("slo", slo, SLO_KEYS)
+    return Target(
+        _number("slo.ttft_s", slo.get("ttft_s", 2.0)),
+        _number("slo.tpot_s", slo.get("tpot_s", 0.1)),
+        _number("slo.attainment", slo.get("attainment", 0.9)),
     )
 
 
@@ -202,9 +212,7 @@ def _read_co_location(raw: object, pools: Sequence[PoolPlan]) -> CoLocation | No
 def _read_pool(where: str, raw: object) -> PoolPlan:
     if not isinstance(raw, dict):
         raise BadConfig(where, raw, "must be a mapping")
-    for key in raw:
-        if key not in POOL_KEYS:
-            raise unknown_name(where, str(key), POOL_KEYS)
+    _known_keys(where, raw, POOL_KEYS)
     roles = [role.value for role in Role]
     if raw.get("role") not in roles:
         raise BadConfig(f"{where}.role", raw.get("role"), f"one of {', '.join(roles)}")
@@ -214,7 +222,15 @@ def _read_pool(where: str, raw: object) -> PoolPlan:
         _whole(f"{where}.pipeline_parallel", raw.get("pipeline_parallel", 1)),
     )
     instances = _whole(f"{where}.instances", raw.get("instances", 1))
-    return PoolPlan(Role(raw["role"]), instances, cut, tuple(raw.get("nodes") or ()))
+    return PoolPlan(Role(raw["role"]), instances, cut, _nodes(f"{where}.nodes", raw.get("nodes")))
+
+
+def _nodes(where: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise BadConfig(where, value, "must be a list of nodes' addresses")
+    return tuple(value)
 
 
 def _whole(where: str, value: object) -> int:
@@ -224,8 +240,8 @@ def _whole(where: str, value: object) -> int:
 
 
 def _number(where: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise BadConfig(where, value, "must be a number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+        raise BadConfig(where, value, "must be a finite number")
     return float(value)
 
 

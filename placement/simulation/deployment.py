@@ -71,6 +71,7 @@ class Deployment:
     slo: Slo = field(default_factory=Slo)
     block_tokens: int = 16
     """As a cluster has it where its config says nothing else."""
+    cache_prefixes: bool = True
     router: RouterSettings = field(default_factory=RouterSettings)
     overheads: Overheads = field(default_factory=Overheads)
 

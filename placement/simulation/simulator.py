@@ -187,10 +187,10 @@ class Simulation:
         heappush(self._events, (time_s, self._scheduled, action, subject))
 
     def pool(self, blocks: int) -> BlockPool:
-        """Where no request shares a prefix, which block holds what does not matter, except that
+        """Where no request finds a prefix, which block holds what does not matter, except that
         what had to give way is computed again from its beginning."""
         size = self._deployment.block_tokens
-        counted = self._workload.prefix_id is None
+        counted = self._workload.prefix_id is None or not self._deployment.cache_prefixes
         return CountedPool(blocks, size) if counted else BlockPool(blocks, size)
 
     def crowd(self, node: str) -> Crowd:

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import yaml
 
+from cluster.cli import following
 from cluster.cli.app import run
-from cluster.cli.planning import cost_book, find_shape, read_plan_file
-from cluster.config import load_config
+from cluster.cli.planning import (
+    as_configured,
+    config_of,
+    cost_book,
+    dynamics_of,
+    find_shape,
+    not_simulated,
+    read_plan_file,
+)
+from cluster.config import Config, load_config
 from cluster.control.pools import LOCAL_WORKER_CPU, Ground, initial_specs
 from cluster.plan_file import A_LITTLE
 from cluster.profiling.measure import Device, Measuring, measure
@@ -24,6 +33,8 @@ from placement.latency.model import mixed_step
 from placement.latency.profile_file import profile_from
 from placement.planning.candidate import deployment_for
 from placement.planning.costbook import Cut
+from placement.planning.plan_keys import CONFIG_KEYS, PLAN_KEYS
+from placement.simulation.simulator import Simulation
 
 PASSES = [
     {"tokens": 16, "squares": 256, "seconds": 0.004},
@@ -308,13 +319,48 @@ def test_processors_and_accelerators_do_not_serve_together(files):
 
 
 def test_a_plan_is_simulated_with_the_settings_that_it_is_served_with(files):
-    path = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    engine = {"block_tokens": 32, "cache_prefixes": False, "host_slots": 9, "tpot_share": 0.5}
+    own = {
+        **SPLIT_PLAN,
+        "engine": {**engine, "prefill": {"max_sequences": 7}, "decode": {"max_sequences": 3}},
+        "gateway": {"routing": {"policy": "round_robin"}, "admission": {"patience": 3.0}},
+        "transfer": {"layer_groups": 2, "max_rounds": 3},
+    }
+    for plan in (SPLIT_PLAN, own):
+        same_settings(write(files / "own.yaml", yaml.safe_dump(plan)))
+
+
+def same_settings(path):
     served, planned = load_config(str(path)), read_plan_file(path)
-    simulated = deployment_for(planned, cost_book("demo", planned.hardware))
+    simulated = as_configured(
+        deployment_for(planned, cost_book("demo", planned.hardware)), config_of(path)
+    )
+    assert not_simulated(path) == []
     assert simulated.block_tokens == served.engine.block_tokens
+    assert simulated.cache_prefixes == served.engine.cache_prefixes
     assert simulated.router == served.gateway.routing
+    assert simulated.overheads.layer_groups == served.transfer.layer_groups
+    dynamics = dynamics_of(config_of(path), admission=True)
+    assert dynamics.admission == served.gateway.admission
+    assert dynamics.most_rounds == served.transfer.max_rounds
     roles = {instance.settings for instance in simulated.instances}
     assert roles == {instance_settings(served).role}
+
+
+def test_a_plan_may_hold_whatever_serve_takes_beside_it(tandem, files):
+    assert not set(PLAN_KEYS) & set(CONFIG_KEYS)
+    assert set(Config.model_fields) <= {*PLAN_KEYS, *CONFIG_KEYS}
+    own = {
+        **SPLIT_PLAN,
+        "gateway": {"admission": {"live_requests": 1}, "http_port": 9},
+        "device": "cpu",
+    }
+    plan = write(files / "own.yaml", yaml.safe_dump(own))
+    simulate = ("simulate", "--plan", plan, "--workload", files / "load.csv")
+    status, out, err = tandem(*simulate, "--admission", "--json")
+    assert status == 0
+    assert json.loads(out)["refused"] > 0
+    assert err == "not simulated: gateway.http_port\n"
 
 
 def test_simulating_a_plan_gives_the_fields_of_bench(tandem, files):
@@ -446,7 +492,19 @@ def test_a_file_that_is_not_text_is_refused(tandem, files, name):
         ({"hardware": {}}, "plan.hardware"),
         ({"pools": []}, "pools"),
         ({"slo": [1]}, "slo"),
+        ({"slo": {"ttft": 0.1}}, "did you mean 'ttft_s'"),
+        ({"slo": {"ttft_s": float("nan")}}, "slo.ttft_s"),
         ({"speed": 1}, "speed"),
+        ({"engine": 5}, "engine"),
+        ({"engine": {"prefill": 5}}, "engine.prefill"),
+        ({"engine": {"block_token": 32}}, "did you mean 'block_tokens'"),
+        ({"engine": {"block_tokens": 33}}, "engine.block_tokens"),
+        ({"gateway": {"admision": {}}}, "did you mean 'admission'"),
+        ({"gateways": {}}, "did you mean 'gateway'"),
+        ({"hardware": [1]}, "hardware"),
+        ({"predicted": 5}, "predicted"),
+        ({"pools": [{"role": "mixed", "nodes": 5}]}, "pools[0].nodes"),
+        ({"pools": [{"role": "prefill"}]}, "pools"),
     ],
 )
 def test_a_plan_that_cannot_be_simulated_is_refused(tandem, files, changed, field):
@@ -571,6 +629,28 @@ def test_a_policy_is_followed_with_its_cost_and_its_changes(tandem, files):
     status, out, err = tandem("simulate", *given)
     assert (status, err) == (0, "")
     assert "accelerator-hours" in out
+
+
+def test_the_balancer_of_a_fleet_that_follows_a_policy_is_the_plans(tandem, files, monkeypatch):
+    seen = []
+
+    class Seen(Simulation):
+        def __init__(self, deployment, load, dynamics):
+            seen.append(dynamics)
+            super().__init__(deployment, load, dynamics=dynamics)
+
+    monkeypatch.setattr(following, "Simulation", Seen)
+    policy = write(files / "policy.yaml", yaml.safe_dump(POLICY))
+    for migration, balance in (({}, True), ({"enabled": False, "interval_s": 3.0}, False)):
+        plan = write(files / "own.yaml", yaml.safe_dump({**SPLIT_PLAN, "migration": migration}))
+        given = ("--plan", plan, "--workload", files / "load.csv", "--policy", policy)
+        status, _, _ = tandem("simulate", *given, "--start-s", 1)
+        assert status == 0
+        assert seen[-1].balance == balance
+    assert seen[-1].look_s == 3.0
+    assert seen[-1].start_s == 1.0
+    plan = write(files / "own.yaml", yaml.safe_dump({**SPLIT_PLAN, "migration": {"on": True}}))
+    refused(tandem("simulate", "--plan", plan, *given[2:]), "migration")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.cli.planning import dynamics_of, read_plan_file
+from cluster.cli.planning import config_of, dynamics_of, read_plan_file
 from cluster.config import MigrationConfig
 from engine.errors import BadConfig
 
@@ -21,7 +21,7 @@ def plan(folder: Path, text: str) -> Path:
 
 
 def test_the_balancer_works_as_a_cluster_has_it_by_default(tmp_path: Path) -> None:
-    dynamics, served = dynamics_of(plan(tmp_path, "")), MigrationConfig()
+    dynamics, served = dynamics_of(config_of(plan(tmp_path, ""))), MigrationConfig()
     assert dynamics.balance is served.enabled is True
     assert (dynamics.look_s, dynamics.balancer) == (served.interval_s, served.balancer)
     assert dynamics.policy is None
@@ -31,11 +31,11 @@ def test_a_plan_that_sets_migration_is_simulated_as_it_will_be_served(tmp_path: 
     pools = "pools: [{role: mixed, instances: 2, device: cpu-core}]\n"
     path = plan(tmp_path, f"{pools}migration: {{enabled: false, interval_s: 3}}\n")
     assert read_plan_file(path).accelerators == 2
-    dynamics = dynamics_of(path)
+    dynamics = dynamics_of(config_of(path))
     assert (dynamics.balance, dynamics.look_s) == (False, 3.0)
 
 
 def test_a_migration_that_no_cluster_would_accept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfig) as refusal:
-        dynamics_of(plan(tmp_path, "migration: {intervall_s: 3}\n"))
+        config_of(plan(tmp_path, "migration: {intervall_s: 3}\n"))
     assert refusal.value.field == "migration.intervall_s"
