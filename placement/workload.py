@@ -75,11 +75,15 @@ class Workload:
         return int((self.prompt_tokens + self.output_tokens).max())
 
     def at_rate(self, rate_rps: float) -> Workload:
-        """The same requests in the same order, time stretched: common random numbers."""
-        if rate_rps <= 0:
-            raise BadConfig("rate", rate_rps, "must be positive")
-        if self.rate_rps == 0:
+        """The same requests in the same order, time stretched: common random numbers. One request
+        alone comes at any rate."""
+        if not 0 < rate_rps < np.inf:
+            raise BadConfig("rate", rate_rps, "must be positive and finite")
+        if len(self) == 1:
             return self
+        if self.rate_rps == 0:
+            rule = "requests that all arrive at once cannot be stretched to a rate"
+            raise BadConfig("rate", rate_rps, rule)
         start_s = self.arrival_s[0]
         stretched = (self.arrival_s - start_s) * (self.rate_rps / rate_rps)
         return replace(self, arrival_s=stretched)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 WHOLE = ("prompt_tokens", "output_tokens", "prefix_tokens", "priority")
+LOWEST = {"prompt_tokens": 1, "output_tokens": 1, "prefix_tokens": 0}
 OPTIONAL = ("prefix_id", "prefix_tokens", "priority", "slo_ttft_s", "slo_tpot_s")
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
@@ -80,7 +81,7 @@ def _columns(rows: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> 
 def _numbers(name: str, cells: Sequence[str | None]) -> np.ndarray[Any, Any]:
     """A column; an empty cell of an optional one means the default."""
     whole, required = name in WHOLE, name in REQUIRED
-    lowest = 1 if name in ("prompt_tokens", "output_tokens") else None
+    lowest = LOWEST.get(name)
     values = np.empty(len(cells))
     for index, cell in enumerate(cells):
         if not cell and not required:

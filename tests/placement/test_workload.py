@@ -56,6 +56,7 @@ def test_our_csv_with_optional_columns(tmp_path: Path) -> None:
         ((HEADER + ",prioritty", "0,1,1,1"), "workload column", "did you mean 'priority'"),
         ((HEADER + ",prefix_id", "0,1,1,a"), "workload columns", "go together"),
         ((HEADER + ",prefix_id,prefix_tokens", "0,1,1,a,2"), "workload row 2, prefix", "exceed"),
+        ((HEADER + ",prefix_id,prefix_tokens", "0,9,1,a,-2"), "workload row 2, prefix", "from 0"),
     ],
 )
 def test_a_bad_file_is_refused_by_row_and_column(
@@ -156,6 +157,19 @@ def test_another_rate_keeps_requests_and_their_order() -> None:
     assert faster.rate_rps == pytest.approx(8.0)
     ratios = np.diff(arrivals) / np.diff(faster.arrival_s)
     np.testing.assert_allclose(ratios, ratios[0])
+
+
+def test_requests_that_arrive_at_once_have_no_rate_to_be_stretched() -> None:
+    at_once = Workload(np.zeros(3), np.arange(1, 4), np.arange(1, 4))
+    with pytest.raises(BadConfig, match="all arrive at once"):
+        at_once.at_rate(5.0)
+    assert at_once.first(1).at_rate(5.0).arrival_s.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rate_rps", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_is_positive_and_finite(rate_rps: float) -> None:
+    with pytest.raises(BadConfig, match="positive"):
+        Workload(np.arange(3.0), np.arange(1, 4), np.arange(1, 4)).at_rate(rate_rps)
 
 
 @pytest.mark.parametrize("burstiness", [0.5, 1.0, 2.0])
