@@ -171,7 +171,7 @@ def simulate(
     if report is not None:
         from cluster.cli.plan_report import simulation_report
 
-        text = simulation_report(planned, deployment, load, figures)
+        text = simulation_report(planned, deployment, load, dynamics, figures)
         report.write_text(text, encoding="utf-8")
     _show_figures(figures, as_json=as_json)
     if unheeded := not_simulated(plan):

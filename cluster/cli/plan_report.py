@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from placement.planning.optimizer import Answer
     from placement.planning.plan import Plan, Target
     from placement.simulation.deployment import Deployment
+    from placement.simulation.dynamics import Dynamics
     from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
@@ -73,13 +74,17 @@ def plan_report(answer: Answer, found: Plan, progress: Callable[[int, int], None
 
 
 def simulation_report(
-    plan: Plan, deployment: Deployment, workload: Workload, figures: dict[str, Any]
+    plan: Plan,
+    deployment: Deployment,
+    workload: Workload,
+    dynamics: Dynamics,
+    figures: dict[str, Any],
 ) -> str:
     """What the plan does with a workload at its rate, and around it."""
-    outcome, busy = watched(deployment, workload)
+    outcome, busy = watched(deployment, workload, dynamics)
     rate_rps = workload.rate_rps
     rates = [rate_rps * share for share in RATE_SHARES] if rate_rps else []
-    curves = [("this plan", over_rates(deployment, workload, rates))]
+    curves = [("this plan", over_rates(deployment, workload, rates, dynamics))]
     plots = [
         _attainment("requests per second", curves, [("as given", rate_rps)]),
         _trade_off(curves, plan.target),

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from placement.simulation.deployment import Deployment
+    from placement.simulation.dynamics import Dynamics
     from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
 RATE_SHARES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15, 1.4)
 """Of a goodput: the rates at which a deployment is looked at."""
 WINDOWS = 60
-"""Into which utilisation over time is divided."""
+"""Into which utilisation over time is divided at least, up to twice as many."""
+SHORTEST_S = 1e-3 / WINDOWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,16 @@ class RatePoint:
 
 
 def over_rates(
-    deployment: Deployment, workload: Workload, rates_rps: Iterable[float]
+    deployment: Deployment,
+    workload: Workload,
+    rates_rps: Iterable[float],
+    dynamics: Dynamics | None = None,
 ) -> list[RatePoint]:
     """The same requests at each rate."""
     points = []
     for rate_rps in rates_rps:
-        figures = simulate(deployment, workload.at_rate(rate_rps)).figures()
+        load = workload.at_rate(rate_rps)
+        figures = simulate(deployment, load, dynamics=dynamics).figures()
         p90s = figures["ttft_s"]["p90"], figures["tpot_s"]["p90"]
         points.append(RatePoint(rate_rps, figures["attainment"], *p90s))
     return points
@@ -54,7 +60,8 @@ class Utilisation:
 
 @dataclass(slots=True)
 class _Watch:
-    """Looks at an ongoing simulation at the end of each window."""
+    """Looks at an ongoing simulation at the end of each window; the longer it lasts, the longer
+    they become."""
 
     simulation: Simulation
     requests: int
@@ -64,10 +71,13 @@ class _Watch:
 
     def look(self, now: float) -> None:
         total: dict[str, float] = {}
-        for one in self.simulation.instances.values():
+        for one in self.simulation.all_instances:
             total[one.model.role.value] = total.get(one.model.role.value, 0.0) + one.busy_s
         self.seen_s.append(now)
         self.busy_s.append(total)
+        if len(self.seen_s) == 2 * WINDOWS:
+            self.seen_s, self.busy_s = self.seen_s[1::2], self.busy_s[1::2]
+            self.window_s *= 2
         if self.simulation.ledger.ended < self.requests:
             self.simulation.at(now + self.window_s, _look, self)
 
@@ -76,10 +86,12 @@ def _look(watch: Any, now: float) -> None:
     watch.look(now)
 
 
-def watched(deployment: Deployment, workload: Workload) -> tuple[Outcome, Utilisation]:
+def watched(
+    deployment: Deployment, workload: Workload, dynamics: Dynamics | None = None
+) -> tuple[Outcome, Utilisation]:
     """A simulation and how busy each role was over its time."""
-    simulation = Simulation(deployment, workload)
-    window_s = max(workload.duration_s, 1e-3) / WINDOWS
+    simulation = Simulation(deployment, workload, dynamics=dynamics)
+    window_s = max(workload.duration_s / WINDOWS, SHORTEST_S)
     watch = _Watch(simulation, len(workload), window_s)
     simulation.at(float(workload.arrival_s[0]) + window_s, _look, watch)
     outcome = simulation.run()
@@ -87,7 +99,7 @@ def watched(deployment: Deployment, workload: Workload) -> tuple[Outcome, Utilis
     for model in deployment.instances:
         instances[model.role.value] = instances.get(model.role.value, 0) + 1
     shares = {
-        role: _shares([busy[role] for busy in watch.busy_s], count * window_s)
+        role: _shares([busy[role] for busy in watch.busy_s], count * watch.window_s)
         for role, count in instances.items()
     }
     return outcome, Utilisation(np.array(watch.seen_s) - workload.arrival_s[0], shares)

@@ -134,6 +134,11 @@ class Simulation:
             return seconds
         return seconds * sum([crowd.times for crowd in self._crowds.values()]) / len(self._crowds)
 
+    @property
+    def all_instances(self) -> list[SimulatedInstance]:
+        """With those that are gone."""
+        return [*self._gone, *self.instances.values()]
+
     def view(self, now: float) -> View:
         return View(now, tuple([one.view(now) for one in self.instances.values()]))
 
@@ -170,7 +175,7 @@ class Simulation:
         return (*head, index + 1, *_any_prompt(own - 1)) if own else tuple(head)
 
     def _outcome(self) -> Outcome:
-        instances = [*self._gone, *self.instances.values()]
+        instances = self.all_instances
         beyond: dict[str, None] = {}
         for one in instances:
             found = one.model.latency.outside(one.most_tokens, one.most_kv_read_tokens)

@@ -9,9 +9,11 @@ from engine.messages import Role
 from placement.latency.catalog import find_model, one_kind
 from placement.planning.candidate import Candidate, deployment_of
 from placement.planning.costbook import CostBook, Cut
-from placement.planning.exploration import over_rates, watched
+from placement.planning.exploration import WINDOWS, over_rates, watched
 from placement.planning.plan import PoolPlan, Target
+from placement.routing.admission import AdmissionSettings
 from placement.simulation.deployment import Deployment, Overheads
+from placement.simulation.dynamics import Dynamics
 from placement.simulation.simulator import simulate
 from placement.workload import Arrivals, Workload, fixed_lengths
 
@@ -43,3 +45,27 @@ def test_watching_a_simulation_changes_nothing_and_accounts_for_all_its_work() -
     for role, shares in busy.by_role.items():
         assert ((shares >= 0) & (shares <= 1)).all()
         assert shares.sum() * window_s == pytest.approx(alone.busy_s[f"{role}-0"], rel=0.05)
+
+
+def test_a_long_answer_after_the_last_arrival_is_watched_at_few_points() -> None:
+    lone = fixed_lengths(600, 4000, np.zeros(1))
+    outcome, busy = watched(pair(), lone)
+    assert WINDOWS <= len(busy.ends_s) < 2 * WINDOWS
+    window_s = float(busy.ends_s[0])
+    np.testing.assert_allclose(np.diff(busy.ends_s), window_s)
+    assert 0 <= busy.ends_s[-1] - outcome.duration_s <= window_s
+    worked_s = outcome.busy_s["decode-0"]
+    assert busy.by_role["decode"].sum() * window_s == pytest.approx(worked_s, rel=0.05)
+
+
+def test_what_is_drawn_is_what_was_simulated() -> None:
+    dynamics = Dynamics(admission=AdmissionSettings(patience=1.0))
+    crowded = load(60.0)
+    alone = simulate(pair(), crowded, dynamics=dynamics)
+    outcome, _ = watched(pair(), crowded, dynamics)
+    (point,) = over_rates(pair(), crowded, [crowded.rate_rps], dynamics)
+    assert outcome.refused == alone.refused > 0
+    assert outcome.figures() == alone.figures()
+    assert point.attainment == pytest.approx(alone.attainment, abs=0.02)
+    (let_in,) = over_rates(pair(), crowded, [crowded.rate_rps])
+    assert point.ttft_p90_s < let_in.ttft_p90_s
