@@ -15,7 +15,9 @@ then_s), with `handed_off` and optionally `way_s`, `way_steps` and `handoff_s`; 
 from __future__ import annotations
 
 import json
+from math import inf
 from statistics import fmean
+from sys import float_info
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig, unknown_name
@@ -28,6 +30,15 @@ from placement.latency.profile import Profile
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+
+PROFILE_KEYS = (
+    *("model", "device", "dtype", "kv_dtype", "threads", "kv_bytes_per_token"),
+    *("runs", "transfer", "at_work", "speed"),
+)
+SAMPLE_KINDS = ("prefill", "decode", "mixed")
+BESIDE_KEYS = ("neighbours", *SAMPLE_KINDS)
+RUN_KEYS = ("tensor_parallel", "pipeline_parallel", "kv_capacity_tokens", *SAMPLE_KINDS, "beside")
 
 
 def read_profile(path: Path) -> Profile:
@@ -49,6 +60,7 @@ def profile_from(content: object) -> Profile:
     if "serving" in content:
         rule = "was measured by an earlier version: profile again"
         raise BadConfig("profile.serving", type(content["serving"]).__name__, rule)
+    _check_keys("profile", content, PROFILE_KEYS)
     entries = _mappings("profile.runs", content["runs"])
     runs = tuple(_run(f"profile.runs[{i}]", raw) for i, raw in enumerate(entries))
     if not runs:
@@ -66,8 +78,8 @@ def profile_from(content: object) -> Profile:
     way_s, handoff_s = (_mean_of(at_work, key) for key in ("way_s", "handoff_s"))
     way_steps = _mean_of(at_work, "way_steps", 1.0)
     return Profile(
-        str(content["model"]),
-        str(content["device"]),
+        _text("profile.model", content["model"]),
+        _text("profile.device", content["device"]),
         runs,
         transfers,
         steps,
@@ -122,7 +134,7 @@ def _paces(speed: object) -> tuple[float, ...]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return isinstance(value, int | float) and 0 < value < inf
 
 
 def _count(where: str, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -136,25 +148,17 @@ def _mappings(where: str, value: object) -> list[Mapping[str, Any]]:
 
 
 def _run(where: str, raw: Mapping[str, Any]) -> Run:
-    known = {
-        "tensor_parallel",
-        "pipeline_parallel",
-        "kv_capacity_tokens",
-        "prefill",
-        "decode",
-        "mixed",
-        "beside",
-    }
-    for key in raw:
-        if key not in known:
-            raise unknown_name(where, key, known)
+    _check_keys(where, raw, RUN_KEYS)
     samples, beside = _samples(where, raw), raw.get("beside") or {}
+    if not isinstance(beside, dict):
+        raise BadConfig(f"{where}.beside", beside, "must be an object")
+    _check_keys(f"{where}.beside", beside, BESIDE_KEYS)
     crowded = _samples(f"{where}.beside", beside) if beside else ()
-    capacity = raw.get("kv_capacity_tokens")
+    unknown = raw.get("kv_capacity_tokens") is None
     return Run(
-        int(raw.get("tensor_parallel", 1)),
-        int(raw.get("pipeline_parallel", 1)),
-        None if capacity is None else int(capacity),
+        _whole(where, raw, "tensor_parallel", 1),
+        _whole(where, raw, "pipeline_parallel", 1),
+        None if unknown else _whole(where, raw, "kv_capacity_tokens", 0),
         samples,
         crowded,
         int(_number(f"{where}.beside", beside, "neighbours", 0)),
@@ -164,7 +168,7 @@ def _run(where: str, raw: Mapping[str, Any]) -> Run:
 def _samples(where: str, raw: Mapping[str, Any]) -> tuple[Sample, ...]:
     samples = tuple(
         _sample(f"{where}.{kind}[{i}]", entry)
-        for kind in ("prefill", "decode", "mixed")
+        for kind in SAMPLE_KINDS
         for i, entry in enumerate(_mappings(f"{where}.{kind}", raw.get(kind, [])))
     )
     if len(samples) < 4:
@@ -189,6 +193,27 @@ def _sample(where: str, raw: Mapping[str, Any]) -> Sample:
 
 def _number(where: str, raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise BadConfig(f"{where}.{key}", value, "must be a number of at least 0")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= float_info.max:
+        raise BadConfig(f"{where}.{key}", value, "must be a finite number of at least 0")
     return float(value)
+
+
+def _whole(where: str, raw: Mapping[str, Any], key: str, least: int) -> int:
+    """One that is left out is the least."""
+    value = raw.get(key, least)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BadConfig(f"{where}.{key}", value, f"must be a whole number of at least {least}")
+    return value
+
+
+def _text(where: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadConfig(where, value, "must be text")
+    return value
+
+
+def _check_keys(where: str, raw: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in raw:
+        if key not in known:
+            raise unknown_name(where, key, known)

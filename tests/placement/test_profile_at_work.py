@@ -153,7 +153,23 @@ def test_where_no_pair_was_measured_it_waits_like_mixed_instances() -> None:
         ({"at_work": [{"steps": [{"count": 3}]}]}, "profile.at_work[0].steps[0].tokens"),
         ({"speed": {}}, "profile.speed.paces"),
         ({"speed": {"paces": [1.0, -1.0]}}, "profile.speed.paces"),
+        ({"speed": {"paces": [float("inf")]}}, "profile.speed.paces"),
+        ({"speeds": {}}, "profile"),
+        ({"model": 5}, "profile.model"),
         ({"runs": [{**samples(1.0), "beside": {"prefill": []}}]}, "profile.runs[0].beside"),
+        ({"runs": [{**samples(1.0), "beside": [1]}]}, "profile.runs[0].beside"),
+        ({"runs": [{**samples(1.0), "beside": {"neighbors": 1}}]}, "profile.runs[0].beside"),
+        ({"runs": [{**samples(1.0), "tensor_parallel": "2"}]}, "profile.runs[0].tensor_parallel"),
+        ({"runs": [{**samples(1.0), "tensor_parallel": 0}]}, "profile.runs[0].tensor_parallel"),
+        (
+            {"runs": [{**samples(1.0), "pipeline_parallel": None}]},
+            "profile.runs[0].pipeline_parallel",
+        ),
+        (
+            {"runs": [{**samples(1.0), "kv_capacity_tokens": "x"}]},
+            "profile.runs[0].kv_capacity_tokens",
+        ),
+        ({"transfer": [{"bytes": float("inf"), "seconds": 1.0}]}, "profile.transfer.bytes"),
     ],
 )
 def test_what_was_measured_badly_is_refused(changed: dict[str, Any], field: str) -> None:
