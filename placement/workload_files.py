@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from placement.mooncake_file import read_mooncake
 from placement.workload import MOST_TOKENS, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -28,21 +29,39 @@ UNIT = ("unit_arrival_s", "input_len", "output_len")
 
 def read_workload(path: Path) -> Workload:
     """The header tells the kind; JSON lines are Mooncake's."""
+    with _readable(path):
+        if path.suffix == ".jsonl":
+            return read_mooncake(path)
+        return _known(*_table(path))
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Workload:
+    """A CSV that has arrivals, prompt and output tokens under these names."""
+    with _readable(path):
+        found, rows = _table(path)
+    _check_columns(names, found)
+    return _renamed(names, rows)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise BadConfig("workload", str(path), "no such file")
     try:
-        return _read(path)
+        yield
     except UnicodeDecodeError as error:
         raise BadConfig("workload", str(path), f"not UTF-8: {error.reason}") from error
+    except csv.Error as error:
+        raise BadConfig("workload", str(path), f"not CSV: {error}") from error
 
 
-def _read(path: Path) -> Workload:
-    if path.suffix == ".jsonl":
-        return read_mooncake(path)
+def _table(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        names = tuple(reader.fieldnames or ())
-        rows = list(reader)
+        return tuple(reader.fieldnames or ()), list(reader)
+
+
+def _known(names: Sequence[str], rows: list[dict[str, Any]]) -> Workload:
     if set(AZURE) <= set(names):
         return _read_azure(rows)
     if set(BURSTGPT) <= set(names):
@@ -62,9 +81,7 @@ def _renamed(names: Sequence[str], rows: Sequence[Mapping[str, str | None]]) -> 
 
 
 def _columns(rows: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> Workload:
-    missing = [name for name in REQUIRED if name not in names]
-    if missing:
-        raise BadConfig("workload columns", ",".join(names), f"lacks {', '.join(missing)}")
+    _check_columns(REQUIRED, names)
     if not rows:
         raise BadConfig("workload", 0, "holds no requests")
     columns: dict[str, Any] = {}
@@ -76,6 +93,12 @@ def _columns(rows: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> 
     _check_arrivals(columns["arrival_s"])
     _check_prefixes(columns)
     return Workload(**columns)
+
+
+def _check_columns(wanted: Sequence[str], found: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise BadConfig("workload columns", ",".join(found), f"lacks {', '.join(missing)}")
 
 
 def _numbers(name: str, cells: Sequence[str | None]) -> np.ndarray[Any, Any]:

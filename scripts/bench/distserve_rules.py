@@ -24,9 +24,19 @@ from placement.published.distserve_rules import (  # noqa: E402
     goodput_per_accelerator,
     simulate,
 )
+from placement.workload_files import read_columns  # noqa: E402
 
 REFERENCE = ROOT.parent / "shared" / "data" / "reference"
 COLUMNS = ("unit_arrival_s", "input_len", "output_len")
+LEAST, MOST = 1e-6, 1e6
+LIMITS = (
+    ("rate", LEAST, MOST),
+    ("ttft", LEAST, MOST),
+    ("tpot", LEAST, MOST),
+    ("goodput", LEAST, 1.0),
+    ("search_high", LEAST, MOST),
+    ("resolution", LEAST, MOST),
+)
 PERCENTILES = ("mean", "p50", "p90", "p99")
 
 
@@ -82,28 +92,22 @@ def _layout(args: argparse.Namespace) -> Layout:
 
 
 def read_workload(path: Path) -> Requests:
-    if not path.is_file():
-        raise BadConfig("workload", str(path), "no such file")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in COLUMNS if rows and name not in rows[0]]
-    if missing or not rows:
-        raise BadConfig("workload", str(path), f"needs rows with {', '.join(missing or COLUMNS)}")
-    arrival = np.array([float(row["unit_arrival_s"]) for row in rows])
-    prompt, output = (np.array([int(float(row[c])) for row in rows]) for c in COLUMNS[1:])
-    if (np.diff(arrival) < 0).any():
-        order = np.argsort(arrival, kind="stable")
-        arrival, prompt, output = arrival[order], prompt[order], output[order]
-    if prompt.min() < 1 or output.min() < 1:
-        raise BadConfig("workload", str(path), "lengths must be at least 1")
-    return Requests(arrival, prompt, output)
+    load = read_columns(path, COLUMNS)
+    return Requests(load.arrival_s, load.prompt_tokens, load.output_tokens)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.workload is None or (args.rate is None and args.goodput is None):
+        raise BadConfig("arguments", None, "needs --workload, and --rate or --goodput")
+    for name, least, most in LIMITS:
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            rule = f"must be from {least:g} to {most:g}"
+            raise BadConfig(name.replace("_", "-"), value, rule)
 
 
 def _print_one(args: argparse.Namespace) -> None:
-    if args.workload is None or (args.rate is None and args.goodput is None):
-        raise BadConfig("arguments", None, "needs --workload, and --rate or --goodput")
-    if args.rate is not None and args.rate <= 0:
-        raise BadConfig("rate", args.rate, "must be positive")
+    _check(args)
     layout, requests = _layout(args), read_workload(args.workload)
     started = time.perf_counter()
     row: dict[str, Any] = describe(layout, args.workload, len(requests.arrival_s))
@@ -184,6 +188,8 @@ def _reference_layout(row: dict[str, str]) -> Layout:
 
 
 def _reference_rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise BadConfig("reference", str(path), "no such file")
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

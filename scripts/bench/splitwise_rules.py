@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.errors import BadConfig, BadInput  # noqa: E402
 from placement.published.splitwise_rules import Fleet, Outcome, Trace, simulate  # noqa: E402
+from placement.workload_files import read_columns  # noqa: E402
 
 REFERENCE = ROOT.parent / "shared" / "data" / "reference"
 COLUMNS = ("arrival_timestamp", "prompt_size", "token_size")
@@ -61,19 +62,12 @@ def _fleet(args: argparse.Namespace) -> Fleet:
 
 
 def read_trace(path: Path, until_s: float | None = None) -> Trace:
-    if not path.is_file():
-        raise BadConfig("trace", str(path), "no such file")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in COLUMNS if rows and name not in rows[0]]
-    if missing or not rows:
-        raise BadConfig("trace", str(path), f"needs rows with {', '.join(missing or COLUMNS)}")
-    arrival = np.array([float(row["arrival_timestamp"]) for row in rows])
-    prompt, output = (np.array([int(float(row[name])) for row in rows]) for name in COLUMNS[1:])
-    order = np.argsort(arrival, kind="stable")
+    load = read_columns(path, COLUMNS)
     if until_s is not None:
-        order = order[arrival[order] < until_s]
-    return Trace(arrival[order], prompt[order], output[order])
+        load = load.between(0.0, until_s)
+    if not len(load):
+        raise BadConfig("until", until_s, "no request arrives before")
+    return Trace(load.arrival_s, load.prompt_tokens, load.output_tokens)
 
 
 def figures(trace: Trace, outcome: Outcome) -> dict[str, Any]:
@@ -128,7 +122,10 @@ def _reference_fleet(row: dict[str, str]) -> Fleet:
 def _print_all(reference: Path) -> int:
     """Each figure beside the reference's, in percent; 3% are allowed."""
     good = True
-    with (reference / "splitwise_runs.csv").open(newline="", encoding="utf-8") as file:
+    path = reference / "splitwise_runs.csv"
+    if not path.is_file():
+        raise BadConfig("reference", str(path), "no such file")
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         trace = read_trace(reference / f"{row['trace']}.csv")
