@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer._click.exceptions import UsageError
 
-from cluster.cli import bench, chat, keys, operate, plan, serve
+from cluster.cli import bench, chat, keys, operate, plan, serve, simulate
 from engine.errors import BadInput, TandemError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (serve, chat, operate, keys, bench, plan):
+for part in (serve, chat, operate, keys, bench, plan, simulate):
     part.register(app)
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from cluster.policy_file import parse_policy, starting_policy
 from engine.errors import BadConfig
 from engine.messages import Role
-from placement.simulation.simulator import Simulation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
     from placement.planning.costbook import CostBook
     from placement.planning.plan import Plan
     from placement.scaling.policy import Policy
-    from placement.simulation.deployment import Deployment
-    from placement.simulation.dynamics import Dynamics, FleetRecord
-    from placement.simulation.outcome import Outcome
-    from placement.workload import Workload
+    from placement.simulation.dynamics import FleetRecord
 
 SHOWN_CHANGES = 40
 """Of the timeline in the terminal; all are in the JSON."""
@@ -30,25 +26,23 @@ def read_policy(path: Path) -> Policy:
     return parse_policy(text)
 
 
-def follow(
-    dynamics: Dynamics, planned: Plan, book: CostBook, deployment: Deployment, load: Workload
-) -> tuple[Outcome, dict[str, Any]]:
-    """The outcome, and the fleet's figures beside what the plan would cost as it stands."""
-    policy = dynamics.policy
-    assert policy is not None
-    if deployment.accelerators > policy.budget_accelerators:
-        rule = f"the plan starts with {deployment.accelerators} accelerators"
+def check_budget(planned: Plan, policy: Policy) -> None:
+    if planned.accelerators > policy.budget_accelerators:
+        rule = f"the plan starts with {planned.accelerators} accelerators"
         raise BadConfig("budget_accelerators", policy.budget_accelerators, rule)
-    simulation = Simulation(deployment, load, dynamics=dynamics)
-    outcome = simulation.run()
-    record = simulation.record
+
+
+def fleet_figures(
+    record: FleetRecord, policy: Policy, planned: Plan, book: CostBook
+) -> dict[str, Any]:
+    """What became of the fleet, beside what the plan would cost as it stands."""
     hours = record.lasted_s / 3600.0
     static_cost = sum(pool.instances * book.cost_per_hour(pool.cut) for pool in planned.pools)
-    return outcome, {
+    return {
         "policy": policy.name,
         "accelerator_hours": record.accelerator_hours,
         "cost": record.cost(_prices(planned, book)),
-        "plan_accelerator_hours": deployment.accelerators * hours,
+        "plan_accelerator_hours": planned.accelerators * hours,
         "plan_cost": static_cost * hours,
         "most_accelerators": record.most_accelerators,
         "direction_changes_per_hour": record.turns_an_hour,

@@ -1,4 +1,4 @@
-"""`tandem profile`, `tandem plan` and `tandem simulate`: what would run best, before it runs."""
+"""`tandem profile` and `tandem plan`: what would run best, before it runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ MOST_REQUESTS_FACTOR = 8
 def register(app: typer.Typer) -> None:
     app.command()(profile)
     app.command()(plan)
-    app.command()(simulate)
 
 
 def plan(
@@ -78,8 +77,8 @@ def plan(
     from placement.planning.question import Question
     from placement.workload_files import read_workload
 
-    _check_output("output", output)
-    _check_output("report", report)
+    check_output("output", output)
+    check_output("report", report)
     fleet = fleet_with(hardware, profile)
     book = cost_book(model, fleet)
     question = Question(
@@ -105,79 +104,6 @@ def plan(
         with _progress("drawing the report") as progress:
             report.write_text(plan_report(answer, found, progress), encoding="utf-8")
     _show_plan(found, as_json=as_json)
-
-
-def simulate(
-    *,
-    plan: Annotated[Path, typer.Option(help="What `tandem plan` wrote.", metavar="FILE")],
-    workload: Workload,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests a second; stretches the workload's own times.")
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="An autoscaling policy to follow.", metavar="FILE")
-    ] = None,
-    start_s: Annotated[
-        float, typer.Option(min=0, help="With a policy: until a started instance serves.")
-    ] = 60.0,
-    admission: Annotated[
-        bool,
-        typer.Option("--admission", help="Refuse at once what would miss its TTFT, as a gateway."),
-    ] = False,
-    profile: Profile = None,
-    report: Report = None,
-    as_json: Json = False,
-) -> None:
-    """What a plan would do with a workload, by the cluster's own schedulers in virtual time."""
-    from cluster.cli.following import follow, read_policy, show_fleet
-    from cluster.cli.planning import (
-        as_configured,
-        check_memory,
-        config_of,
-        cost_book,
-        dynamics_of,
-        not_simulated,
-        planned_fleet,
-        read_plan_file,
-    )
-    from placement.planning.candidate import deployment_for
-    from placement.simulation.simulator import simulate as run
-    from placement.workload_files import read_workload
-
-    _check_output("report", report)
-    if report is not None and policy is not None:
-        raise BadConfig("report", str(report), "draws a plan as it stands: not with --policy")
-    if admission and policy is not None:
-        raise BadConfig("admission", "true", "is for a plan as it stands: not with --policy")
-    planned, config = read_plan_file(plan), config_of(plan)
-    book = cost_book(planned.model, planned_fleet(planned, profile))
-    load = read_workload(workload)
-    load = load if rate is None else load.at_rate(rate)
-    check_memory(planned, book, load)
-    deployment = as_configured(deployment_for(planned, book), config)
-    dynamics, fleet = dynamics_of(config, admission=admission), None
-    if policy is None:
-        outcome = run(deployment, load, dynamics=dynamics)
-    else:
-        following = replace(dynamics, policy=read_policy(policy), start_s=start_s)
-        outcome, fleet = follow(following, planned, book, deployment, load)
-    figures = outcome.figures()
-    if admission:
-        figures["refused"] = outcome.refused
-    if fleet is not None:
-        figures["fleet"] = fleet
-    if outcome.beyond:
-        figures["extrapolated"] = list(outcome.beyond)
-    if report is not None:
-        from cluster.cli.plan_report import simulation_report
-
-        text = simulation_report(planned, deployment, load, dynamics, figures)
-        report.write_text(text, encoding="utf-8")
-    _show_figures(figures, as_json=as_json)
-    if unheeded := not_simulated(plan):
-        print(f"not simulated: {', '.join(unheeded)}", file=sys.stderr)
-    if fleet is not None and not as_json:
-        show_fleet(fleet)
 
 
 def profile(
@@ -209,7 +135,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
-    _check_output("output", output)
+    check_output("output", output)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from cluster.profiling.measure import Measuring, find_device, measure
 
@@ -232,7 +158,7 @@ def profile(
     _show_profile(document, as_json=as_json)
 
 
-def _check_output(option: str, path: Path | None) -> None:
+def check_output(option: str, path: Path | None) -> None:
     """Before the work whose result could not be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BadConfig(option, str(path), "must be a file in a directory that exists")
@@ -272,22 +198,10 @@ def _show_plan(found: Plan, *, as_json: bool) -> None:
     if found.alternatives:
         console.print(alternatives_table(found))
     console.print(found.reason, highlight=False)
-    _note_extrapolation(found.predicted)
+    note_extrapolation(found.predicted)
 
 
-def _show_figures(figures: dict[str, Any], *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from cluster.cli.plan_table import figures_table
-
-    if as_json:
-        print(json.dumps(figures, allow_nan=False))
-        return
-    Console().print(figures_table("simulated", figures))
-    _note_extrapolation(figures)
-
-
-def _note_extrapolation(figures: dict[str, Any]) -> None:
+def note_extrapolation(figures: dict[str, Any]) -> None:
     for beyond in figures.get("extrapolated", ()):
         print(f"beyond what was measured: {beyond}", file=sys.stderr)
 

@@ -154,6 +154,21 @@ def planned_fleet(plan: Plan, profile: Path | None) -> dict[str, Any]:
     return plan.hardware if profile is None else {**plan.hardware, "profile": str(profile)}
 
 
+def check_room(plan: Plan, hardware: Hardware) -> None:
+    """The fleet must have the devices that the pools take, those of a stage on one node."""
+    taken: dict[str, int] = {}
+    for number, pool in enumerate(plan.pools):
+        group = hardware.group(pool.cut.device)
+        if pool.cut.tensor > group.devices_per_node:
+            rule = f"a stage lies on one node, which has {group.devices_per_node} accelerators"
+            raise NoFeasiblePlan(f"pools[{number}]", str(pool), rule)
+        taken[pool.cut.device] = taken.get(pool.cut.device, 0) + pool.accelerators
+    for device, count in taken.items():
+        there = sum(group.devices for group in hardware.groups if group.device.name == device)
+        if count > there:
+            raise NoFeasiblePlan("pools", plan.deployed, f"take {count} of {device}, of {there}")
+
+
 def check_memory(plan: Plan, book: CostBook, workload: Workload) -> None:
     """Every instance must hold its weights and the longest request."""
     longest = workload.longest_context

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import yaml
 
-from cluster.cli import following
 from cluster.cli.app import run
 from cluster.cli.planning import (
     as_configured,
@@ -34,6 +33,7 @@ from placement.latency.profile_file import profile_from
 from placement.planning.candidate import deployment_for
 from placement.planning.costbook import Cut
 from placement.planning.plan_keys import CONFIG_KEYS, PLAN_KEYS
+from placement.simulation import simulator
 from placement.simulation.simulator import Simulation
 
 PASSES = [
@@ -502,6 +502,16 @@ def test_a_file_that_is_not_text_is_refused(tandem, files, name):
         ({"gateway": {"admision": {}}}, "did you mean 'admission'"),
         ({"gateways": {}}, "did you mean 'gateway'"),
         ({"hardware": [1]}, "hardware"),
+        ({"hardware": {"nodes": [{"device": "cpu-core", "devices": 1}]}}, "of 1"),
+        ({"pools": [{"role": "mixed", "instances": 1000}]}, "take 1000 of cpu-core"),
+        ({"pools": [{"role": "mixed", "device": "l4"}]}, "l4"),
+        (
+            {
+                "hardware": {"nodes": [{"device": "cpu-core", "devices": 2, "count": 2}]},
+                "pools": [{"role": "mixed", "tensor_parallel": 4}],
+            },
+            "pools[0]",
+        ),
         ({"predicted": 5}, "predicted"),
         ({"pools": [{"role": "mixed", "nodes": 5}]}, "pools[0].nodes"),
         ({"pools": [{"role": "prefill"}]}, "pools"),
@@ -510,6 +520,12 @@ def test_a_file_that_is_not_text_is_refused(tandem, files, name):
 def test_a_plan_that_cannot_be_simulated_is_refused(tandem, files, changed, field):
     path = write(files / "own.yaml", yaml.safe_dump({**SPLIT_PLAN, **changed}))
     refused(tandem("simulate", "--plan", path, "--workload", files / "load.csv"), field)
+
+
+def test_a_time_to_start_needs_a_policy_that_starts_something(tandem, files):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    given = ("--plan", plan, "--workload", files / "load.csv")
+    refused(tandem("simulate", *given, "--start-s", 5), "start-s")
 
 
 def test_a_request_too_long_for_the_plans_memory_is_refused(tandem, files):
@@ -639,7 +655,7 @@ def test_the_balancer_of_a_fleet_that_follows_a_policy_is_the_plans(tandem, file
             seen.append(dynamics)
             super().__init__(deployment, load, dynamics=dynamics)
 
-    monkeypatch.setattr(following, "Simulation", Seen)
+    monkeypatch.setattr(simulator, "Simulation", Seen)
     policy = write(files / "policy.yaml", yaml.safe_dump(POLICY))
     for migration, balance in (({}, True), ({"enabled": False, "interval_s": 3.0}, False)):
         plan = write(files / "own.yaml", yaml.safe_dump({**SPLIT_PLAN, "migration": migration}))
@@ -659,6 +675,8 @@ def test_the_balancer_of_a_fleet_that_follows_a_policy_is_the_plans(tandem, file
         ({"budget_accelerators": 1, "roles": {"prefill": IDLE}}, (), "budget_accelerators"),
         ({"budgets": 4}, (), "line 2: budgets"),
         ({}, ("--report", "page.html"), "report"),
+        ({}, ("--admission",), "admission"),
+        ({}, ("--start-s", "nan"), "start-s"),
     ],
 )
 def test_a_policy_that_cannot_be_followed_is_refused(tandem, files, changed, more, field):
