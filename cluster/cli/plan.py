@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from placement.latency.profile import Profile as Measurements
     from placement.planning.plan import Plan
     from placement.planning.question import Objective
+    from placement.workload_redrawn import Lengths
 
 Workload = Annotated[
     Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
+]
+LengthsFrom = Annotated[
+    str,
+    typer.Option(
+        help="seen, or fitted: drawn from a log-normal distribution like the workload's, "
+        "without shared prefixes."
+    ),
 ]
 Report = Annotated[
     Path | None, typer.Option(help="Draws plots into this file.", metavar="FILE.html")
@@ -56,6 +64,7 @@ def plan(
             help="goodput, goodput-per-accelerator, or least accelerators, cost or power."
         ),
     ] = "goodput",
+    lengths: LengthsFrom = "seen",
     rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
     power_cap: Annotated[float | None, typer.Option(help="Watts of all accelerators.")] = None,
     requests: Annotated[int, typer.Option(help="Simulated of each candidate at least.")] = 600,
@@ -76,6 +85,7 @@ def plan(
     from placement.planning.plan import Target
     from placement.planning.question import Question
     from placement.workload_files import read_workload
+    from placement.workload_redrawn import Redraw, redrawn
 
     check_output("output", output)
     check_output("report", report)
@@ -92,7 +102,8 @@ def plan(
         processes=processes or os.cpu_count() or 1,
         overheads=book.overheads,
     )
-    load = read_workload(workload)
+    redraw = Redraw(lengths_of(lengths), seed=seed)
+    load = redrawn(read_workload(workload), redraw)
     with _progress("simulating candidates") as progress:
         answer = find_answer(book, load, question, progress)
     found = replace(answer.plan, model=model, hardware=fleet)
@@ -162,6 +173,15 @@ def check_output(option: str, path: Path | None) -> None:
     """Before the work whose result could not be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BadConfig(option, str(path), "must be a file in a directory that exists")
+
+
+def lengths_of(name: str) -> Lengths:
+    from placement.workload_redrawn import Lengths
+
+    names = [one.value for one in Lengths]
+    if name not in names:
+        raise unknown_name("lengths", name, names)
+    return Lengths(name)
 
 
 def _objective(name: str) -> Objective:

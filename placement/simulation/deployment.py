@@ -79,6 +79,17 @@ class Deployment:
     def accelerators(self) -> int:
         return sum(instance.accelerators for instance in self.instances)
 
+    @property
+    def names(self) -> list[str]:
+        """role-number, as the cluster names its instances."""
+        counts: dict[str, int] = {}
+        names = []
+        for model in self.instances:
+            role = model.role.value
+            names.append(f"{role}-{counts.get(role, 0)}")
+            counts[role] = counts.get(role, 0) + 1
+        return names
+
     def blocks(self, instance: InstanceModel) -> int:
         return instance.kv_tokens // self.block_tokens
 

@@ -75,7 +75,7 @@ class Simulation:
         self._crowds: dict[str, Crowd] = {}
         self.instances = {
             name: SimulatedInstance(name, model, deployment, self)
-            for name, model in zip(_names(deployment), deployment.instances, strict=True)
+            for name, model in zip(deployment.names, deployment.instances, strict=True)
         }
         self._gone: list[SimulatedInstance] = []
         self._waiting: dict[str, tuple[Sequence, float]] = {}
@@ -318,17 +318,6 @@ class _Living:
         self.migrations.instance_lost(gone, now)
         self.fleet.lost(gone, now)
         gone.fail(now)
-
-
-def _names(deployment: Deployment) -> list[str]:
-    """role-number, as the cluster names its instances."""
-    counts: dict[str, int] = {}
-    names = []
-    for model in deployment.instances:
-        role = model.role.value
-        names.append(f"{role}-{counts.get(role, 0)}")
-        counts[role] = counts.get(role, 0) + 1
-    return names
 
 
 @lru_cache(maxsize=4096)

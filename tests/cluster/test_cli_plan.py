@@ -522,6 +522,54 @@ def test_a_plan_that_cannot_be_simulated_is_refused(tandem, files, changed, fiel
     refused(tandem("simulate", "--plan", path, "--workload", files / "load.csv"), field)
 
 
+def test_workloads_are_drawn_anew_and_instances_fail_where_it_is_asked_for(tandem, files):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    given = ("simulate", "--plan", plan, "--workload", files / "load.csv")
+    drawn = ("--lengths", "fitted", "--burstiness", 2, "--requests", 40, "--rate", 3, "--seed", 1)
+    status, out, _ = tandem(*given, *drawn, "--json")
+    figures = json.loads(out)
+    assert (status, figures["requests"]) == (0, 40)
+    assert figures["rate_rps"] == pytest.approx(3)
+    status, out, _ = tandem(*given, "--day-swing", 0.5, "--peak-hour", 3, "--rate", 0.002, "--json")
+    assert (status, json.loads(out)["duration_s"] > 43_200) == (0, True)
+    fails = ("--fail", "decode-0@1", "--fail", "prefill-0@2", "--start-s", 3)
+    status, out, err = tandem(*given, *fails, "--json")
+    figures = json.loads(out)
+    assert (status, err, figures["finished"]) == (0, "", 30)
+    assert figures["failures"]["instances"] == 2
+    assert figures["ttft_s"]["p99"] > 1
+    status, out, err = tandem(*given, "--fail", "decode-0@1", "--fail", "decode-0@1")
+    assert (status, "instances that failed: 1" in out) == (0, True)
+    assert "not there: 1" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (("--lengths", "fit"), "did you mean 'fitted'"),
+        (("--seed", 3), "seed"),
+        (("--peak-hour", 3), "peak-hour"),
+        (("--day-swing", 0.5, "--requests", 3), "requests"),
+        (("--day-swing", 1.5), "day-swing"),
+        (("--burstiness", -1), "burstiness"),
+        (("--fail", "decode-1@3"), "did you mean 'decode-0'"),
+        (("--fail", "decode-0"), "INSTANCE@SECONDS"),
+        (("--fail", "decode-0@soon"), "INSTANCE@SECONDS"),
+        (("--fail", "decode-0@inf"), "INSTANCE@SECONDS"),
+        (("--fail", "@3"), "INSTANCE@SECONDS"),
+    ],
+)
+def test_what_cannot_be_drawn_or_fail_is_refused(tandem, files, options, field):
+    plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
+    refused(tandem("simulate", "--plan", plan, "--workload", files / "load.csv", *options), field)
+
+
+def test_a_plan_can_be_made_for_fitted_lengths(tandem, files):
+    status, _, _ = tandem(*plan_arguments(files, lengths="fitted"))
+    assert (status, (files / "plan.yaml").exists()) == (0, True)
+    refused(tandem(*plan_arguments(files, lengths="fit")), "did you mean 'fitted'")
+
+
 def test_a_time_to_start_needs_a_policy_that_starts_something(tandem, files):
     plan = write(files / "own.yaml", yaml.safe_dump(SPLIT_PLAN))
     given = ("--plan", plan, "--workload", files / "load.csv")

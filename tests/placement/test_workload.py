@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from engine.errors import BadConfig
 from placement.workload import DAY_S, Arrivals, Workload, day_of, fit_lengths, synthetic
 from placement.workload_files import read_workload
+from placement.workload_redrawn import Lengths, Redraw, redrawn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,6 +211,55 @@ def test_resampling_is_decided_by_the_generator() -> None:
     assert draws[0].prompt_tokens.tolist() == draws[1].prompt_tokens.tolist()
     assert draws[0].arrival_s.tolist() == draws[1].arrival_s.tolist()
     assert (draws[0].prompt_tokens == draws[0].output_tokens).all()
+
+
+def seen(count: int = 400) -> Workload:
+    """Pairs of lengths that hardly vary together, arriving evenly, twice a second."""
+    g = generator()
+    prompts, outputs = g.integers(100, 200, count), g.integers(10, 20, count)
+    ids = np.zeros(count, dtype=np.int64)
+    return Workload(np.arange(count) / 2, prompts, outputs, prefix_id=ids, prefix_tokens=ids + 50)
+
+
+def test_a_workload_that_nothing_is_drawn_of_is_as_it_was() -> None:
+    again = redrawn(seen(), Redraw(requests=30), 4.0)
+    assert again.prompt_tokens.tolist() == seen().prompt_tokens[:30].tolist()
+    assert again.rate_rps == pytest.approx(4.0)
+
+
+def test_fitted_lengths_keep_arrivals_and_share_no_prefixes() -> None:
+    fitted = redrawn(seen(), Redraw(Lengths.FITTED, seed=3))
+    np.testing.assert_array_equal(fitted.arrival_s, seen().arrival_s)
+    assert fitted.prefix_id is fitted.prefix_tokens is None
+    assert (fitted.prompt_tokens != seen().prompt_tokens).any()
+    assert (fitted.prompt_tokens >= 100).all()
+    assert (fitted.output_tokens < 20).all()
+    again = redrawn(seen(), Redraw(Lengths.FITTED, seed=3))
+    np.testing.assert_array_equal(fitted.prompt_tokens, again.prompt_tokens)
+
+
+def test_drawn_arrivals_have_the_rate_and_requests_of_what_was_seen() -> None:
+    bursty = redrawn(seen(), Redraw(burstiness=3.0, requests=900), 5.0)
+    assert (len(bursty), bursty.rate_rps) == (900, pytest.approx(5.0))
+    gaps = np.diff(bursty.arrival_s)
+    assert gaps.std() / gaps.mean() == pytest.approx(3.0, rel=0.2)
+    assert set(bursty.prompt_tokens.tolist()) <= set(seen().prompt_tokens.tolist())
+    assert bursty.prefix_tokens is not None
+    assert (bursty.prefix_tokens == 50).all()
+
+
+def test_a_drawn_day_swings_around_the_rate() -> None:
+    day = redrawn(seen(), Redraw(day_swing=0.8, peak_hour=6.0), 0.05)
+    assert len(day) == pytest.approx(0.05 * DAY_S, rel=0.1)
+    by_quarter = np.bincount((day.arrival_s // (DAY_S / 4)).astype(int), minlength=4)
+    assert by_quarter[:2].sum() > 2 * by_quarter[2:].sum()
+
+
+@pytest.mark.parametrize("redraw", [Redraw(burstiness=1.0), Redraw(day_swing=0.5)])
+def test_arrivals_are_drawn_at_some_rate(redraw: Redraw) -> None:
+    at_once = replace(seen(), arrival_s=np.zeros(400))
+    with pytest.raises(BadConfig, match="to draw arrivals"):
+        redrawn(at_once, redraw)
 
 
 def test_burstgpt_without_the_requests_that_failed(tmp_path: Path) -> None:
