@@ -219,15 +219,31 @@ def count_blocks(
 
 def _free_gpu(config: Config, checkpoint: Checkpoint, layout: KvLayout, gpu_share: float) -> int:
     """What the worker's part of its GPU leaves beside weights, of which it bears no more than that
-    part where neighbours read them, too."""
+    part where neighbours read them, too. All of the GPU counts, not what is free of it now, which
+    differs between ranks."""
     import torch
 
-    files = checkpoint.directory.glob("*.safetensors")
-    weights = sum(path.stat().st_size for path in files) // layout.ranks
+    weights = _heaviest_weights(config, checkpoint, layout)
     if config.engine.share_weights:
         weights = int(weights * gpu_share)
     _, total = torch.cuda.mem_get_info()
     return max(int(total * gpu_share * config.engine.kv_share) - weights - GPU_WORKSPACE_BYTES, 0)
+
+
+def _heaviest_weights(config: Config, checkpoint: Checkpoint, layout: KvLayout) -> int:
+    """Bytes of the rank that holds most, in the dtype in which it holds them."""
+    import torch
+
+    from cluster.instance.borrowed_weights import weigh
+    from engine.parallel import Parallel
+    from engine.runner import resolve_dtype
+
+    dtype = resolve_dtype(config.engine.dtype, checkpoint.config.dtype, torch.device("cuda"))
+    tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
+    places = [
+        Parallel(part, tensor, stage, stages) for stage in range(stages) for part in range(tensor)
+    ]
+    return max(weigh(checkpoint, place, dtype).nbytes for place in places)
 
 
 def free_meeting(host: str) -> str:

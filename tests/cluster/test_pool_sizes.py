@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from cluster.config import parse_config
+from cluster.instance.borrowed_weights import weigh
 from cluster.instance.rank import CPU_KV_BYTES, CPU_KV_TOKENS, GPU_WORKSPACE_BYTES, count_blocks
 from cluster.roster import InstanceSpec
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig
 from engine.messages import Role
+from engine.parallel import ALONE, Parallel
 
 CHECKPOINT = open_checkpoint("demo")
 LAYOUT = CHECKPOINT.layout(block_tokens=16, dtype="bfloat16")
-WEIGHTS = sum(path.stat().st_size for path in CHECKPOINT.directory.glob("*.safetensors"))
+WEIGHTS = weigh(CHECKPOINT, ALONE, CHECKPOINT.config.dtype).nbytes
 TOTAL = 4 << 30
 
 
@@ -35,6 +37,23 @@ def test_a_gpus_pool_is_what_weights_and_room_to_work_leave_of_its_share():
         wanted = int(TOTAL * gpu_share * kv_share) - WEIGHTS - GPU_WORKSPACE_BYTES
         blocks = count_blocks(config(kv_share=kv_share), CHECKPOINT, LAYOUT, "cuda", gpu_share)
         assert blocks == wanted // LAYOUT.block_bytes(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_count_in_the_dtype_that_they_are_held_in(dtype):
+    held = weigh(CHECKPOINT, ALONE, dtype).nbytes
+    blocks = count_blocks(config(dtype=dtype), CHECKPOINT, LAYOUT, "cuda")
+    assert blocks == (int(TOTAL * 0.9) - held - GPU_WORKSPACE_BYTES) // LAYOUT.block_bytes(0)
+
+
+def test_every_rank_counts_the_weights_of_the_one_that_holds_most():
+    cut = CHECKPOINT.layout(block_tokens=16, dtype="bfloat16", pipeline_parallel=3)
+    places = [Parallel(stage=stage, stages=3) for stage in range(3)]
+    parts = [weigh(CHECKPOINT, place, "bfloat16").nbytes for place in places]
+    blocks = count_blocks(config(dtype="bfloat16"), CHECKPOINT, cut, "cuda")
+    room = int(TOTAL * 0.9) - max(parts) - GPU_WORKSPACE_BYTES
+    assert max(parts) > min(parts)
+    assert blocks == room // max(cut.block_bytes(rank) for rank in range(3))
 
 
 def test_weights_that_workers_share_are_borne_in_parts():
