@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 PERIOD_S = 0.2
 LARGEST_SHARE = 0.04
 """Of a processor that readings take: slow ones come less often."""
+WAKE_S = 0.02
+"""Of computing before all that is read: a processor that has slept is slow for that long, however
+fast the machine is, and what is read at once shows half of what the machine's speed does."""
 WARM_S = 0.002
 """Of the same computing before each reading."""
 MOST_COMPANY = 2
@@ -184,16 +187,18 @@ def _take_readings(connection: Connection, settings: RankSettings) -> None:
 def _works(settings: RankSettings) -> list[Callable[[], float]]:
     """By the kind of code."""
     timer = Rank(settings, most_kv_bytes=KV_BYTES).timer
-    small = timer
+    decode = small = partial(timer.once, DECODE)
     if settings.model != SMALL_MODEL:
-        small = Rank(replace(settings, model=SMALL_MODEL), most_kv_bytes=KV_BYTES).timer
-    return [partial(timer.once, DECODE), partial(timer.once, PROMPT), partial(small.once, DECODE)]
+        other = Rank(replace(settings, model=SMALL_MODEL), most_kv_bytes=KV_BYTES)
+        small = partial(other.timer.once, DECODE)
+    return [decode, partial(timer.once, PROMPT), small]
 
 
 def _read(works: Sequence[Callable[[], float]]) -> Reading:
+    _compute(works[0], WAKE_S)
     at_s, others = time.monotonic(), _running_beside()
-    seconds = tuple(_warmed(work) for work in works)
-    return Reading(at_s, others + _running_beside(), seconds)
+    seconds = {work: _warmed(work) for work in works}
+    return Reading(at_s, others + _running_beside(), tuple(seconds[work] for work in works))
 
 
 def _running_beside() -> int:
@@ -203,7 +208,10 @@ def _running_beside() -> int:
 
 
 def _warmed(work: Callable[[], float]) -> float:
-    warm_s = 0.0
-    while warm_s < WARM_S:
-        warm_s += work()
+    _compute(work, WARM_S)
     return work()
+
+
+def _compute(work: Callable[[], float], for_s: float) -> None:
+    while for_s > 0.0:
+        for_s -= work()
