@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 PERIOD_S = 0.2
-LARGEST_SHARE = 0.04
+LARGEST_SHARE = 0.08
 """Of a processor that readings take: slow ones come less often."""
 WAKE_S = 0.02
 """Of computing before all that is read: a processor that has slept is slow for that long, however
