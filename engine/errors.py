@@ -33,7 +33,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 
 class TandemError(Exception):
@@ -165,3 +165,10 @@ def unknown_name(field: str, name: str, valid: Iterable[str]) -> BadConfig:
     near = get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
     return BadConfig(field, name, f"unknown; {hint}")
+
+
+def check_names(field: str, names: Iterable[object], valid: Collection[str]) -> None:
+    """Raises for the first that is not one of `valid`."""
+    for name in names:
+        if name not in valid:
+            raise unknown_name(field, str(name), valid)

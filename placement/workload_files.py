@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import BadConfig, unknown_name
+from engine.errors import BadConfig, check_names
 from placement.mooncake_file import read_mooncake
 from placement.workload import MOST_TOKENS, Workload
 
@@ -68,9 +68,7 @@ def _known(names: Sequence[str], rows: list[dict[str, Any]]) -> Workload:
         return _renamed(BURSTGPT, [row for row in rows if row["Response tokens"] != "0"])
     if set(UNIT) <= set(names):
         return _renamed(UNIT, rows)
-    for name in names:
-        if name not in REQUIRED + OPTIONAL:
-            raise unknown_name("workload column", name, REQUIRED + OPTIONAL)
+    check_names("workload column", names, REQUIRED + OPTIONAL)
     return _columns(rows, names)
 
 

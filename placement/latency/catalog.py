@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from engine.errors import BadConfig, unknown_name
+from engine.errors import BadConfig, check_names, unknown_name
 from placement.latency.model_shape import ModelShape, read_shape, shape_from_config
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def read_hardware(path: Path) -> Hardware:
 def hardware_from(raw: object, where: str = "hardware") -> Hardware:
     """What a fleet file holds, or the `hardware` of a plan."""
     content = _mapping(where, raw)
-    _known_keys("hardware", content, {"nodes", "network"})
+    check_names("hardware", content, {"nodes", "network"})
     nodes = content.get("nodes")
     if not isinstance(nodes, list) or not nodes:
         raise BadConfig("hardware.nodes", nodes, "a list with at least one entry")
@@ -244,7 +244,7 @@ def one_kind(device: str, nodes: int = 1, devices_per_node: int | None = None) -
 def _group(field: str, entry: object) -> NodeGroup:
     raw = _mapping(field, entry)
     known = {"device", "count", "devices", "link", "power_cap_w", "price_per_hour", "memory_bytes"}
-    _known_keys(field, raw, known)
+    check_names(field, raw, known)
     if "device" not in raw:
         raise BadConfig(f"{field}.device", None, "is required")
     device = find_device(str(raw["device"]))
@@ -274,12 +274,6 @@ def _amount(field: str, raw: Mapping[str, Any], key: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < inf:
         raise BadConfig(f"{field}.{key}", value, "must be a finite number of at least 0")
     return float(value)
-
-
-def _known_keys(field: str, raw: Mapping[str, Any], known: set[str]) -> None:
-    for key in raw:
-        if key not in known:
-            raise unknown_name(field, str(key), known)
 
 
 def _mapping(field: str, content: object) -> Mapping[str, Any]:

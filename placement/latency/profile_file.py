@@ -20,7 +20,7 @@ from statistics import fmean
 from sys import float_info
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import BadConfig, unknown_name
+from engine.errors import BadConfig, check_names, unknown_name
 from engine.layout import DTYPE_BYTES
 from placement.latency.at_work import StepsAtWork
 from placement.latency.measured import Run, Sample
@@ -60,7 +60,7 @@ def profile_from(content: object) -> Profile:
     if "serving" in content:
         rule = "was measured by an earlier version: profile again"
         raise BadConfig("profile.serving", type(content["serving"]).__name__, rule)
-    _check_keys("profile", content, PROFILE_KEYS)
+    check_names("profile", content, PROFILE_KEYS)
     entries = _mappings("profile.runs", content["runs"])
     runs = tuple(_run(f"profile.runs[{i}]", raw) for i, raw in enumerate(entries))
     if not runs:
@@ -148,11 +148,11 @@ def _mappings(where: str, value: object) -> list[Mapping[str, Any]]:
 
 
 def _run(where: str, raw: Mapping[str, Any]) -> Run:
-    _check_keys(where, raw, RUN_KEYS)
+    check_names(where, raw, RUN_KEYS)
     samples, beside = _samples(where, raw), raw.get("beside") or {}
     if not isinstance(beside, dict):
         raise BadConfig(f"{where}.beside", beside, "must be an object")
-    _check_keys(f"{where}.beside", beside, BESIDE_KEYS)
+    check_names(f"{where}.beside", beside, BESIDE_KEYS)
     crowded = _samples(f"{where}.beside", beside) if beside else ()
     unknown = raw.get("kv_capacity_tokens") is None
     return Run(
@@ -211,9 +211,3 @@ def _text(where: str, value: object) -> str:
     if not isinstance(value, str):
         raise BadConfig(where, value, "must be text")
     return value
-
-
-def _check_keys(where: str, raw: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in raw:
-        if key not in known:
-            raise unknown_name(where, key, known)

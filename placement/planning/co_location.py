@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from math import inf
 from typing import TYPE_CHECKING
 
-from engine.errors import BadConfig, unknown_name
+from engine.errors import BadConfig, check_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,9 +27,7 @@ def co_location_from(raw: object) -> CoLocation:
     known = [field.name for field in fields(CoLocation)]
     if not isinstance(raw, dict):
         raise BadConfig("co_located", raw, "must be a mapping")
-    for key in raw:
-        if key not in known:
-            raise unknown_name("co_located", str(key), known)
+    check_names("co_located", raw, known)
     units, crossing_s = raw.get("units"), raw.get("crossing_token_s", 0.0)
     if not isinstance(units, int) or isinstance(units, bool) or units < 1:
         raise BadConfig("co_located.units", units, "must be a whole number of at least 1")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from engine.errors import BadConfig, unknown_name
+from engine.errors import BadConfig, check_names
 from engine.messages import Role
 from placement.planning.co_location import CoLocation, check_units, co_location_from
 from placement.planning.costbook import Cut
@@ -150,7 +150,7 @@ def plan_from(content: object) -> Plan:
     """The deployment of a plan and its targets; predictions and reasons are for people."""
     if not isinstance(content, dict):
         raise BadConfig("plan", content, "must be a mapping")
-    _known_keys("plan", content, PLAN_KEYS + CONFIG_KEYS)
+    check_names("plan", content, PLAN_KEYS + CONFIG_KEYS)
     pools = content.get("pools")
     if not isinstance(pools, list) or not pools:
         raise BadConfig("pools", pools, "a list with at least one pool")
@@ -185,14 +185,8 @@ def _section(where: str, value: object) -> dict[str, Any]:
     return value
 
 
-def _known_keys(where: str, raw: dict[str, Any], known: Sequence[str]) -> None:
-    for key in raw:
-        if key not in known:
-            raise unknown_name(where, str(key), known)
-
-
 def _read_target(slo: dict[str, Any]) -> Target:
-    _known_keys("slo", slo, SLO_KEYS)
+    check_names("slo", slo, SLO_KEYS)
     return Target(
         _number("slo.ttft_s", slo.get("ttft_s", 2.0)),
         _number("slo.tpot_s", slo.get("tpot_s", 0.1)),
@@ -212,7 +206,7 @@ def _read_co_location(raw: object, pools: Sequence[PoolPlan]) -> CoLocation | No
 def _read_pool(where: str, raw: object) -> PoolPlan:
     if not isinstance(raw, dict):
         raise BadConfig(where, raw, "must be a mapping")
-    _known_keys(where, raw, POOL_KEYS)
+    check_names(where, raw, POOL_KEYS)
     roles = [role.value for role in Role]
     if raw.get("role") not in roles:
         raise BadConfig(f"{where}.role", raw.get("role"), f"one of {', '.join(roles)}")
