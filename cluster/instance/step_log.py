@@ -21,6 +21,7 @@ COLUMNS = (
     "tokens",
     "draws",
     "prompts",
+    "decodes",
     "pairs",
     "kv_read_tokens",
     "then_s",
@@ -61,6 +62,7 @@ class StepLog:
             sum(len(chunk.tokens) for chunk in batch.chunks),
             sum(chunk.draw is not None for chunk in batch.chunks),
             len(prompts),
+            len(batch.chunks) - len(prompts),
             sum(pairs_of(len(chunk.tokens), chunk.start) for chunk in prompts),
             sum(chunk.start for chunk in batch.chunks),
         )

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BESIDE, ALONE = 0.8, 0.2
-"""Parts of a pass during which others computed from which, and up to which, it counts as either."""
 TOLD_APART = 8
 """Batches of up to so many draws; beyond, by the powers of the square root of two."""
 WORK = ("tokens", "draws", "prompts", "pairs", "kv_read_tokens")
@@ -27,9 +25,8 @@ WORK = ("tokens", "draws", "prompts", "pairs", "kv_read_tokens")
 class Kind(NamedTuple):
     """Steps that are told by their mean."""
 
-    beside: bool
-    drawn: int
-    """About how many hundred tokens a second others drew."""
+    others: float
+    """That computed meanwhile, in fifths."""
     cold: bool
     mixed: bool
     prompts: bool
@@ -46,17 +43,14 @@ class _Steps:
     waited_s: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     """That computed meanwhile."""
-    drawn_per_s: list[float] = field(default_factory=list)
-    """Tokens that these drew."""
     then_s: list[float] = field(default_factory=list)
     """Where the next one followed at once."""
 
-    def add(self, step: dict[str, float], others: float, drawn_per_s: float) -> None:
+    def add(self, step: dict[str, float], others: float) -> None:
         self.work.append(tuple(step[name] for name in WORK))
         self.processor_s.append(step["processor_s"])
         self.waited_s.append(max(step["pass_s"] - step["processor_s"], 0.0))
         self.others.append(others)
-        self.drawn_per_s.append(drawn_per_s)
         if not np.isnan(step["then_s"]):
             self.then_s.append(step["then_s"])
 
@@ -64,8 +58,7 @@ class _Steps:
         means = np.mean(self.work, axis=0).tolist()
         found: dict[str, Any] = {
             "count": len(self.work),
-            "others": float(np.mean(self.others)) if kind.beside else 0.0,
-            "drawn_per_s": float(np.mean(self.drawn_per_s)) if kind.beside else 0.0,
+            "others": float(np.mean(self.others)),
             "cold": kind.cold,
             "mixed": kind.mixed,
             **dict(zip(WORK, means, strict=True)),
@@ -87,13 +80,10 @@ def steps_at_work(logs: Path, since_s: float) -> list[dict[str, Any]]:
         ended_s, after_prompts = -np.inf, False
         for step in steps:
             began_s, lasted_s = step["began_s"], step["pass_s"]
-            meanwhile = [_meanwhile(began_s, began_s + lasted_s, one) for one in others]
-            beside, drawn_per_s = np.sum(meanwhile, axis=0) / lasted_s if others else (0.0, 0.0)
-            if beside <= ALONE or beside >= BESIDE:
-                cold = began_s - ended_s > REST_S or (after_prompts and not step["prompts"])
-                drawn = round(drawn_per_s / 100) if beside >= BESIDE else 0
-                kind = _kind(step, beside=beside >= BESIDE, drawn=drawn, cold=cold)
-                kinds.setdefault(kind, _Steps()).add(step, beside, drawn_per_s)
+            busy_s = sum(_meanwhile(began_s, began_s + lasted_s, one) for one in others)
+            cold = began_s - ended_s > REST_S or (after_prompts and not step["prompts"])
+            kind = _kind(step, busy_s / lasted_s, cold=cold)
+            kinds.setdefault(kind, _Steps()).add(step, busy_s / lasted_s)
             ended_s, after_prompts = began_s + lasted_s, step["prompts"] > 0
     return [kinds[kind].described(kind) for kind in sorted(kinds)]
 
@@ -106,10 +96,11 @@ def prompt_passes(logs: Path, since_s: float, until_s: float) -> tuple[int, floa
     return int(sum(one["prompts"] for one in counted)), passes_s
 
 
-def _kind(step: dict[str, float], *, beside: bool, drawn: int, cold: bool) -> Kind:
-    tokens, draws, prompts = (int(step[name]) for name in ("tokens", "draws", "prompts"))
-    mixed = 0 < prompts < draws
-    return Kind(beside, _about(drawn), cold, mixed, prompts > 0, _about(draws), _about(tokens))
+def _kind(step: dict[str, float], others: float, *, cold: bool) -> Kind:
+    tokens, draws = (int(step[name]) for name in ("tokens", "draws"))
+    prompts = step["prompts"] > 0
+    mixed = prompts and step["decodes"] > 0
+    return Kind(round(5 * others) / 5, cold, mixed, prompts, _about(draws), _about(tokens))
 
 
 def _about(count: int) -> int:
@@ -125,17 +116,15 @@ def _read(path: Path, since_s: float) -> Iterator[dict[str, float]]:
 
 
 def _spans(steps: Sequence[dict[str, float]]) -> NDArray[np.float64]:
-    """When it was busy, in passes and between those that follow one another, and the tokens a
-    second that it drew then."""
+    """When it was busy, in passes and between those that follow one another."""
     began_s = np.array([step["began_s"] for step in steps])
     busy_s = np.array([step["pass_s"] + np.nan_to_num(step["then_s"]) for step in steps])
-    draws = np.array([step["draws"] for step in steps])
-    return np.column_stack([began_s, began_s + busy_s, draws / busy_s])
+    return np.column_stack([began_s, began_s + busy_s])
 
 
-def _meanwhile(began_s: float, ended_s: float, spans: NDArray[np.float64]) -> tuple[float, float]:
-    """How long it was busy then, and the tokens that it drew."""
+def _meanwhile(began_s: float, ended_s: float, spans: NDArray[np.float64]) -> float:
+    """How long it was busy then."""
     first, last = np.searchsorted(spans[:, 1], began_s), np.searchsorted(spans[:, 0], ended_s)
     near = spans[first:last]
     shared_s = np.minimum(near[:, 1], ended_s) - np.maximum(near[:, 0], began_s)
-    return float(shared_s.sum()), float(shared_s @ near[:, 2])
+    return float(shared_s.sum())

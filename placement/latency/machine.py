@@ -16,8 +16,6 @@ class Wait(NamedTuple):
 
     alone: float = 0.0
     beside: float = 0.0
-    token_s: float = 0.0
-    """More beside others, for each token a second that they draw and something serves."""
 
 
 class Waits(NamedTuple):
@@ -28,12 +26,11 @@ class Waits(NamedTuple):
     others: float = 1.0
     """Instances that computed in the mean, where others did."""
 
-    def slowed(self, others: float, drawn_per_s: float = 0.0, *, prompts: bool) -> float:
-        """How many times as long a pass takes while so many others compute, and draw so many
-        tokens."""
+    def slowed(self, others: float, *, prompts: bool) -> float:
+        """How many times as long a pass takes while so many others compute."""
         wait = self.prompts if prompts else self.decodes
-        beside = wait.beside + wait.token_s * drawn_per_s
-        return 1.0 + wait.alone + min(1.0, others / self.others) * (beside - wait.alone)
+        near = min(1.0, others / self.others)
+        return 1.0 + wait.alone + near * (wait.beside - wait.alone)
 
 
 @dataclass(frozen=True, slots=True)

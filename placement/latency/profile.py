@@ -116,7 +116,7 @@ class Profile:
         return Machine(
             waits_of(self._alike),
             tensor_parallel * pipeline_parallel,
-            cold_of(self.steps, self.in_service),
+            cold_of(self._alike, self.in_service),
             self.paces,
         )
 
@@ -134,7 +134,7 @@ class Profile:
         return self._at_work(fit_run(self.runs[0])[0])
 
     def _at_work(self, passes: Measured, *, beside: bool = False) -> AtWork:
-        times = times_of(self.steps, passes, beside=beside)
+        times = times_of(self._alike, passes, beside=beside)
         between = between_passes(self._alike, beside=beside)
         return AtWork(passes, between, times, passes.pipeline_parallel)
 

@@ -7,9 +7,9 @@ engine that was measured), and `runs`, one for each parallelism: `tensor_paralle
 seconds), `mixed` (the fields of both), where context sums the KV tokens already there, and
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 `at_work`, of servers under load the means over `steps` that were alike (count, tokens, draws,
-pairs, kv_read_tokens, processor_s; optionally waited_s, others, drawn_per_s, cold, mixed, followed,
-then_s), with `handed_off` and optionally `way_s`, `way_steps` and `handoff_s`; and `speed`, whose
-`paces` tell how unsteady the machine was.
+pairs, kv_read_tokens, processor_s; optionally waited_s, others, cold, mixed, followed, then_s),
+with `handed_off` and optionally `way_s`, `way_steps` and `handoff_s`; and `speed`, whose `paces`
+tell how unsteady the machine was.
 """
 
 from __future__ import annotations
@@ -110,7 +110,6 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
         _number(where, raw, "processor_s"),
         _number(where, raw, "waited_s", 0),
         _number(where, raw, "others", 0),
-        _number(where, raw, "drawn_per_s", 0),
         bool(raw.get("cold")),
         int(_number(where, raw, "followed", 0)),
         _number(where, raw, "then_s", 0),

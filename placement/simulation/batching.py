@@ -89,10 +89,6 @@ class Batching(ABC):
     def slowed(self) -> float | None:
         return None if self._run is None else self._run.slowed
 
-    @property
-    def drawn_per_s(self) -> float:
-        return 0.0 if self._run is None else self._run.drawn_per_s
-
     def between_steps(self, action: Callable[[float], None], now: float) -> None:
         """Once the step under way has ended."""
         if self._run is None:
@@ -232,9 +228,7 @@ class Batching(ABC):
                 first_s, steps = first_s + self._machine.cold_s, 1
             if self._unsteady is not None:
                 first_s, growth_s, steps = self._unsteady.go(first_s, growth_s, steps, now)
-        run = self._run = Run(
-            step, decodes, now, first_s, growth_s, steps, self._steady, work.draws
-        )
+        run = self._run = Run(step, decodes, now, first_s, growth_s, steps, self._steady)
         if self._crowd is not None:
             self._share(run, work, now)
         for chunk in step.prefills:

@@ -17,11 +17,6 @@ class Neighbour(Protocol):
         """How many times as long all takes there; None while it does not compute."""
         ...
 
-    @property
-    def drawn_per_s(self) -> float:
-        """Tokens, at its pace of the moment."""
-        ...
-
     def hurry_or_slow(self, now: float) -> None:
         """As many compute beside it as `Crowd.slowed` says from now on."""
         ...
@@ -49,8 +44,7 @@ class Crowd:
             return times
         near = [other for other in self._computing.values() if other is not one]
         width = sum(other.model.accelerators for other in near) + machine.width - 1
-        drawn_per_s = sum(other.drawn_per_s for other in near)
-        return times * machine.waits.slowed(width, drawn_per_s, prompts=prompts)
+        return times * machine.waits.slowed(width, prompts=prompts)
 
     def settle(self, one: Neighbour, now: float) -> None:
         """It may have begun to compute, or have nothing to do any more."""

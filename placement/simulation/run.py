@@ -26,18 +26,12 @@ class Run:
     """How much longer each step is than the one before."""
     steps: int
     steady: bool
-    draws: int
-    """Tokens of each step."""
     crowded_ratio: float = 1.0
     """How many times as long it takes beside busy neighbours."""
     slowed: float = 1.0
     """How many times as long it takes now."""
     moved_s: float = 0.0
     """How far its start was put back, as if it had always gone at this pace."""
-
-    @property
-    def drawn_per_s(self) -> float:
-        return self.draws / self.first_step_s
 
     @property
     def duration_s(self) -> float:

@@ -44,9 +44,10 @@ def test_a_line_tells_what_a_batch_held(tmp_path):
     log.close()
     (line,) = read(path)
     assert tuple(line) == COLUMNS
-    counts = {name: int(line[name]) for name in COLUMNS[3:8]}
+    counts = {name: int(line[name]) for name in COLUMNS[3:9]}
     pairs = 5 * 10 + 15 + 6
-    assert counts == {"tokens": 9, "draws": 2, "prompts": 2, "pairs": pairs, "kv_read_tokens": 30}
+    work = {"tokens": 9, "draws": 2, "prompts": 2, "decodes": 1}
+    assert counts == {**work, "pairs": pairs, "kv_read_tokens": 30}
     assert float(line["pass_s"]) >= 0.0
     assert line["then_s"] == ""
 
@@ -84,9 +85,9 @@ def write(path: Path, *lines):
         rows.writerows(lines)
 
 
-DECODE = (1, 1, 0, 0, 100)
-PROMPT = (64, 1, 1, 2080, 0)
-PROMPTS = (128, 2, 2, 4160, 0)
+DECODE = (1, 1, 0, 1, 0, 100)
+PROMPT = (64, 1, 1, 0, 2080, 0)
+PROMPTS = (128, 2, 2, 0, 4160, 0)
 
 
 def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
@@ -102,7 +103,6 @@ def test_steps_that_are_alike_are_told_by_their_mean(tmp_path):
     assert in_a_row == {
         "count": 2,
         "others": 0.0,
-        "drawn_per_s": 0.0,
         "cold": False,
         "mixed": False,
         "tokens": 1,
@@ -147,8 +147,7 @@ def test_passes_that_hold_prompts_are_counted_within_a_time(tmp_path):
     assert prompt_passes(tmp_path, 1.5, 3.5) == (3, pytest.approx(0.070))
 
 
-def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):
-    """Those beside which others computed for part of the time count for neither."""
+def test_passes_are_told_apart_by_how_long_others_computed_meanwhile(tmp_path):
     write(
         tmp_path / "prefill-0.csv",
         (1.0, 0.1, 0.05, *PROMPT, ""),
@@ -163,7 +162,21 @@ def test_passes_are_told_apart_by_whether_others_computed_meanwhile(tmp_path):
     )
     prompts = [one for one in steps_at_work(tmp_path, 0.0) if one["prompts"]]
     told = {round(one["others"], 6): (one["processor_s"], one["waited_s"]) for one in prompts}
-    assert told == {1.0: pytest.approx((0.05, 0.05)), 0.0: pytest.approx((0.10, 0.0))}
+    alone, partly, beside = (0.10, 0.0), (0.07, 0.03), (0.05, 0.05)
+    expected = {0.0: alone, 0.5: partly, 1.0: beside}
+    assert told == {others: pytest.approx(times) for others, times in expected.items()}
+
+
+def test_passes_of_prompts_beside_decodes_are_mixed_whether_or_not_the_prompts_end(tmp_path):
+    write(
+        tmp_path / "mixed-0.csv",
+        (1.0, 0.01, 0.01, 65, 2, 1, 1, 2080, 100, ""),
+        (2.0, 0.01, 0.01, 65, 1, 1, 1, 2080, 100, ""),
+        (3.0, 0.01, 0.01, *PROMPT, ""),
+        (4.0, 0.01, 0.01, *PROMPTS, ""),
+    )
+    told = {(one["tokens"], one["draws"]): one["mixed"] for one in steps_at_work(tmp_path, 0.0)}
+    assert told == {(65, 2): True, (65, 1): True, (64, 1): False, (128, 2): False}
 
 
 def test_others_are_busy_between_passes_that_follow_one_another(tmp_path):
@@ -174,19 +187,3 @@ def test_others_are_busy_between_passes_that_follow_one_another(tmp_path):
     )
     (prompt,) = (one for one in steps_at_work(tmp_path, 0.0) if one["prompts"])
     assert prompt["others"] == pytest.approx(1.0)
-    assert prompt["drawn_per_s"] == pytest.approx(50.0)
-
-
-def test_passes_are_told_apart_by_what_others_drew_meanwhile(tmp_path):
-    starts = [1.0 + number for number in range(4)]
-    write(tmp_path / "prefill-0.csv", *((at, 0.1, 0.05, *PROMPT, "") for at in starts))
-    write(
-        tmp_path / "decode-0.csv",
-        *(
-            (at - 0.01, 0.12, 0.1, 1, draws, 0, 0, 100, "")
-            for at, draws in zip(starts, (12, 12, 60, 60), strict=True)
-        ),
-    )
-    prompts = [one for one in steps_at_work(tmp_path, 0.0) if one["prompts"]]
-    drawn = sorted((one["count"], one["drawn_per_s"]) for one in prompts)
-    assert drawn == [(2, pytest.approx(100.0)), (2, pytest.approx(500.0))]

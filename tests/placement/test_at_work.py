@@ -111,18 +111,28 @@ def test_waits_are_told_by_kind_and_company():
     assert waits.slowed(0.75, prompts=False) == pytest.approx(1.0 + (0.05 + 0.3) / 2)
 
 
-def test_waits_beside_others_grow_with_the_tokens_that_these_draw():
-    steps = [
-        replace(at_work(step, Times(), others=1.0, waits=0.2 + 0.0003 * drawn), drawn_per_s=drawn)
-        for step in STEPS
-        for drawn in (0.0, 100.0, 900.0)
-    ]
-    waits = waits_of([*steps, *(at_work(step, Times(), waits=0.1) for step in STEPS)])
-    for prompts in (True, False):
-        assert waits.slowed(0.0, prompts=prompts) == pytest.approx(1.1)
-        assert waits.slowed(1.0, prompts=prompts) == pytest.approx(1.2)
-        assert waits.slowed(1.0, 500.0, prompts=prompts) == pytest.approx(1.35)
-        assert waits.slowed(0.5, 500.0, prompts=prompts) == pytest.approx(1.225)
+def test_steps_beside_others_for_a_part_tell_of_both():
+    """Long passes are hardly ever all alone, or never alone."""
+    alone, beside = Times(1.2, 1.05, 0.0002), Times(1.5, 1.3, 0.0004)
+    steps = []
+    for part in (0.3, 0.7):
+        between = Times(*(a + part * (b - a) for a, b in zip(alone, beside, strict=True)))
+        steps += [at_work(step, between, others=part, waits=0.1 + part * 0.4) for step in STEPS]
+    for times, company in ((alone, False), (beside, True)):
+        assert times_of(steps, Passes(), beside=company) == pytest.approx(times, rel=0.01)
+    waits = waits_of(steps)
+    for wait in waits[:2]:
+        assert wait == pytest.approx((0.1, 0.5), rel=0.01)
+
+
+def test_where_nothing_tells_company_apart_both_are_the_same():
+    alone = [at_work(step, Times(1.2, 1.1)) for step in STEPS]
+    partly = [at_work(step, Times(1.2, 1.1), others=0.5, waits=0.3) for step in STEPS]
+    for steps in (alone, partly):
+        for company in (False, True):
+            found = times_of(steps, Passes(), beside=company)
+            assert found == pytest.approx((1.2, 1.1, 0.0), rel=0.01, abs=1e-6)
+    assert waits_of(partly).prompts == pytest.approx((0.3, 0.3), rel=0.01)
 
 
 def test_nobody_waits_of_whom_nothing_was_seen_and_as_alone_where_no_others_were():

@@ -113,20 +113,6 @@ def test_passes_wait_for_processors_alone_and_more_beside_others() -> None:
     np.testing.assert_allclose(both.tpot_s, 2.0 * apart.tpot_s[0])
 
 
-def test_passes_wait_longer_beside_others_that_draw_more_tokens() -> None:
-    decoding = arriving(0.0, 0.5)
-    quiet, drawing = (
-        simulate(waiting(Wait(0.1, 0.5, token_s), Wait(0.2, 1.0)), decoding)
-        for token_s in (0.0, 1e-4)
-    )
-    apart_s = simulate(pair(), arriving(0.0)).ttft_s[0]
-    assert quiet.ttft_s[1] == pytest.approx(1.5 * apart_s)
-    tpot_s = drawing.tpot_s[0]
-    assert drawing.ttft_s[0] == quiet.ttft_s[0], "nobody drew beside it"
-    assert drawing.ttft_s[1] > 1.5 * apart_s
-    assert drawing.ttft_s[1] < (1.5 + 1e-4 / (0.5 * tpot_s)) * apart_s
-
-
 def test_an_instance_as_wide_as_the_machine_is_never_alone() -> None:
     wide = Machine(Waits(Wait(0.1, 0.5), Wait(0.2, 1.0)), width=2)
     model = replace(pair().instances[0], machine=wide, tensor_parallel=2)
