@@ -170,6 +170,8 @@ class Running:
     prompt_tokens: int
     output_tokens: int
     blocks: int
+    target: str | None = None
+    """Who takes it over once its prompt is computed here."""
 
 
 @dataclass(frozen=True, slots=True)

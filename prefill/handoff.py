@@ -54,6 +54,11 @@ class Handoffs:
     def plan(self, request_id: str, destination: Destination) -> None:
         self._destinations[request_id] = destination
 
+    def target(self, request_id: str) -> str | None:
+        """Who is to have its KV, if anybody else."""
+        to = self._destinations.get(request_id)
+        return None if to is None else to.target
+
     def admitted(self, sequence: Sequence, now: float) -> None:
         """The prompt has its blocks: offer what will be in them."""
         to = self._destinations.get(sequence.id)

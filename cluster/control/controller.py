@@ -265,7 +265,7 @@ class Controller:
         launched = self._keeper.up(name)
         self._keeper.unwant(name)
         self._note("instance", name, "draining")
-        await move_away(launched, self._config.limits.drain_s, "drained")
+        await move_away(self._keeper, launched, self._config.limits.drain_s, "drained")
 
     async def migrate(self, request_id: str, target: str) -> tuple[str, str]:
         """Asks the request's owner to move it; returns the source and the target."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.actors import answer
+from cluster.instance.draining import is_awaited
 from engine.errors import TandemError
 
 if TYPE_CHECKING:
@@ -21,13 +22,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-async def move_away(launched: Launched, limit_s: float, why: str) -> None:
+async def move_away(keeper: Keeper, launched: Launched, limit_s: float, why: str) -> None:
     """Has an instance's requests move or end, for so long at most, and stops it."""
     try:
-        await answer(launched.workers[0].drain.remote(), limit_s)
+        await answer(_empty(keeper, launched), limit_s)
     except TandemError as error:
         log.warning("drain incomplete instance=%s error=%s", launched.spec.name, error)
     launched.dismiss(why)
+
+
+async def _empty(keeper: Keeper, launched: Launched) -> None:
+    """Returns once nothing is there any more, and nobody is to hand anything to it."""
+    await launched.workers[0].drain.remote()
+    while is_awaited(launched.spec.name, keeper.loads.values()):
+        await launched.workers[0].drain.remote()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,5 +76,5 @@ class Resharing:
         launched = self.keeper.instances.get(spec.name)
         if launched is not None and launched.stage == "up":
             self.note("instance", spec.name, "takes another share", sm_share=spec.sm_share)
-            await move_away(launched, self.drain_s, "takes another share of its GPU")
+            await move_away(self.keeper, launched, self.drain_s, "takes another share of its GPU")
         await self.keeper.until_up(spec, self.start_s)

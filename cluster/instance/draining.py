@@ -1,4 +1,4 @@
-"""When an instance that drains may go: pure, driven by its leader."""
+"""When an instance that drains may go: pure, driven by its leader and by the controller."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from engine.messages import Load
 
 
@@ -25,3 +27,9 @@ class Emptying:
         if self._empty_since_s is None:
             self._empty_since_s = now
         return now - self._empty_since_s >= self.settle_s
+
+
+def is_awaited(name: str, loads: Iterable[Load]) -> bool:
+    """Whether others have requests that they are to hand to this instance, which may not even have
+    been offered to it: their prompts wait, or are being computed."""
+    return any(running.target == name for load in loads for running in load.sequences)

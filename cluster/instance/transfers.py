@@ -144,6 +144,7 @@ class Transfers:
                 one.prompt_tokens,
                 one.output_tokens,
                 len(one.blocks),
+                self._handoffs.target(one.id),
             )
             for one in self._residents.all()
         ]

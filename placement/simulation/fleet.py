@@ -97,9 +97,13 @@ class SimulatedFleet:
     def _sweep(self, now: float) -> None:
         """What has drained goes."""
         for name, instance in list(self._world.instances.items()):
-            if instance.state is InstanceState.DRAINING and instance.is_empty:
+            drains = instance.state is InstanceState.DRAINING
+            if drains and instance.is_empty and not self._is_awaited(instance):
                 self._world.take_down(name)
                 self._note(now)
+
+    def _is_awaited(self, instance: SimulatedInstance) -> bool:
+        return any(one.hands_to(instance) for one in self._world.instances.values())
 
     def _look(self, _: None, now: float) -> None:
         assert self._scaler is not None

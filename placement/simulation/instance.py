@@ -74,6 +74,10 @@ class SimulatedInstance(Batching):
         del self._held[handoff.sequence.id]
         self.join(handoff.sequence, now)
 
+    def hands_to(self, other: SimulatedInstance) -> bool:
+        """Whether it has prompts whose KV the other is to have."""
+        return other in self._targets.values()
+
     def nudge(self, now: float) -> None:
         """There may be more room than before."""
         self._take_offers(now)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cluster.instance.draining import Emptying
+from cluster.instance.draining import Emptying, is_awaited
 from cluster.instance.instance import Instance, InstanceSettings
 from engine.blocks import BlockPool
 from engine.layout import KvLayout
@@ -100,3 +100,13 @@ def test_a_request_that_is_dropped_says_whether_its_hand_off_had_begun():
     one.receive("decode-0", Cancelled(offer.transfer, "OutOfBlocks", "full"), 0.0)
     dropped = [message for _, message in said(one) if isinstance(message, Dropped)]
     assert [(one.request_id, one.handoff) for one in dropped] == [("waits", False), ("r", True)]
+
+
+def test_a_prompt_that_is_to_be_handed_off_names_its_target_from_the_start():
+    one = instance(Role.PREFILL)
+    one.receive("gateway-0", Start(REQUEST, 1, (), "decode-0", 2), 0.0)
+    one.receive("gateway-0", Start(replace(REQUEST, id="stays"), 1), 0.0)
+    load = one.load()
+    assert [running.target for running in load.sequences] == ["decode-0", None]
+    assert is_awaited("decode-0", [load])
+    assert not is_awaited("decode-1", [load])

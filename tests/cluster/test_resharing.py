@@ -1,6 +1,7 @@
 """Instances that take other shares of a GPU's multiprocessors, without a Ray or a GPU."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,12 @@ from cluster.config import Config
 from cluster.control import keeper, launch
 from cluster.control.keeper import Keeper
 from cluster.control.recovery import Recovered
-from cluster.control.resharing import Resharing
+from cluster.control.resharing import Resharing, move_away
 from cluster.roster import InstanceSpec, Kind, Member, Roster
 from engine.clock import VirtualClock
 from engine.errors import InstanceLost
 from engine.messages import Role
+from tests.cluster.test_journal import listing
 
 ME = Member("controller", Kind.CONTROLLER, "1", "")
 PREFILL, DECODE = (
@@ -42,6 +44,8 @@ class Workers:
         self.happened = []
         self.finished = []
         self.drains = True
+        self.as_they_drain = []
+        """What happens meanwhile, at one drain after another."""
 
     async def launch(self, launched) -> None:
         self.happened.append(("up", launched.spec.name, launched.spec.sm_share))
@@ -57,6 +61,8 @@ class Workers:
 
     async def _drain(self, name) -> None:
         self.happened.append(("drained", name))
+        if self.as_they_drain:
+            self.as_they_drain.pop(0)()
         if not self.drains:
             raise InstanceLost("it is gone")
 
@@ -132,3 +138,19 @@ async def test_a_role_some_of_whose_instances_have_no_share_has_none(workers):
         assert resharing.shares == {Role.PREFILL: 0.5}
 
     await resharing_of(workers, work)
+
+
+async def test_an_instance_is_drained_until_nobody_is_to_hand_it_anything(workers):
+    unrelated = listing("prefill-0", 1, "waiting")
+    (waiting,) = unrelated.sequences
+    awaited = replace(unrelated, sequences=(replace(waiting, target="decode-0"),))
+
+    async def work(resharing):
+        loads = resharing.keeper.loads
+        loads["prefill-0"] = awaited
+        workers.as_they_drain += [lambda: None, lambda: loads.update({"prefill-0": unrelated})]
+        resharing.keeper.unwant("decode-0")
+        await move_away(resharing.keeper, resharing.keeper.up("decode-0"), 600.0, "drained")
+
+    await resharing_of(workers, work)
+    assert workers.happened == [("drained", "decode-0")] * 2

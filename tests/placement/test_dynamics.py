@@ -178,6 +178,25 @@ def test_a_draining_instance_takes_nothing_new() -> None:
     assert simulation.instances["mixed-0"].busy_s == 0
 
 
+def test_a_draining_instance_stays_for_what_is_yet_to_be_handed_to_it() -> None:
+    target = replace(
+        deployment(Role.PREFILL, Role.DECODE), router=RouterSettings(local_prompt_tokens=0)
+    )
+    simulation = Simulation(target, lone(), dynamics=Dynamics())
+    fleet, drained = simulation._living.fleet, simulation.instances["decode-0"]
+
+    def drain(_: None, now: float) -> None:
+        drained.become(InstanceState.DRAINING)
+        fleet._sweep(now)
+
+    simulation.at(0.01, drain, None)
+    assert simulation.run().finished.all()
+    assert simulation.instances["decode-0"] is drained
+    assert drained.busy_s > 0
+    fleet._sweep(10.0)
+    assert "decode-0" not in simulation.instances
+
+
 def test_requests_wait_for_an_instance_and_fail_when_none_ever_comes() -> None:
     target, load = deployment(Role.MIXED), workload(count=10)
     failures = (Failure(0.0, "mixed-0"),)
