@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from html import escape
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from cluster.bench.figures import LATENCIES, by_round, mean_parts
 from cluster.bench.page import cdf, page, table
 from cluster.bench.svg import Axis, Series, axis, bars, chart, share_axis
 from cluster.bench.table import LATENCY_TITLES, figure_rows
+from cluster.packages import TANDEM, package_version
 from engine.events import TTFT_PARTS
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ def _about(measured: Sequence[Measured]) -> str:
         f"{_range([getattr(one.slo, name) for one in samples], '{:g}')} s {what}"
         for name, what in (("ttft_s", "to the first token"), ("tpot_s", "per token"))
     )
+    tandem = package_version(TANDEM) or "from its source"
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"<p>Model {escape(models)}; prompt + output tokens {asked}; targets {targets}. "
-        f"Measured by Tandem {version('tandem-serve')}, {when}.</p>"
+        f"Measured by Tandem {tandem}, {when}.</p>"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import httpx
 from cluster.cli.doctor import examine
 from cluster.cli.status import as_document, summarize
 from cluster.config import load_config
+from cluster.packages import TANDEM, package_version
 from cluster.yaml_file import read_yaml
 from engine.errors import BadInput, TandemError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cluster.client import Client
 
 PACKAGES = (
-    "tandem-serve", "ray", "torch", "numpy", "grpcio", "protobuf", "pyzmq", "nixl", "uvicorn",
+    TANDEM, "ray", "torch", "numpy", "grpcio", "protobuf", "pyzmq", "nixl", "uvicorn",
     "starlette", "pydantic", "tokenizers", "safetensors", "llguidance", "prometheus-client",
     "opentelemetry-sdk", "cupy-cuda13x", "nvidia-nccl-cu13",
 )  # fmt: skip
@@ -38,14 +38,7 @@ answers and no keys in it; look through it before you pass it on.
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    return found | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return found | {name: package_version(name) or "not installed" for name in PACKAGES}
 
 
 def collect(

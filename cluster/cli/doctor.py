@@ -8,10 +8,10 @@ import os
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.packages import package_version
 from engine.errors import TandemError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _shared_memory() -> Finding:
 
 
 def _ray() -> Finding:
-    found = _package_version("ray")
+    found = package_version("ray")
     if found is None:
         return Finding("ray", MISSING, "not installed", "install tandem-serve's dependencies")
     address = os.environ.get("RAY_ADDRESS")
@@ -93,7 +93,7 @@ def _ray() -> Finding:
 
 
 def _torch() -> Finding:
-    found = _package_version("torch")
+    found = package_version("torch")
     if found is None:
         return Finding("torch", MISSING, "not installed", "install tandem-serve's dependencies")
     return Finding("torch", OK, found)
@@ -119,7 +119,7 @@ def _nccl() -> Finding:
     if importlib.util.find_spec("cupy") is None:
         advice = "install the gpu extra to move KV over NCCL"
         return Finding("nccl", ABSENT, "cupy is not installed", advice)
-    library = _package_version("nvidia-nccl-cu13") or ctypes.util.find_library("nccl")
+    library = package_version("nvidia-nccl-cu13") or ctypes.util.find_library("nccl")
     if library is None:
         return Finding("nccl", ABSENT, "no NCCL library", "install nvidia-nccl-cu13")
     return Finding("nccl", OK, str(library))
@@ -133,7 +133,7 @@ def _rdma() -> Finding:
 
 
 def _nixl() -> Finding:
-    found = _package_version("nixl")
+    found = package_version("nixl")
     if found is None:
         advice = "install nixl: without it KV moves only within a host"
         return Finding("nixl and ucx", ABSENT, "not installed", advice)
@@ -166,13 +166,6 @@ def _demo_model() -> Finding:
     except TandemError as error:
         return Finding("built-in model", MISSING, str(error), "reinstall tandem-serve")
     return Finding("built-in model", OK, f"{len(checkpoint.config.layers)} layers")
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _proc_field(path: str, name: str) -> str:

@@ -58,6 +58,14 @@ def test_the_fields_of_the_contract_are_all_there() -> None:
     assert found["ttft_parts_s"]["queue"] is None
 
 
+def test_a_report_is_drawn_where_tandem_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.bench.report import report
+
+    monkeypatch.setattr("cluster.bench.report.TANDEM", "no-such-package")
+    found = Measured("http://a", "m", [], [sample(0, 0.1)])
+    assert "Measured by Tandem from its source" in report([found], [found.document()])
+
+
 def test_a_run_in_which_all_failed_has_no_latencies() -> None:
     found = figures([failed(0), failed(1)])
     assert (found["attainment"], found["ttft_s"]["p50"]) == (0.0, None)
