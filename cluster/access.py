@@ -16,6 +16,7 @@ from engine.errors import (
     Overloaded,
     PoisonRequest,
     TandemError,
+    TransferError,
     Unsupported,
 )
 
@@ -96,6 +97,7 @@ KINDS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.ABORTED: PoisonRequest,
     grpc.StatusCode.UNAVAILABLE: InstanceLost,
+    grpc.StatusCode.FAILED_PRECONDITION: TransferError,
     grpc.StatusCode.UNIMPLEMENTED: Unsupported,
 }
 

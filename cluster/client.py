@@ -99,9 +99,12 @@ class Client:
             self._cluster.Drain, pb.DrainRequest(instance=instance), self._settings.timeout_s
         )
 
-    def migrate(self, request_id: str, instance: str) -> pb.MigrateReply:
-        request = pb.MigrateRequest(request_id=request_id, instance=instance)
-        reply: pb.MigrateReply = self._call(self._cluster.Migrate, request)
+    def migrate(self, request_id: str, instance: str, *, wait: bool = False) -> pb.MigrateReply:
+        """With `wait`, returns once the request runs there, or raises why it does not."""
+        request = pb.MigrateRequest(request_id=request_id, instance=instance, wait=wait)
+        reply: pb.MigrateReply = self._call(
+            self._cluster.Migrate, request, self._settings.timeout_s
+        )
         return reply
 
     def apply_policy(self, yaml: str) -> list[str]:
@@ -219,9 +222,14 @@ class AsyncClient:
         request = pb.DrainRequest(instance=instance)
         await self._call(self._cluster.Drain, request, self._settings.timeout_s)
 
-    async def migrate(self, request_id: str, instance: str) -> pb.MigrateReply:
-        request = pb.MigrateRequest(request_id=request_id, instance=instance)
-        reply: pb.MigrateReply = await self._call(self._cluster.Migrate, request)
+    async def migrate(
+        self, request_id: str, instance: str, *, wait: bool = False
+    ) -> pb.MigrateReply:
+        """With `wait`, returns once the request runs there, or raises why it does not."""
+        request = pb.MigrateRequest(request_id=request_id, instance=instance, wait=wait)
+        reply: pb.MigrateReply = await self._call(
+            self._cluster.Migrate, request, self._settings.timeout_s
+        )
         return reply
 
     async def apply_policy(self, yaml: str) -> list[str]:

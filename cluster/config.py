@@ -257,7 +257,7 @@ class LimitsConfig(Section):
     """The longest that one forward pass may take, with kernels that are compiled in it and CUDA
     graphs that are made; after that its instance counts as lost."""
     drain_s: Seconds = 30.0
-    """How long a shutdown or a drained instance waits for its requests."""
+    """How long a shutdown, a drained instance or an operator's move waits for requests."""
     heartbeat_s: Seconds = 0.25
     """How often an instance tells its load."""
     silence_s: Seconds = 1.0

@@ -123,9 +123,9 @@ def migrate(
     server: Server = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Moves a running request to another instance."""
+    """Moves a running request to another instance, and says so once it runs there."""
     with open_client(server, api_key) as client:
-        reply = client.migrate(request, instance)
+        reply = client.migrate(request, instance, wait=True)
     document = {"request": request, "source": reply.source, "target": reply.target}
     _tell(document, as_json=as_json)
 

@@ -17,6 +17,7 @@ from cluster.actors import answer
 from cluster.config import Config
 from cluster.control.balancing import Balancing
 from cluster.control.keeper import LOOK_S, Keeper
+from cluster.control.moves import REPLAYED, Moves
 from cluster.control.pools import Ground, initial_specs, pool_spec
 from cluster.control.recovery import recover
 from cluster.control.replanning import PlannerProcess
@@ -91,6 +92,7 @@ class Controller:
         self._balancing = Balancing(
             self._config.migration, self._keeper.view, self._send, self._note
         )
+        self._moves = Moves()
         accelerators = {role: self._config.pools.of(role).workers for role in Role}
         planner = PlannerProcess(self._config)
         self._scaling = Scaling(self, accelerators, self._note, self._clock, planner)
@@ -117,6 +119,9 @@ class Controller:
         """Something that a gateway saw."""
         if kind == "migration":
             self._balancing.ended(subject, text)
+            self._moves.ended(subject, str(fields["target"]), text)
+        elif (kind, text) == ("request", REPLAYED):
+            self._moves.replayed(subject)
         self._note(kind, subject, text, **fields)
 
     async def gateway_lost(self, name: str) -> None:
@@ -267,14 +272,21 @@ class Controller:
         self._note("instance", name, "draining")
         await move_away(self._keeper, launched, self._config.limits.drain_s, "drained")
 
-    async def migrate(self, request_id: str, target: str) -> tuple[str, str]:
-        """Asks the request's owner to move it; returns the source and the target."""
+    async def migrate(self, request_id: str, target: str, *, wait: bool) -> tuple[str, str]:
+        """Asks the owner to move a request, and may wait until it has; gives source and target."""
         await self._recovered.wait()
         self._keeper.up(target)
         source = owner_of(request_id, self._keeper.loads)
         if source == target:
             raise BadRequest("instance", target, f"runs {request_id} already")
-        self._link.send(source, Migrate(request_id, target, "operator"))
+
+        def ask() -> None:
+            self._link.send(source, Migrate(request_id, target, "operator"))
+
+        if wait:
+            await self._moves.over(request_id, target, ask, self._config.limits.drain_s)
+        else:
+            ask()
         return source, target
 
     async def shut_down(self) -> None:
@@ -320,6 +332,7 @@ class Controller:
         """An instance that does not have the request does not know its gateway either."""
         request_id, outcome = message.request_id, message.outcome
         self._balancing.ended(request_id, outcome)
+        self._moves.ended(request_id, message.target, outcome)
         route = {"source": message.source, "target": message.target}
         self._note("migration", request_id, outcome, **route, reason=message.reason)
 

@@ -32,6 +32,7 @@ from engine.errors import (
     Overloaded,
     PoisonRequest,
     TandemError,
+    TransferError,
     Unsupported,
 )
 from engine.messages import Role
@@ -57,6 +58,7 @@ CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (PoisonRequest, grpc.StatusCode.ABORTED),
     (InstanceLost, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (TransferError, grpc.StatusCode.FAILED_PRECONDITION),
     (Unsupported, grpc.StatusCode.UNIMPLEMENTED),
 )
 
@@ -176,7 +178,9 @@ class Cluster(rpc.ClusterServicer):  # type: ignore[misc]
 
     async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateReply:  # noqa: N802
         async def work() -> pb.MigrateReply:
-            source, target = await self._operator.migrate(request.request_id, request.instance)
+            source, target = await self._operator.migrate(
+                request.request_id, request.instance, wait=request.wait
+            )
             return pb.MigrateReply(source=source, target=target)
 
         return await self._answer(context, work)

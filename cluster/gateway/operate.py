@@ -52,8 +52,9 @@ class ClusterOperator:
     async def drain(self, instance: str) -> None:
         await ask(self._controller.drain.remote(instance), self._front.drain_s)
 
-    async def migrate(self, request_id: str, instance: str) -> tuple[str, str]:
-        source, target = await ask(self._controller.migrate.remote(request_id, instance))
+    async def migrate(self, request_id: str, instance: str, *, wait: bool) -> tuple[str, str]:
+        call = self._controller.migrate.remote(request_id, instance, wait=wait)
+        source, target = await ask(call, self._front.drain_s)
         return source, target
 
     async def apply_policy(self, yaml: str) -> list[str]:

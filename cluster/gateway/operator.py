@@ -30,8 +30,9 @@ class Operator(Protocol):
 
     async def drain(self, instance: str) -> None: ...
 
-    async def migrate(self, request_id: str, instance: str) -> tuple[str, str]:
-        """Source and target."""
+    async def migrate(self, request_id: str, instance: str, *, wait: bool) -> tuple[str, str]:
+        """Source and target, once the move is asked for, or once it is over: TransferError where
+        the request has not moved."""
         ...
 
     async def apply_policy(self, yaml: str) -> list[str]:

@@ -11,13 +11,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from cluster.cli.app import run
 from cluster.doors.both import listen
 from cluster.doors.grpc_door import GrpcDoor
 from cluster.events import Event
 from cluster.gateway.settings import GatewaySettings
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
-from engine.errors import BadConfig, NotFound
+from engine.errors import BadConfig, NotFound, TransferError
 from engine.messages import Role
 from engine.request import Request, Sampling
 from placement.routing.admission import AdmissionSettings
@@ -30,6 +31,8 @@ class FakeOperator:
 
     def __init__(self) -> None:
         self.asked: list[tuple] = []
+        self.fates = {"gone": NotFound("it has ended"), "stays": TransferError("there is no room")}
+        """Of requests that do not move."""
 
     async def status(self):
         return {
@@ -53,7 +56,10 @@ class FakeOperator:
     async def drain(self, instance):
         raise NotFound(f"instance {instance!r}")
 
-    async def migrate(self, request_id, instance):
+    async def migrate(self, request_id, instance, *, wait):
+        if request_id in self.fates:
+            raise self.fates[request_id]
+        self.asked.append((request_id, instance, wait))
         return "decode-0", instance
 
     async def apply_policy(self, yaml):
@@ -205,6 +211,20 @@ async def test_the_operators_errors_are_typed():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await server.cluster.Scale(pb.ScaleRequest(role="x"))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("request_id", "status", "says"),
+    [("r", 0, ""), ("gone", 1, "NotFound"), ("stays", 1, "TransferError")],
+)
+async def test_the_command_says_whether_a_request_has_moved(capsys, request_id, status, says):
+    async with serving() as server:
+        at = ("--server", f"127.0.0.1:{server.door.port}")
+        assert await asyncio.to_thread(run, ["migrate", request_id, "decode-1", *at]) == status
+        out, err = capsys.readouterr()
+        assert says in err
+        assert ("decode-1" in out) == (status == 0)
+        assert server.operator.asked == [("r", "decode-1", True)][: status == 0]
 
 
 async def test_health_follows_readiness():

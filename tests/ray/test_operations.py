@@ -11,6 +11,7 @@ from contextlib import aclosing
 import pytest
 
 from cluster.cli.app import run
+from engine.errors import NotFound
 from tests.ray.serving import PATIENCE_S, metric
 from tests.ray.streams import ENDLESS, Reader, all_ready, holds_nothing, moved, read_all, until
 
@@ -99,6 +100,23 @@ async def test_a_running_request_migrates_without_a_change_in_its_tokens(cluster
         again = Reader(client, 0, len(reader.tokens))
         await again.task
     assert reader.tokens == again.tokens
+    await until(holds_nothing(cluster))
+
+
+async def test_a_move_is_over_when_it_is_said_to_be_and_an_ended_request_is_not_found(cluster):
+    pair = ("decode-0", "decode-1")
+    async with cluster.async_client() as client:
+        reader = Reader(client, 0, ENDLESS)
+        await reader.has()
+        await until(moved(cluster, (await client.status()).requests[0].id, pair))
+        (running,) = (await client.status()).requests
+        target = pair[running.decode == pair[0]]
+        reply = await client.migrate(running.id, target, wait=True)
+        assert (reply.source, reply.target) == (running.decode, target)
+        assert (await client.status()).requests[0].decode == target
+        await reader.leave()
+        with pytest.raises(NotFound):
+            await client.migrate(running.id, running.decode, wait=True)
     await until(holds_nothing(cluster))
 
 
