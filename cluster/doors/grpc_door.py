@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.doors.both import host_in_url
 from cluster.doors.grpc_calls import call_of, chunks_of
-from cluster.doors.keys import EVERYONE, Unauthorized
+from cluster.doors.keys import EVERYONE, NotAllowed, Unauthorized
 from cluster.doors.limits import GrpcLimits
 from cluster.doors.tls import grpc_credentials
 from cluster.rpc import tandem_pb2 as pb
@@ -52,6 +52,7 @@ SERVICES = tuple(one.full_name for one in pb.DESCRIPTOR.services_by_name.values(
 CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (BadInput, grpc.StatusCode.INVALID_ARGUMENT),
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
+    (NotAllowed, grpc.StatusCode.PERMISSION_DENIED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (OutOfBlocks, grpc.StatusCode.OUT_OF_RANGE),
@@ -61,10 +62,6 @@ CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (TransferError, grpc.StatusCode.FAILED_PRECONDITION),
     (Unsupported, grpc.StatusCode.UNIMPLEMENTED),
 )
-
-
-class NotAllowed(TandemError):
-    """The key is known, but not for this."""
 
 
 class Door:
@@ -82,8 +79,7 @@ class Door:
         return self._keys.caller(given, self.gateway.clock.now())
 
     def operator(self, context: Context) -> None:
-        if not self.caller(context).operator:
-            raise NotAllowed("this key may not operate the cluster")
+        self.caller(context).must_operate()
 
 
 class Inference(rpc.InferenceServicer):  # type: ignore[misc]
@@ -227,8 +223,6 @@ async def refuse(context: Context, error: TandemError) -> NoReturn:
     if isinstance(error, Overloaded):
         trailers = (("retry-after", str(max(math.ceil(error.retry_after_s), 1))),)
     code = grpc.StatusCode.INTERNAL
-    if isinstance(error, NotAllowed):
-        code = grpc.StatusCode.PERMISSION_DENIED
     for kind, status in CODES:
         if isinstance(error, kind):
             code = status

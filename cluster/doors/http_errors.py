@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 
-from cluster.doors.keys import Unauthorized
+from cluster.doors.keys import NotAllowed, Unauthorized
 from engine.errors import (
     BadInput,
     DeadlineExceeded,
@@ -78,6 +78,7 @@ async def http_exception(request: Request, error: HTTPException) -> Response:
 
 KINDS: tuple[tuple[type[TandemError], int, str, str | None], ...] = (
     (Unauthorized, 401, "authentication_error", "invalid_api_key"),
+    (NotAllowed, 403, "permission_error", "not_an_operator"),
     (NotFound, 404, INVALID, "not_found"),
     (Overloaded, 429, "rate_limit_error", "overloaded"),
     (OutOfBlocks, 400, INVALID, TOO_LONG),

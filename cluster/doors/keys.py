@@ -29,6 +29,10 @@ class Unauthorized(TandemError):
     pass
 
 
+class NotAllowed(TandemError):
+    """The key is known, but not for this."""
+
+
 class KeyEntry(BaseModel):
     """One key of the file."""
 
@@ -44,7 +48,7 @@ class KeyEntry(BaseModel):
     tokens_per_minute: Annotated[float, Field(gt=0.0)] | None = None
     """Prompt and output tokens; a request may overdraw it once."""
     operator: bool = False
-    """Whether it may use the gRPC Cluster service."""
+    """Whether it may use the gRPC Cluster service and see the live page."""
 
 
 class KeyFile(BaseModel):
@@ -90,6 +94,11 @@ class Caller:
                 raise Overloaded(f"this key's {what} per minute are used up", wait_s)
         if self.requests is not None:
             self.requests.take(1.0)
+
+    def must_operate(self) -> None:
+        """Raises NotAllowed unless the key is an operator's."""
+        if not self.operator:
+            raise NotAllowed("this key may not operate the cluster")
 
     def spend(self, tokens: int) -> None:
         if self.tokens is not None:

@@ -46,13 +46,14 @@ class Watching:
         return WholeCluster(self._live, gateway, self._about)
 
     def routes(self, whole: WholeCluster, keys: Keyring | None) -> list[BaseRoute]:
-        """The live page's, with the same keys as the API."""
+        """The live page's. It shows every tenant's requests, and so wants an operator's key."""
 
         def admit(request: Request) -> None:
             if keys is None:
                 return
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            keys.caller(key.strip() if scheme.lower() == "bearer" else None, self._clock.now())
+            given = key.strip() if scheme.lower() == "bearer" else None
+            keys.caller(given, self._clock.now()).must_operate()
 
         return Dashboard(whole, admit).routes()
 

@@ -14,24 +14,29 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
+from cluster.config import Config
 from cluster.doors.http import HttpDoor
-from cluster.doors.keys import Unauthorized
+from cluster.doors.keys import Keyring, Unauthorized
 from cluster.gateway.call import Call
 from cluster.watching.dashboard import MOST_VIEWERS, Dashboard
+from cluster.watching.everything import Watching
 from cluster.watching.history import WholeHistory
 from cluster.watching.latencies import Latencies
 from cluster.watching.live import SHOWN_ENDED, SHOWN_HANDOFFS, Live
 from cluster.watching.observer import Rerouted
+from engine.clock import SystemClock
 from engine.events import Timeline
 from engine.messages import Lost, Migrate, Migrated, Role
 from tests.cluster.browser import Page, chromium, needs_chromium
 from tests.cluster.seats import Seat, patience, watched_by_all
 from tests.cluster.serving import FakeCluster, ask, running, until
+from tests.cluster.test_security import ADMIN, ALICE, write_keys
 from tests.cluster.watching import ended, load, migrated, opened, timeline
 from tests.cluster.watching import running as sequence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from starlette.requests import Request
 
@@ -264,6 +269,22 @@ async def test_the_page_is_open_but_what_it_shows_wants_a_key() -> None:
         headers = {"authorization": "Bearer secret"}
         data = await client.get("/dashboard/data", headers=headers)
         assert data.json()["model"] == "demo"
+
+
+async def test_what_the_page_shows_of_every_tenant_wants_an_operators_key(tmp_path: Path) -> None:
+    write_keys(tmp_path / "keys.yaml")
+    keys = Keyring(tmp_path / "keys.yaml", 0.0)
+    async with watched_by_all("mixed-0", gateways=1) as (seat,):
+        app = Starlette(routes=Watching(Config(), SystemClock()).routes(seat.whole, keys))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for path in ("/dashboard/data", "/dashboard/stream"):
+                assert (await client.get(path)).status_code == 401
+                refused = await client.get(path, headers={"authorization": f"Bearer {ALICE}"})
+                assert refused.status_code == 403
+                assert refused.json()["error"]["code"] == "not_an_operator"
+            headers = {"authorization": f"Bearer {ADMIN}"}
+            assert (await client.get("/dashboard/data", headers=headers)).status_code == 200
 
 
 async def test_viewers_are_bounded_and_leave() -> None:
