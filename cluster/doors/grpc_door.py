@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.doors.both import host_in_url
 from cluster.doors.grpc_calls import call_of, chunks_of
-from cluster.doors.keys import EVERYONE, NotAllowed, Unauthorized
+from cluster.doors.keys import EVERYONE, Metered, NotAllowed, Unauthorized
 from cluster.doors.limits import GrpcLimits
 from cluster.doors.tls import grpc_credentials
 from cluster.rpc import tandem_pb2 as pb
@@ -108,20 +108,21 @@ class Inference(rpc.InferenceServicer):  # type: ignore[misc]
         call = call_of(request)
         if request.model not in ("", self._gateway.model):
             raise NotFound(f"the model {request.model!r} is not served here")
-        if call.priority > caller.priority:
-            raise BadRequest("priority", call.priority, f"this key's ends at {caller.priority}")
+        priority = caller.priority_of(request.priority if request.HasField("priority") else None)
         caller.enter(self._gateway.clock.now())
         metadata = dict(context.invocation_metadata() or ())
         trace = metadata.get("traceparent")
         trace = None if trace is None else str(trace)
-        answer = await self._gateway.open(replace(call, tenant=caller.tenant, trace=trace))
+        call = replace(call, priority=priority, tenant=caller.tenant, trace=trace)
+        answer = await self._gateway.open(call)
+        metered = Metered(answer, caller)
         try:
-            while deltas := await answer.next():
+            while deltas := await metered.next():
                 await self._write(chunks_of(answer, deltas), context)
         finally:
             # Also when the client has gone: grpc cancels this coroutine.
             self._gateway.close(answer)
-            caller.spend(answer.prompt_tokens + answer.output_tokens)
+            metered.charge()
 
     async def _write(self, chunks: list[pb.GenerateChunk], context: Context) -> None:
         try:

@@ -123,12 +123,11 @@ class HttpDoor:
     ) -> AnswerResponse:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options", "given", "is only for stream: true")
-        if call.priority > caller.priority:
-            rule = f"this key's priority ends at {caller.priority}"
-            raise BadRequest("priority", call.priority, rule)
+        priority = caller.priority_of(body.priority)
         caller.enter(self.gateway.clock.now())
         call = replace(
             call,
+            priority=priority,
             tenant=caller.tenant,
             request_id=request.headers.get("x-request-id"),
             trace=request.headers.get("traceparent"),

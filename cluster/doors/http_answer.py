@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 
 from cluster.doors.http_errors import error_json, error_response
+from cluster.doors.keys import Metered
 from cluster.doors.openai_replies import DONE
 from cluster.gateway.answer import ClientGone
 from engine.errors import TandemError
@@ -53,13 +54,14 @@ class AnswerResponse(Response):
             await error_response(error)(scope, receive, send)
             return
         headers = {"x-request-id": answer.id}
+        metered = Metered(answer, self._caller)
         watch = asyncio.create_task(_leave(answer, receive))
         try:
-            deltas = await answer.next()
+            deltas = await metered.next()
             if self._stream:
-                await self._write_stream(answer, deltas, headers, send)
+                await self._write_stream(metered, deltas, headers, send)
             else:
-                body = await self._whole(answer, deltas)
+                body = await self._whole(metered, deltas)
                 await Response(body, 200, headers, "application/json")(scope, receive, send)
         except ClientGone:
             LOG.info("client left request=%s", answer.id)
@@ -68,23 +70,23 @@ class AnswerResponse(Response):
         finally:
             watch.cancel()
             self._gateway.close(answer)
-            self._caller.spend(answer.prompt_tokens + answer.output_tokens)
+            metered.charge()
 
-    async def _whole(self, answer: Answer, deltas: list[Delta]) -> bytes:
+    async def _whole(self, metered: Metered, deltas: list[Delta]) -> bytes:
         every = deltas
-        while deltas := await answer.next():
+        while deltas := await metered.next():
             every += deltas
-        return self._make(answer).whole(every)
+        return self._make(metered.answer).whole(every)
 
     async def _write_stream(
-        self, answer: Answer, deltas: list[Delta], headers: dict[str, str], send: Send
+        self, metered: Metered, deltas: list[Delta], headers: dict[str, str], send: Send
     ) -> None:
-        shape = self._make(answer)
+        shape = self._make(metered.answer)
         await send(_stream_start(headers))
         try:
             while deltas:
                 await self._write(send, shape.chunks(deltas))
-                deltas = await answer.next()
+                deltas = await metered.next()
             last = shape.usage_chunk() + DONE if self._with_usage else DONE
         except ClientGone:
             raise

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.yaml_file import read_yaml
-from engine.errors import BadConfig, Overloaded, TandemError
+from engine.errors import BadConfig, BadRequest, Overloaded, TandemError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cluster.gateway.answer import Answer, Delta
 
 LOG = logging.getLogger(__name__)
 LOOK_AGAIN_S = 1.0
@@ -46,7 +48,8 @@ class KeyEntry(BaseModel):
     """The highest priority that a request under this key may have."""
     requests_per_minute: Annotated[float, Field(gt=0.0)] | None = None
     tokens_per_minute: Annotated[float, Field(gt=0.0)] | None = None
-    """Prompt and output tokens; a request may overdraw it once."""
+    """Prompt tokens once they are known, output tokens as they come; the last request to be let in
+    may overdraw it."""
     operator: bool = False
     """Whether it may use the gRPC Cluster service and see the live page."""
 
@@ -100,6 +103,14 @@ class Caller:
         if not self.operator:
             raise NotAllowed("this key may not operate the cluster")
 
+    def priority_of(self, asked: int | None) -> int:
+        """What a request gets, also one that says nothing under a key that may not ask for 0."""
+        if asked is None:
+            return min(self.priority, 0)
+        if asked > self.priority:
+            raise BadRequest("priority", asked, f"this key's priority ends at {self.priority}")
+        return asked
+
     def spend(self, tokens: int) -> None:
         if self.tokens is not None:
             self.tokens.take(tokens)
@@ -107,6 +118,27 @@ class Caller:
 
 EVERYONE = Caller()
 """Who calls a server without keys."""
+
+
+class Metered:
+    """An answer that is charged to its caller as it grows: others must not be let in on tokens that
+    those under way have taken."""
+
+    def __init__(self, answer: Answer, caller: Caller) -> None:
+        self.answer = answer
+        self._caller, self._charged_tokens = caller, 0
+        self.charge()
+
+    async def next(self) -> list[Delta]:
+        deltas = await self.answer.next()
+        self.charge()
+        return deltas
+
+    def charge(self) -> None:
+        """For all since the last time."""
+        tokens = self.answer.prompt_tokens + self.answer.output_tokens
+        self._caller.spend(tokens - self._charged_tokens)
+        self._charged_tokens = tokens
 
 
 class Keyring:

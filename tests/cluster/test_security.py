@@ -19,7 +19,7 @@ from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import BadConfig, Overloaded
 from tests.cluster.certificates import Authority
-from tests.cluster.serving import PATIENCE_S, running
+from tests.cluster.serving import PATIENCE_S, running, settle, until
 from tests.cluster.test_grpc import FakeOperator
 
 ALICE, BOB, ADMIN = "tk-alice", "tk-bob", "tk-admin"
@@ -157,6 +157,42 @@ async def test_http_asks_for_a_key_and_gives_its_tenant(key_file):
             bob = {"authorization": f"Bearer {BOB}"}
             assert (await client.post("/v1/completions", json=BODY, headers=bob)).status_code == 200
             assert (await client.post("/v1/completions", json=BODY, headers=bob)).status_code == 429
+
+
+async def test_a_key_below_the_usual_priority_needs_not_say_so(tmp_path):
+    path = tmp_path / "keys.yaml"
+    write_keys(path, priority=-5)
+    alice = {"authorization": f"Bearer {ALICE}"}
+    async with running("mixed-0") as cluster:
+        door = HttpDoor(cluster.gateway, keys=Keyring(path, 0.0))
+        transport = httpx.ASGITransport(door.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            reply = await client.post("/v1/completions", json=BODY, headers=alice)
+            assert reply.status_code == 200
+            assert cluster.instances["mixed-0"].starts[0].request.priority == -5
+            usual = BODY | {"priority": 0}
+            reply = await client.post("/v1/completions", json=usual, headers=alice)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "priority")
+
+
+async def test_what_an_answer_takes_counts_while_it_grows(tmp_path):
+    path = tmp_path / "keys.yaml"
+    write_keys(path, tokens_per_minute=10)
+    headers = {"authorization": f"Bearer {ALICE}"}
+    async with running("mixed-0") as cluster:
+        keys, now = Keyring(path, 0.0), cluster.gateway.clock.now
+        door = HttpDoor(cluster.gateway, keys=keys)
+        transport = httpx.ASGITransport(door.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = BODY | {"max_tokens": 2000, "ignore_eos": True}
+            reply = asyncio.create_task(client.post("/v1/completions", json=body, headers=headers))
+            await until(lambda: any(one.output_tokens > 20 for one in cluster.gateway.requests()))
+            cluster.paused.add("mixed-0")
+            await settle()
+            with pytest.raises(Overloaded, match="tokens per minute"):
+                keys.caller(ALICE, now()).enter(now())
+            cluster.resume("mixed-0")
+            assert (await reply).status_code == 200
 
 
 async def test_grpc_asks_for_a_key_and_lets_operators_operate(key_file):
