@@ -175,9 +175,8 @@ class HttpDoor:
         self._caller(request)
         body = parse_body(DetokenizeBody, await self._body(request))
         self._check_model(body.model)
-        tokenizer = self.gateway.tokenizer
-        check_tokens("tokens", tuple(body.tokens), tokenizer.vocab_size)
-        return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        check_tokens("tokens", tuple(body.tokens), self.gateway.tokenizer.vocab_size)
+        return _json({"prompt": await self.gateway.intake.detokenize(body.tokens)})
 
     # The server itself.
 

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 TOKEN_MAX = 2**31 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 NOT_SUPPORTED = "is not supported by this server"
+MOST_ERRORS = 1000
+"""That one body may have and still be told its first: each takes memory a hundredfold."""
 
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+"""As long as a body may be: of a million wrong ones the first is enough to be told."""
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Target = Annotated[float, Field(gt=0.0, le=86400.0)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -89,7 +93,7 @@ class SamplingBody(Shape):
             Annotated[float, Field(ge=-100.0, le=100.0)],
         ]
         | None
-    ) = Field(default=None, max_length=1024)
+    ) = Field(default=None, max_length=1024, fail_fast=True)
     max_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=TOKEN_MAX)] | None = None
@@ -170,10 +174,8 @@ class CompletionBody(SamplingBody):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)
-        ]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -197,7 +199,7 @@ class TextPart(Shape):
 
 class ChatMessage(Shape):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=256)
     tool_call_id: str | None = Field(default=None, max_length=256)
     refusal: str | None = None
@@ -222,7 +224,7 @@ class ChatBody(SamplingBody):
     audio: None = None
     function_call: Literal["none", "auto"] | None = None
     functions: Nothing = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16, fail_fast=True)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     parallel_tool_calls: bool | None = None
     prediction: None = None
@@ -257,7 +259,7 @@ class TokenizeBody(Shape):
 
 class DetokenizeBody(Shape):
     model: str | None = Field(default=None, max_length=512)
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -274,6 +276,9 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:
+            rule = "errors: unknown fields, or items of a wrong type"
+            raise BadRequest("body", error.error_count(), rule) from None
         raise _bad_request(error) from None
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
 LONG_TEXT_CHARACTERS = 4000
-"""Longer prompts are tokenized in a thread, so that streams go on meanwhile."""
+"""Longer prompts are tokenized in a thread, so that streams go on meanwhile; so are as many tokens
+made text."""
 
 
 class GrammarCheck(Protocol):
@@ -52,6 +53,12 @@ class Intake:
         return await asyncio.to_thread(
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """With special tokens."""
+        if len(tokens) <= LONG_TEXT_CHARACTERS:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special_tokens=False)
 
     async def answer(self, call: Call, now: float) -> Answer:
         """The answer to be given, its requests not yet sent anywhere; raises BadRequest."""

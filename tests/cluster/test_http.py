@@ -5,12 +5,15 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 import uvicorn
+from pydantic import ValidationError
 
 from cluster.doors.both import listen
 from cluster.doors.http import HttpDoor, HttpSettings
 from cluster.doors.limits import HttpLimits
+from cluster.doors.openai import ChatBody, CompletionBody, DetokenizeBody, parse_body
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
 from cluster.gateway.settings import GatewaySettings
+from engine.errors import BadRequest
 from engine.request import Request, Sampling
 from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
@@ -202,6 +205,33 @@ async def test_a_wrong_field_is_named_in_openais_shape(path, body, status, param
         assert response.status_code == status
         assert response.json()["error"]["param"] == param
         client.cluster.assert_empty()
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"prompt": [0.5] * MANY}),
+        (CompletionBody, {"prompt": [[0.5] * MANY]}),
+        (CompletionBody, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(MANY)), "x")}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (DetokenizeBody, {"tokens": [-1] * MANY}),
+    ],
+    ids=["tokens", "lists of tokens", "biases", "parts of a message", "tokens to text"],
+)
+def test_of_many_wrong_items_not_each_is_told(kind, body):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() < 200
+
+
+def test_a_body_in_which_nearly_everything_is_wrong_is_refused_as_a_whole():
+    body = {"prompt": "x"} | dict.fromkeys(map(str, range(MANY)), 0)
+    with pytest.raises(BadRequest) as caught:
+        parse_body(CompletionBody, json.dumps(body).encode())
+    assert (caught.value.field, caught.value.value) == ("body", MANY)
 
 
 async def test_bodies_that_are_not_json_are_refused():
