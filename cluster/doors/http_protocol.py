@@ -60,6 +60,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """What comes now without a new head, such as a body that was not waited for, would keep the
+        connection for ever: uvicorn counts it as life."""
+        super().on_response_complete()
+        if self.cycle.response_complete and not self._in_head and not self.transport.is_closing():
+            self._stop_timer()
+            self._timer = self.loop.call_later(self.limits.body_s, self.transport.close)
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg, "invalid_http")
 

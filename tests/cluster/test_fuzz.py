@@ -179,6 +179,20 @@ def test_a_slow_body_is_cut_off():
         assert talk(server, REQUEST).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_body_that_goes_on_after_its_answer_does_not_keep_the_connection():
+    head = REQUEST.replace(b"application/json", b"text/plain")
+    with served(SOON_S) as server:
+        host, port = server.listener.getsockname()
+        with socket.create_connection((host, port), timeout=PATIENCE_S) as connection:
+            connection.sendall(head)
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 415 ")
+            connection.sendall(b" ")
+            assert connection.recv(65536) == b""
+
+
 def test_a_truncated_body_frees_its_connection():
     with served() as server:
         host, port = server.listener.getsockname()
