@@ -39,11 +39,19 @@ class ClientSettings:
     first_pause_s: float = 0.2
     """Before the second attempt; doubled before each later one."""
     most_pause_s: float = 5.0
+    most_wait_s: float = 60.0
+    """A server that asks for a longer pause has refused for good."""
 
     def pause_s(self, attempt: int, error: TandemError) -> float:
         """How long to wait after the given attempt, the first being 1."""
         asked = error.retry_after_s if isinstance(error, Overloaded) else 0.0
         return max(asked, min(self.first_pause_s * 2.0 ** (attempt - 1), self.most_pause_s))
+
+    def is_last(self, attempt: int, error: TandemError) -> bool:
+        """Whether nothing is tried again after the given attempt."""
+        if attempt == self.attempts or not worth_repeating(error):
+            return True
+        return self.pause_s(attempt, error) > self.most_wait_s
 
 
 @dataclass(frozen=True, slots=True)

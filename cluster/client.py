@@ -1,8 +1,7 @@
 """The Python client, over gRPC: `Client` for scripts, `AsyncClient` for event loops.
 
-Calls that change nothing are repeated when the server cannot be reached; a generation is
-repeated only while nothing of it has arrived. Every call has a deadline, and every failure is one
-of engine.errors.
+Calls are repeated when the server cannot be reached or is busy; a generation only while nothing of
+it has arrived. Every call has a deadline, and every failure is one of engine.errors.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from cluster.access import Access, ClientSettings, Generation, as_error, worth_repeating
+from cluster.access import Access, ClientSettings, Generation, as_error
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 
@@ -134,7 +133,7 @@ class Client:
 
     def _rest(self, attempt: int, error: TandemError, *, begun: bool) -> None:
         """Waits before the next attempt, or raises where there is none."""
-        if begun or attempt == self._settings.attempts or not worth_repeating(error):
+        if begun or self._settings.is_last(attempt, error):
             raise error
         time.sleep(self._settings.pause_s(attempt, error))  # noqa: TID251  a caller's thread
 
@@ -266,6 +265,6 @@ class AsyncClient:
 
     async def _rest(self, attempt: int, error: TandemError, *, begun: bool) -> None:
         """Waits before the next attempt, or raises where there is none."""
-        if begun or attempt == self._settings.attempts or not worth_repeating(error):
+        if begun or self._settings.is_last(attempt, error):
             raise error
         await asyncio.sleep(self._settings.pause_s(attempt, error))

@@ -17,7 +17,7 @@ CHUNKS = [
 
 
 class Script(rpc.InferenceServicer, rpc.ClusterServicer):
-    """Each call takes the next entry: a status to fail with, or None to succeed."""
+    """Each call takes the next entry: what to abort with, or None to succeed."""
 
     def __init__(self):
         self.entries, self.calls, self.chunks_first = [], 0, 0
@@ -26,7 +26,7 @@ class Script(rpc.InferenceServicer, rpc.ClusterServicer):
         self.calls += 1
         entry = self.entries.pop(0) if self.entries else None
         if entry is not None:
-            await context.abort(entry[0], entry[1])
+            await context.abort(*entry)
 
     async def Generate(self, request, context):  # noqa: N802
         for chunk in CHUNKS[: self.chunks_first]:
@@ -109,3 +109,11 @@ def test_the_pause_doubles_up_to_its_bound_and_heeds_the_server():
     lost = InstanceLost("x")
     assert [settings.pause_s(attempt, lost) for attempt in (1, 2, 3)] == [0.5, 1.0, 1.5]
     assert settings.pause_s(1, Overloaded("busy", 7.0)) == 7.0
+
+
+async def test_a_server_that_asks_for_a_long_pause_has_refused(served):
+    client, script = served
+    script.entries = [(*BUSY, (("retry-after", "86400"),))]
+    with pytest.raises(Overloaded) as caught:
+        await client.status()
+    assert (caught.value.retry_after_s, script.calls) == (86400.0, 1)
