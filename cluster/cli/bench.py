@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import bench_options as option  # noqa: TC001 - typer reads them
-from cluster.cli.options import ApiKey, Json  # noqa: TC001 - as well
+from cluster.cli.options import ApiKey, Json, check_output
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def bench(
     from cluster.bench.server import Settings
     from engine.slo import Slo
 
+    check_output("csv", csv)
+    check_output("report", report)
     drawn = {
         "rate_rps": rate,
         "ramp_to_rps": ramp_to,

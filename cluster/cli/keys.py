@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cluster.cli.serve import Json  # noqa: TC001  typer reads it
+from cluster.cli.options import Json, check_output
 from engine.errors import BadConfig
 
 ENTRY = re.compile(r"(?m)^( *)- ")
@@ -48,6 +48,7 @@ def new(
     """Prints a new key once, and the line that lets it in."""
     from cluster.doors.keys import hash_key, new_key
 
+    check_output("file", file)
     key = new_key()
     entry = {
         "name": name or tenant,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.options import ApiKey, Json, Server, open_client
+from cluster.cli.options import ApiKey, Json, Server, check_output, open_client
 from engine.errors import BadRequest
 
 ROLES = ("prefill", "decode", "mixed")
@@ -171,6 +171,7 @@ def report(
     """How the targets are met and where requests are, or all that a bug report needs."""
     from cluster.cli.status import as_document, summarize
 
+    check_output("output", output)
     if output is not None:
         from cluster.cli.bundle import collect, write_bundle
 

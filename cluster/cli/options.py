@@ -1,4 +1,4 @@
-"""What commands that talk to a running cluster have in common."""
+"""What several commands have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from engine.errors import BadConfig
 
 if TYPE_CHECKING:
     from cluster.client import Client
@@ -28,3 +30,9 @@ def open_client(server: str | None, api_key: str | None) -> Client:
 
     ca = os.environ.get(CA_VARIABLE)
     return Client(Access(server or DEFAULT_SERVER, api_key, Path(ca) if ca else None))
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Before the work whose result could not be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise BadConfig(option, str(path), "must be a file in a directory that exists")

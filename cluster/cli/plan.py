@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.options import Json  # noqa: TC001 - so does it this
-from engine.errors import BadConfig, unknown_name
+from cluster.cli.options import Json, check_output
+from engine.errors import unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,12 +167,6 @@ def profile(
         document = measure(settings, progress)
     output.write_text(json.dumps(document, indent=1), encoding="utf-8")
     _show_profile(document, as_json=as_json)
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Before the work whose result could not be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise BadConfig(option, str(path), "must be a file in a directory that exists")
 
 
 def lengths_of(name: str) -> Lengths:

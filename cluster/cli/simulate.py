@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import simulate_options as option
-from cluster.cli.options import Json  # noqa: TC001 - as well
+from cluster.cli.options import Json, check_output
 from cluster.cli.plan import (
     LengthsFrom,
     Profile,
     Report,
     Workload,
-    check_output,
     lengths_of,
     note_extrapolation,
 )

@@ -39,6 +39,8 @@ def tandem(capsys):
         (("serve", "--http-port", "70000"), "gateway.http_port"),
         (("status", "--bogus"), "No such option"),
         (("policy", "validate", "absent.yaml"), "file"),
+        (("report", "-o", "no/such/report.zip"), "output"),
+        (("keys", "new", "--tenant", "a", "--file", "no/such/keys.yaml"), "file"),
         (("bogus",), "No such command"),
         (("generate",), "Missing argument"),
     ],

@@ -171,6 +171,8 @@ def test_a_workload_of_ones_own_is_replayed(
         (("--goodput", "--vs", "http://127.0.0.1:1", "--rounds", "2"), "rounds"),
         (("--think-s", "2"), "think-s"),
         (("--workload", "none.csv"), "workload"),
+        (("--csv", "no/such/rows.csv"), "csv"),
+        (("--report", "no/such/page.html"), "report"),
     ],
 )
 def test_options_that_contradict_are_named(arguments: tuple[str, ...], field: str) -> None:
