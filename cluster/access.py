@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 KEY_VARIABLE = "TANDEM_API_KEY"
+PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +70,27 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        if self.api_key is None:
+            return ()
+        if not PRINTABLE.fullmatch(self.api_key):
+            raise BadRequest("api_key", "(hidden)", "must be printable ASCII characters")
+        return (("authorization", f"Bearer {self.api_key}"),)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         if self.ca is None:
             return None
         return grpc.ssl_channel_credentials(
-            self.ca.read_bytes(),
-            None if self.key is None else self.key.read_bytes(),
-            None if self.certificate is None else self.certificate.read_bytes(),
+            _pem("ca", self.ca),
+            _pem("key", self.key),
+            _pem("certificate", self.certificate),
         )
+
+
+def _pem(name: str, path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise BadRequest(name, str(path), error.strerror or "cannot be read") from error
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from cluster.doors.limits import GrpcLimits, HttpLimits
 from cluster.gateway.call import RequestLimits
 from cluster.gateway.entry import JournalSettings
 from cluster.plan_file import plan_values
+from cluster.roster import MOST_INSTANCES
 from cluster.yaml_file import read_yaml
 from cluster.zmq_link import LinkLimits
 from decode.scheduler import DecodeTuning
@@ -43,7 +44,7 @@ class Section(BaseModel):
 
 
 class PoolShape(Section):
-    instances: Annotated[int, Field(ge=0, le=4096)] = 1
+    instances: Annotated[int, Field(ge=0, le=MOST_INSTANCES)] = 1
     """Model copies in this role."""
     tensor_parallel: Count = 1
     """Accelerators that share each layer; they are placed on one node."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from engine.messages import Role
 
 CONTROLLER = "controller"
+MOST_INSTANCES = 4096
+"""In one role, however they are asked for."""
 
 
 class Kind(str, Enum):

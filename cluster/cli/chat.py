@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.options import ApiKey, Json, Server, open_client
+from engine.errors import BadRequest
 
 if TYPE_CHECKING:
     from cluster.access import Generation
     from cluster.client import Client
     from cluster.rpc import tandem_pb2 as pb
 
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1, max=2**31 - 1)]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)]
 
 
@@ -30,7 +31,7 @@ def generate(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=-(2**63), max=2**63 - 1)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     as_json: Json = False,
     server: Server = None,
@@ -39,13 +40,23 @@ def generate(
     """Streams a completion."""
     from cluster.rpc import tandem_pb2 as pb
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(prompt)
     sampling = pb.Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     request = pb.GenerateRequest(text=text, sampling=sampling, stop=stop or [])
     with open_client(server, api_key) as client:
         generation = _stream(client, request, quiet=as_json)
     if as_json:
         print(json.dumps(as_document(generation), indent=2))
+
+
+def _text(prompt: str) -> str:
+    """As UTF-8 can say it, which what a shell or a file gives may not be."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise BadRequest("prompt", prompt, "must be text in UTF-8") from error
+    return text
 
 
 def chat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path  # noqa: TC003  typer reads it
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from cluster.cli.options import ApiKey, Json, Server, check_output, open_client
 from engine.errors import BadRequest
 
 ROLES = ("prefill", "decode", "mixed")
+COUNT = re.compile(r"[0-9]{1,6}")
 
 policy_app = typer.Typer(help="Autoscaling policy files.", no_args_is_help=True)
 
@@ -83,7 +85,7 @@ def scale(
     """Sets how many instances a role has."""
     name, _, count = target.partition("=")
     check_role(name)
-    if not count.isdecimal():
+    if not COUNT.fullmatch(count):
         raise BadRequest("instances", count, "must be a whole number, as in decode=2")
     with open_client(server, api_key) as client:
         reply = client.scale(name, int(count))

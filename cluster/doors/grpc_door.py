@@ -19,6 +19,7 @@ from cluster.doors.grpc_calls import call_of, chunks_of
 from cluster.doors.keys import EVERYONE, Metered, NotAllowed, Unauthorized
 from cluster.doors.limits import GrpcLimits
 from cluster.doors.tls import grpc_credentials
+from cluster.roster import MOST_INSTANCES
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
 from engine.errors import (
@@ -154,7 +155,8 @@ class Cluster(rpc.ClusterServicer):  # type: ignore[misc]
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleReply:  # noqa: N802
         async def work() -> pb.ScaleReply:
-            started, draining = await self._operator.scale(_role(request.role), request.instances)
+            role, instances = _role(request.role), _instances(request.instances)
+            started, draining = await self._operator.scale(role, instances)
             return pb.ScaleReply(started=started, draining=draining)
 
         return await self._answer(context, work)
@@ -296,6 +298,12 @@ def _role(name: str) -> Role:
         return Role(name)
     except ValueError:
         raise BadRequest("role", name, "must be prefill, decode or mixed") from None
+
+
+def _instances(count: int) -> int:
+    if count > MOST_INSTANCES:
+        raise BadRequest("instances", count, f"at most {MOST_INSTANCES} in a role")
+    return count
 
 
 def _without_none(value: Any) -> Any:

@@ -32,6 +32,10 @@ def tandem(capsys):
     [
         (("scale", "both=2"), "role"),
         (("scale", "decode=many"), "instances"),
+        (("scale", f"decode={10**10}"), "instances"),
+        (("generate", "x", "--seed", str(2**63)), "seed"),
+        (("generate", "x", "--max-tokens", str(2**32)), "max-tokens"),
+        (("generate", "\udcff"), "prompt"),
         (("role", "decode-0", "cook"), "role"),
         (("serve", "absent.yaml"), "file"),
         (("serve", "--device", "tpu"), "device"),

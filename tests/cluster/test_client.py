@@ -1,5 +1,7 @@
 """The client against a server that fails as told."""
 
+from pathlib import Path
+
 import grpc
 import pytest
 
@@ -117,3 +119,15 @@ async def test_a_server_that_asks_for_a_long_pause_has_refused(served):
     with pytest.raises(Overloaded) as caught:
         await client.status()
     assert (caught.value.retry_after_s, script.calls) == (86400.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("access", "field"),
+    [(Access(ca=Path("no.pem")), "ca"), (Access(api_key="k\xe9y"), "api_key")],
+    ids=["a file that is not there", "a key that no header can hold"],
+)
+def test_what_a_server_cannot_be_reached_with_is_named(access, field):
+    with pytest.raises(BadRequest) as caught, Client(access, QUICK) as client:
+        client.status()
+    assert caught.value.field == field
+    assert "k\xe9y" not in str(caught.value)

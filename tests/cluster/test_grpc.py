@@ -211,6 +211,9 @@ async def test_the_operators_errors_are_typed():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await server.cluster.Scale(pb.ScaleRequest(role="x"))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError, match="at most 4096"):
+            await server.cluster.Scale(pb.ScaleRequest(role="decode", instances=1_000_000))
+        assert server.operator.asked == []
 
 
 @pytest.mark.parametrize(
