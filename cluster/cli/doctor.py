@@ -104,7 +104,13 @@ def _gpus() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return Finding("gpu", ABSENT, "no nvidia-smi", advice)
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True, timeout=COMMAND_S, check=False)  # noqa: S603
+    try:
+        listed = subprocess.run(  # noqa: S603
+            query, capture_output=True, text=True, timeout=COMMAND_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        advice = "its driver hangs: restart the machine"
+        return Finding("gpu", ABSENT, f"nvidia-smi says nothing for {COMMAND_S:g} s", advice)
     names = [line.strip() for line in listed.stdout.splitlines() if line.strip()]
     if listed.returncode != 0 or not names:
         return Finding("gpu", ABSENT, "nvidia-smi finds none", advice)

@@ -1,11 +1,13 @@
 """The command line without a cluster: statuses, one-line errors, documents."""
 
 import json
+import subprocess
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from cluster.cli import doctor
 from cluster.cli.app import run
 from cluster.cli.chat import as_document
 from cluster.cli.serve import pool_flags
@@ -107,6 +109,17 @@ def test_doctor_tells_what_is_there(tandem):
     findings = {finding["name"]: finding["state"] for finding in json.loads(out)}
     assert findings["ray"] == findings["torch"] == "ok"
     assert (status == 0) == ("missing" not in findings.values())
+
+
+def test_a_driver_that_hangs_is_told_and_ends_nothing(monkeypatch):
+    def hang(command, **_):
+        raise subprocess.TimeoutExpired(command, doctor.COMMAND_S)
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    (gpu,) = [finding for finding in doctor.examine() if finding.name == "gpu"]
+    assert gpu.state == doctor.ABSENT
+    assert "nvidia-smi says nothing" in gpu.detail
 
 
 def test_a_generations_document_has_the_promised_fields():
