@@ -164,7 +164,7 @@ class HttpDoor:
                 chat,
                 add_generation_prompt=body.add_generation_prompt,
             )
-            tokens = await intake.tokenize(text, add_special_tokens=False)
+            tokens = await intake.tokenize(text, of="messages", add_special_tokens=False)
         else:
             text = body.prompt or ""
             tokens = await intake.tokenize(text, add_special_tokens=body.add_special_tokens)

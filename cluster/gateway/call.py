@@ -106,10 +106,12 @@ def _check_prompts(call: Call, limits: RequestLimits, vocabulary: int) -> None:
         raise BadRequest("prompt", [], "must not be empty")
     _at_most("prompt", len(call.prompts), limits.prompts, "prompts")
     for prompt in call.prompts:
-        if isinstance(prompt, str):
-            _at_most("prompt", len(prompt), limits.prompt_characters, "characters")
-        else:
+        if not isinstance(prompt, str):
             check_tokens("prompt", prompt, vocabulary)
+
+
+def check_text(field_name: str, text: str, limits: RequestLimits) -> None:
+    _at_most(field_name, len(text), limits.prompt_characters, "characters")
 
 
 def check_tokens(field_name: str, tokens: tuple[int, ...], vocabulary: int) -> None:

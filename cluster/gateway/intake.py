@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.gateway.answer import Answer, Choice
-from cluster.gateway.call import check_call
+from cluster.gateway.call import check_call, check_text
 from engine.detokenizer import Detokenizer, StopStrings
 from engine.errors import BadRequest
 from engine.events import Timeline
@@ -47,7 +47,11 @@ class Intake:
         self.context_tokens, self.slo = context_tokens, slo
         self._grammars = grammars
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, text: str, *, of: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
+        """`of` is the field that it comes from, or is made of."""
+        check_text(of, text, self.limits)
         if len(text) <= LONG_TEXT_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(
@@ -76,7 +80,7 @@ class Intake:
         if call.chat is not None:
             conversation = list(call.chat)
             text = await asyncio.to_thread(self.tokenizer.render_chat, conversation)
-            return [tuple(await self.tokenize(text, add_special_tokens=False))]
+            return [tuple(await self.tokenize(text, of="messages", add_special_tokens=False))]
         return [await self._prompt(prompt) for prompt in call.prompts]
 
     async def _prompt(self, prompt: Prompt) -> tuple[int, ...]:

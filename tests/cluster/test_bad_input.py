@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.gateway.call import Call
+from cluster.gateway.call import Call, RequestLimits
+from cluster.gateway.settings import GatewaySettings
 from engine.errors import BadRequest, PromptTooLong
 from engine.request import Sampling
 from tests.cluster.serving import running
@@ -39,4 +40,21 @@ async def test_a_cache_too_small_for_one_prompt_tells_what_would_be_needed():
             await cluster.gateway.open(Call(prompts=("x" * 100,), max_tokens=8))
         assert refused.value.value == 100
         assert "the largest pool here has 2" in refused.value.rule
+        cluster.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("long", "field"),
+    [
+        (Call(prompts=("x" * 101,)), "prompt"),
+        (Call(chat=({"role": "user", "content": "x" * 100},)), "messages"),
+    ],
+    ids=["a prompt", "a conversation"],
+)
+async def test_no_text_is_longer_than_the_limit_says(long, field):
+    limits = RequestLimits(prompt_characters=100)
+    async with running("mixed-0", settings=GatewaySettings(limits)) as cluster:
+        with pytest.raises(BadRequest, match="at most 100 characters") as refused:
+            await cluster.gateway.open(long)
+        assert refused.value.field == field
         cluster.assert_empty()

@@ -12,6 +12,7 @@ from cluster.doors.http import HttpDoor, HttpSettings
 from cluster.doors.limits import HttpLimits
 from cluster.doors.openai import ChatBody, CompletionBody, DetokenizeBody, parse_body
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
+from cluster.gateway.call import RequestLimits
 from cluster.gateway.settings import GatewaySettings
 from engine.errors import BadRequest
 from engine.request import Request, Sampling
@@ -158,6 +159,15 @@ async def test_tokens_and_text_go_both_ways():
         assert back.json() == {"prompt": "héllo"}
         chat = await client.post("/tokenize", json={"messages": CHAT["messages"]})
         assert chat.json()["tokens"] == tokens_of("<user>hi<assistant>")
+
+
+async def test_texts_are_as_long_as_prompts_may_be():
+    limits = RequestLimits(prompt_characters=10)
+    async with serving(settings=GatewaySettings(limits)) as client:
+        for body in ({"prompt": "x" * 11}, {"messages": CHAT["messages"] * 2}):
+            response = await client.post("/tokenize", json=body)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] in body
 
 
 async def test_models_and_health():
