@@ -6,13 +6,25 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 
+KINDS = (
+    "instance",
+    "gateway",
+    "request",
+    "migration",
+    "transfer",
+    "scale",
+    "plan",
+    "policy",
+)
+"""What an event may be about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
     number: int
     at_s: float
     kind: str
-    """instance, request, migration, transfer, scale or policy."""
+    """One of KINDS."""
     subject: str
     text: str
     fields: tuple[tuple[str, str], ...] = ()

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.options import ApiKey, Json, Server, check_output, open_client
+from cluster.events import KINDS
 from engine.errors import BadRequest
 
 ROLES = ("prefill", "decode", "mixed")
 COUNT = re.compile(r"[0-9]{1,6}")
+EventKinds = Annotated[list[str] | None, typer.Option(help=f"Only these, of {', '.join(KINDS)}.")]
 
 policy_app = typer.Typer(help="Autoscaling policy files.", no_args_is_help=True)
 
@@ -134,7 +136,7 @@ def migrate(
 
 def events(
     *,
-    kind: Annotated[list[str] | None, typer.Option(help="Only these kinds.")] = None,
+    kind: EventKinds = None,
     as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,

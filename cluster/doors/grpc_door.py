@@ -19,6 +19,7 @@ from cluster.doors.grpc_calls import call_of, chunks_of
 from cluster.doors.keys import EVERYONE, Metered, NotAllowed, Unauthorized
 from cluster.doors.limits import GrpcLimits
 from cluster.doors.tls import grpc_credentials
+from cluster.events import KINDS
 from cluster.roster import MOST_INSTANCES
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
@@ -35,6 +36,7 @@ from engine.errors import (
     TandemError,
     TransferError,
     Unsupported,
+    check_names,
 )
 from engine.messages import Role
 
@@ -198,6 +200,7 @@ class Cluster(rpc.ClusterServicer):  # type: ignore[misc]
         kinds = frozenset(request.kinds)
         try:
             self._door.operator(context)
+            check_names("kind", request.kinds, KINDS)
             async for event in self._operator.watch():
                 if not kinds or event.kind in kinds:
                     yield pb.Event(

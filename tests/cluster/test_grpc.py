@@ -213,6 +213,8 @@ async def test_the_operators_errors_are_typed():
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.aio.AioRpcError, match="at most 4096"):
             await server.cluster.Scale(pb.ScaleRequest(role="decode", instances=1_000_000))
+        with pytest.raises(grpc.aio.AioRpcError, match="did you mean 'migration'"):
+            await read(server.cluster.Watch(pb.WatchRequest(kinds=["migrations"])))
         assert server.operator.asked == []
 
 
