@@ -25,7 +25,7 @@ from cluster.doors.limits import HttpLimits
 from cluster.doors.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from cluster.doors.openai_replies import ChatFormat, CompletionFormat, UsageOn
 from cluster.doors.openapi import openapi_document
-from cluster.gateway.call import check_tokens
+from cluster.gateway.call import check_chat, check_tokens
 from engine.errors import BadRequest, TandemError
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class HttpDoor:
             raise BadRequest("prompt", body.prompt, "give either prompt or messages")
         if body.messages is not None:
             chat = [message.to_template() for message in body.messages]
+            check_chat(chat, intake.limits)
             text = await asyncio.to_thread(
                 self.gateway.tokenizer.render_chat,
                 chat,

@@ -1,7 +1,8 @@
 """The bodies of OpenAI's API as this server takes them, and the calls they make.
 
 Unknown fields are refused. Fields of OpenAI's that are not supported are known by name and taken
-only with the value that changes nothing.
+only with the value that changes nothing. How much of everything one request may ask for is the
+gateway's to say: `limits.requests`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MOST_ERRORS = 1000
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 """As long as a body may be: of a million wrong ones the first is enough to be told."""
+StopText = Annotated[str, Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Target = Annotated[float, Field(gt=0.0, le=86400.0)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -66,12 +68,12 @@ class JsonSchemaFormat(Shape):
 
 class RegexFormat(Shape):
     type: Literal["regex"]
-    regex: str = Field(max_length=10_000)
+    regex: str
 
 
 class ChoiceFormat(Shape):
     type: Literal["choice"]
-    choices: list[str] = Field(min_length=1, max_length=1024)
+    choices: list[str] = Field(min_length=1, fail_fast=True)
 
 
 ResponseFormat = Annotated[
@@ -93,20 +95,14 @@ class SamplingBody(Shape):
             Annotated[float, Field(ge=-100.0, le=100.0)],
         ]
         | None
-    ) = Field(default=None, max_length=1024, fail_fast=True)
+    ) = Field(default=None, fail_fast=True)
     max_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=TOKEN_MAX)] | None = None
-    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=TOKEN_MAX)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -173,11 +169,11 @@ class SamplingBody(Shape):
 class CompletionBody(SamplingBody):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=TOKEN_MAX)] | None = None
     echo: bool = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
@@ -218,9 +214,9 @@ class ChatMessage(Shape):
 
 
 class ChatBody(SamplingBody):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOKEN_MAX)] | None = None
     audio: None = None
     function_call: Literal["none", "auto"] | None = None
     functions: Nothing = None
@@ -252,7 +248,7 @@ class ChatBody(SamplingBody):
 class TokenizeBody(Shape):
     model: str | None = Field(default=None, max_length=512)
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, fail_fast=True)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 

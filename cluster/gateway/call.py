@@ -11,7 +11,7 @@ from engine.errors import BadRequest
 from engine.request import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 REQUEST_ID = re.compile(r"[\x21-\x22\x24-\x7e]{1,128}")
 """Printable, without `#`, which numbers the answers of one request."""
@@ -98,9 +98,7 @@ def check_call(call: Call, limits: RequestLimits, vocabulary: int) -> None:
 
 def _check_prompts(call: Call, limits: RequestLimits, vocabulary: int) -> None:
     if call.chat is not None:
-        if not call.chat:
-            raise BadRequest("messages", [], "must hold at least one message")
-        _at_most("messages", len(call.chat), limits.chat_messages, "messages")
+        check_chat(call.chat, limits)
         return
     if not call.prompts:
         raise BadRequest("prompt", [], "must not be empty")
@@ -108,6 +106,12 @@ def _check_prompts(call: Call, limits: RequestLimits, vocabulary: int) -> None:
     for prompt in call.prompts:
         if not isinstance(prompt, str):
             check_tokens("prompt", prompt, vocabulary)
+
+
+def check_chat(messages: Sequence[Mapping[str, Any]], limits: RequestLimits) -> None:
+    if not messages:
+        raise BadRequest("messages", [], "must hold at least one message")
+    _at_most("messages", len(messages), limits.chat_messages, "messages")
 
 
 def check_text(field_name: str, text: str, limits: RequestLimits) -> None:

@@ -170,6 +170,36 @@ async def test_texts_are_as_long_as_prompts_may_be():
             assert response.json()["error"]["param"] in body
 
 
+LARGE = [
+    ("/v1/completions", COMPLETION | {"n": 2}, "n"),
+    ("/v1/completions", COMPLETION | {"prompt": ["x", "y"]}, "prompt"),
+    ("/v1/completions", COMPLETION | {"stop": ["x", "y"]}, "stop"),
+    ("/v1/completions", COMPLETION | {"stop": "xy"}, "stop"),
+    ("/v1/completions", COMPLETION | {"stop_token_ids": [1, 2]}, "stop_token_ids"),
+    ("/v1/completions", COMPLETION | {"logit_bias": {"1": 1, "2": 1}}, "logit_bias"),
+    ("/v1/completions", COMPLETION | {"logprobs": 2}, "logprobs"),
+    ("/v1/chat/completions", CHAT | {"messages": CHAT["messages"] * 2}, "messages"),
+    ("/tokenize", {"messages": CHAT["messages"] * 2}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), LARGE)
+async def test_a_config_may_allow_less_than_is_usual(path, body, param):
+    names = ("n", "prompts", "stops", "stop_characters", "stop_token_ids", "logit_bias", "logprobs")
+    limits = RequestLimits(**dict.fromkeys((*names, "chat_messages"), 1))
+    async with serving(settings=GatewaySettings(limits)) as client:
+        response = await client.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_config_may_allow_more_than_is_usual():
+    limits = RequestLimits(n=100, stops=100)
+    async with serving(settings=GatewaySettings(limits)) as client:
+        body = COMPLETION | {"n": 65, "stop": [f"<{n}>" for n in range(17)], "max_tokens": 1}
+        reply = await client.post("/v1/completions", json=body)
+        assert len(reply.json()["choices"]) == 65
+
+
 async def test_models_and_health():
     async with serving(http=HttpSettings(model_root="/models/fake")) as client:
         card = (await client.get("/v1/models")).json()["data"][0]
