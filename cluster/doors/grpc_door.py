@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 Reply = TypeVar("Reply")
+MOST_CHARACTERS = 600
+"""Of a refusal's words, which may quote what was sent: clients take so many as trailers."""
 SERVICES = tuple(one.full_name for one in pb.DESCRIPTOR.services_by_name.values())
 CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (BadInput, grpc.StatusCode.INVALID_ARGUMENT),
@@ -233,7 +235,7 @@ async def refuse(context: Context, error: TandemError) -> NoReturn:
         if isinstance(error, kind):
             code = status
             break
-    await context.abort(code, str(error), trailers)
+    await context.abort(code, str(error)[:MOST_CHARACTERS], trailers)
 
 
 class GrpcDoor:

@@ -181,6 +181,20 @@ async def test_overload_says_when_to_come_back():
         assert int(dict(caught.value.trailing_metadata())["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"model": "m" * 100_000}, grpc.StatusCode.NOT_FOUND),
+        ({"request_id": "r" * 100_000}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_a_refusal_is_short_however_long_what_it_quotes(options, code):
+    async with serving() as server:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read(server.inference.Generate(ask(**options)))
+        assert caught.value.code() is code
+
+
 async def test_the_operators_verbs_reach_the_operator():
     async with serving() as server:
         status = await server.cluster.Status(pb.StatusRequest())
