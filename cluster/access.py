@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 KEY_VARIABLE = "TANDEM_API_KEY"
+TOO_LARGE = "message larger than max"
+"""gRPC's own words: it has no other status for that than for a server that is busy."""
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
@@ -128,6 +130,8 @@ def as_error(error: grpc.RpcError) -> TandemError:
     code, details = error.code(), error.details() or ""
     if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
         return _bad_request(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in details:
+        return BadRequest("request", "...", details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(details, _retry_after_s(error))
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

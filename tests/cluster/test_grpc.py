@@ -11,19 +11,22 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from cluster.access import Access, ClientSettings
 from cluster.cli.app import run
+from cluster.client import AsyncClient
 from cluster.doors.both import listen
 from cluster.doors.grpc_door import GrpcDoor
+from cluster.doors.limits import GrpcLimits
 from cluster.events import Event
 from cluster.gateway.settings import GatewaySettings
 from cluster.rpc import tandem_pb2 as pb
 from cluster.rpc import tandem_pb2_grpc as rpc
-from engine.errors import BadConfig, NotFound, TransferError
+from engine.errors import BadConfig, BadRequest, NotFound, TransferError
 from engine.messages import Role
 from engine.request import Request, Sampling
 from placement.routing.admission import AdmissionSettings
 from tests.cluster.fakes import hash_tokens
-from tests.cluster.serving import running, says, settle, tokens_of, until
+from tests.cluster.serving import PATIENCE_S, running, says, settle, tokens_of, until
 
 
 class FakeOperator:
@@ -244,6 +247,14 @@ async def test_the_command_says_whether_a_request_has_moved(capsys, request_id, 
         assert says in err
         assert ("decode-1" in out) == (status == 0)
         assert server.operator.asked == [("r", "decode-1", True)][: status == 0]
+
+
+async def test_a_message_over_the_limit_is_bad_input_and_not_sent_again():
+    async with serving() as server:
+        access = Access(f"127.0.0.1:{server.door.port}")
+        async with AsyncClient(access, ClientSettings(first_pause_s=PATIENCE_S)) as client:
+            with pytest.raises(BadRequest, match="larger than max"):
+                await client.generate("x" * GrpcLimits().message_bytes)
 
 
 async def test_health_follows_readiness():
