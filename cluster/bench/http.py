@@ -57,12 +57,16 @@ class Target:
 
 def parse_target(url: str, api_key: str | None = None) -> Target:
     """A base URL, with or without a trailing /v1."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port
+    except ValueError as error:
+        raise BadInput("url", url, str(error)) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadInput("url", url, "must look like http://HOST:PORT")
     tls = parts.scheme == "https"
     base_path = parts.path.rstrip("/").removesuffix("/v1")
-    return Target(parts.hostname, parts.port or (443 if tls else 80), base_path, tls, api_key)
+    return Target(parts.hostname, port or (443 if tls else 80), base_path, tls, api_key)
 
 
 class Exchange:

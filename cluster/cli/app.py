@@ -40,6 +40,9 @@ def run(arguments: list[str]) -> int:
         return _say(error.format_message(), BAD_INPUT)
     except BadInput as error:
         return _say(str(error), BAD_INPUT)
+    except UnicodeEncodeError as error:
+        # A shell passes any bytes on, which no message and no file of ours can hold.
+        return _say(f"argument: {error.object!r}: must be text in UTF-8", BAD_INPUT)
     except TandemError as error:
         return _say(f"{type(error).__name__}: {error}", FAILED)
     return status if isinstance(status, int) else DONE

@@ -131,7 +131,7 @@ def _search(rate: float, attainment: float | None) -> Search:
 
 
 def _positive(field: str, value: float) -> float:
-    if value <= 0:
+    if not value > 0:
         raise BadInput(field, value, "must be positive")
     return value
 

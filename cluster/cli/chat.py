@@ -50,13 +50,10 @@ def generate(
 
 
 def _text(prompt: str) -> str:
-    """As UTF-8 can say it, which what a shell or a file gives may not be."""
     try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()
-    except UnicodeError as error:
+        return sys.stdin.read() if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
         raise BadRequest("prompt", prompt, "must be text in UTF-8") from error
-    return text
 
 
 def chat(
