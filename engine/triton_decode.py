@@ -29,7 +29,8 @@ def attend_single_tokens(
     query: torch.Tensor, kv: KvLayer, packed: Packed, shape: AttentionShape, out: torch.Tensor
 ) -> None:
     sequences, heads = len(packed.query_lens), query.shape[1]
-    longest = max(packed.contexts)
+    spans = zip(packed.contexts, packed.query_lens, strict=True)
+    longest = max(context for context, new in spans if new == 1)
     seen_tokens = longest if shape.window is None else min(longest, shape.window)
     splits = min(MOST_SPLITS, triton.cdiv(seen_tokens, SPLIT_TOKENS))
     parts = query.new_empty((sequences, heads, splits, kv.head_dim), dtype=torch.float32)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from engine.packing import Packed
 
 TILE_ROWS = 64
+BOUNDS_AT_ONCE = tl.constexpr(128)
+"""Sequences among which a program looks for its own in one step."""
 
 
 def attend_chunks(
@@ -26,17 +28,18 @@ def attend_chunks(
     group = query.shape[1] // kv.kv_heads
     padded_group = triton.next_power_of_2(group)
     tile_tokens = triton.cdiv(TILE_ROWS, padded_group)
-    tiles = triton.cdiv(max(packed.query_lens), tile_tokens)
-    _chunk_kernel[(tiles, len(packed.query_lens), kv.kv_heads)](
+    sequences = len(packed.query_lens)
+    _chunk_kernel[(packed.tokens // tile_tokens + sequences, kv.kv_heads)](
         *operands(query, kv, packed, shape),
         out,
+        sequences,
         **constants_of(query, kv, shape),
         padded_group=padded_group,
         tile_tokens=tile_tokens,
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("table_row", "sequences"))  # type: ignore[untyped-decorator]
 def _chunk_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -55,6 +58,7 @@ def _chunk_kernel(
     soft_cap: tl.tensor,
     window: tl.tensor,
     out: tl.tensor,
+    sequences: tl.tensor,
     group: tl.constexpr,
     dim: tl.constexpr,
     padded_dim: tl.constexpr,
@@ -66,14 +70,16 @@ def _chunk_kernel(
     tile_tokens: tl.constexpr,
 ) -> None:
     """Consecutive tokens of one chunk, longer than a token, for the heads of one KV head."""
-    sequence, kv_head = tl.program_id(1), tl.program_id(2)
-    tile = tl.program_id(0) * tile_tokens
-    first_row = tl.load(bounds + sequence).to(tl.int64)
-    count = tl.load(bounds + sequence + 1) - first_row.to(tl.int32)
+    number, kv_head = tl.program_id(0), tl.program_id(1)
+    sequence = _sequence_of(number, bounds, sequences, tile_tokens)
+    begins = tl.load(bounds + sequence)
+    count = tl.load(bounds + sequence + 1) - begins
     if count == 1:
         return
+    tile = (number - sequence - begins // tile_tokens) * tile_tokens
     if tile >= count:
         return
+    first_row = begins.to(tl.int64)
     cached = tl.load(contexts + sequence) - count
     rows: tl.constexpr = tile_tokens * padded_group
     line = tl.arange(0, rows)
@@ -110,7 +116,24 @@ def _chunk_kernel(
         capped,
     )
     sums = tl.where(sums == 0.0, 1.0, sums)  # rows that pad the tile may see nothing
-    heads = tl.num_programs(2) * group
+    heads = tl.num_programs(1) * group
     targets = ((first_row + token) * heads + head) * dim
     result = (total / sums[:, None]).to(out.dtype.element_ty)
     tl.store(out + targets[:, None] + dims[None, :], result, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sequence_of(
+    number: tl.tensor, bounds: tl.tensor, sequences: tl.tensor, tile_tokens: tl.constexpr
+) -> tl.tensor:
+    """Whose tile a program has: those of sequence i begin at number bounds[i] // tile_tokens + i.
+
+    So each sequence has as many as it needs, or one more, wherever it lies in the batch.
+    """
+    begun = 0
+    for start in range(0, sequences, BOUNDS_AT_ONCE):
+        sequence = start + tl.arange(0, BOUNDS_AT_ONCE)
+        known = sequence < sequences
+        first = tl.load(bounds + sequence, mask=known, other=0) // tile_tokens + sequence
+        begun += tl.sum((known & (first <= number)).to(tl.int32), 0)
+    return begun - 1

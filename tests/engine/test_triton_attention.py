@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import pytest
 import torch
 
 import tests.engine.triton_here  # noqa: F401  # before the kernels
-from engine import attention, triton_attention, triton_decode
+from engine import attention, triton_attention, triton_decode, triton_prefill
 from engine.attention import AttentionShape
 from engine.batch import Chunk
 from tests.engine.attending import HEADS, SHAPES, assert_close, scene
@@ -23,6 +25,36 @@ def test_a_ragged_batch_attends_as_in_torch(
     wanted = attention.paged_attention(batch.query.contiguous(), batch.kv, batch.packed, shape)
     got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
     assert_close(got, wanted)
+
+
+class Counted:
+    """A kernel that says how many programs it was started with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.programs = list[int]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.programs.append(prod(grid))
+        return self._kernel[grid]
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_chunks_among_single_tokens_start_no_more_programs_than_there_are_tiles_and_sequences(
+    shape: AttentionShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_chunks = Counted(triton_prefill._chunk_kernel)
+    monkeypatch.setattr(triton_prefill, "_chunk_kernel", of_chunks)
+    of_splits = Counted(triton_decode._split_kernel)
+    monkeypatch.setattr(triton_decode, "_split_kernel", of_splits)
+    singles = [(1, count % 9) for count in range(70)]
+    batch = scene(1, 1, 16, 4, spans=[*singles, (150, 300), *singles, (65, 0), (64, 5), (2, 1)])
+    wanted = attention.paged_attention(batch.query.contiguous(), batch.kv, batch.packed, shape)
+    got = triton_attention.paged_attention(batch.query, batch.kv, batch.packed, shape)
+    assert_close(got, wanted)
+    tiles = -(-batch.packed.tokens // triton_prefill.TILE_ROWS)
+    assert sum(of_chunks.programs) <= tiles + len(batch.chunks)
+    assert of_splits.programs == [len(batch.chunks)]
 
 
 @pytest.mark.parametrize("window", [None, 700])
