@@ -63,7 +63,7 @@ def attend_single_tokens(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("table_row", "splits"))  # type: ignore[untyped-decorator]
 def _split_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -139,7 +139,7 @@ def _split_kernel(
     tl.store(weights + part, peak + tl.log2(sums), mask=member < group)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("splits",))  # type: ignore[untyped-decorator]
 def _join_kernel(
     parts: tl.tensor,
     weights: tl.tensor,

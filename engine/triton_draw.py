@@ -25,7 +25,7 @@ TILE = 1024
 
 def place_rows(rows: DeviceRows, count: int, block_tokens: int) -> None:
     """Where the first `count` rows store their next token, and how much context each then has."""
-    _place_rows[(1,)](
+    _place_rows[(count,)](
         rows.present,
         rows.positions,
         rows.tables,
@@ -33,7 +33,6 @@ def place_rows(rows: DeviceRows, count: int, block_tokens: int) -> None:
         rows.contexts,
         rows.tables.stride(0),
         block_tokens=block_tokens,
-        rows=count,
     )
 
 
@@ -41,7 +40,7 @@ def draw_rows(logits: torch.Tensor, rows: DeviceRows, vocabulary: int) -> None:
     """Draws from the leading `vocabulary` logits of each row, and moves the row on by a token."""
     count, tiles = logits.shape[0], triton.cdiv(vocabulary, TILE)
     assert logits.stride(1) == 1
-    surveyed = logits.new_empty((3, count, tiles), dtype=torch.float32)
+    surveyed = [logits.new_empty((count, tiles), dtype=torch.float32) for _ in range(3)]
     highest = torch.empty((count, tiles), dtype=torch.int64, device=logits.device)
     _survey[(count, tiles)](
         logits, rows.heats, *surveyed, highest, logits.stride(0), vocabulary, tile=TILE
@@ -75,9 +74,8 @@ def _place_rows(
     contexts: tl.tensor,
     table_row: tl.tensor,
     block_tokens: tl.constexpr,
-    rows: tl.constexpr,
 ) -> None:
-    row = tl.arange(0, rows)
+    row = tl.program_id(0)
     here = tl.load(present + row) != 0
     position = tl.load(positions + row)
     block = tl.load(tables + row * table_row + position // block_tokens).to(tl.int64)

@@ -54,7 +54,7 @@ def linear(weight: ScaledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> 
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
 def _multiply(
     x: tl.tensor,
     weight: tl.tensor,

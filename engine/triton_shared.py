@@ -1,4 +1,9 @@
-"""What the attention kernels share: how they are called, and the walk over the keys."""
+"""What the attention kernels share: how they are called, and the walk over the keys.
+
+Triton compiles kernels of their own for integers that are 1 and for multiples of 16. Those that
+change from pass to pass are exempt (`do_not_specialize`), or requests would wait for the compiler;
+a model's own strides never change, and loads are the wider for what is known of them.
+"""
 
 # ruff: noqa: PLR0917  # a kernel takes its pointers and strides by position
 

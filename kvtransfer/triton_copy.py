@@ -41,7 +41,7 @@ def copy_pieces(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("source", "target", "pieces", "chunks"))  # type: ignore[untyped-decorator]
 def _copy(
     source: tl.tensor,
     target: tl.tensor,

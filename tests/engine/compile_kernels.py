@@ -60,7 +60,7 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_decode._split_kernel, SINGLE, NARROW),
     (triton_decode._join_kernel, JOIN, {}),
     (triton_scaled._multiply, SCALED, EIGHT_BITS),
-    (triton_draw._place_rows, {"block_tokens": 16, "rows": 512}, ROWS),
+    (triton_draw._place_rows, {"block_tokens": 16}, ROWS),
     (triton_draw._survey, {"tile": triton_draw.TILE}, ROWS),
     (triton_draw._draw, {"tile": triton_draw.TILE, "padded_tiles": 256}, ROWS),
     (triton_copy._copy, COPIED, {"source": "i64", "target": "i64", "table": "*i64"}),
