@@ -114,7 +114,7 @@ class AutoTransport:
 def open_transports(
     me: str, pool: Pool, limits: TransportLimits, names: tuple[str, ...]
 ) -> dict[str, Transport]:
-    """Those of several that work here; the only one must."""
+    """Those of several that work here: the log says what keeps the others. An only one must."""
     if len(names) == 1:
         return {names[0]: _open(names[0], me, pool, limits)}
     opened: dict[str, Transport] = {}
@@ -123,6 +123,8 @@ def open_transports(
             opened[name] = _open(name, me, pool, limits)
         except Unsupported as why:
             log.info("transport not open rank=%s transport=%s why=%s", me, name, why)
+        except TransportError as why:
+            log.warning("transport failed to open rank=%s transport=%s why=%s", me, name, why)
     return opened
 
 

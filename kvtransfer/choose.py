@@ -54,6 +54,8 @@ def _reason(name: str, local: Offered, remote: Offered, obstacles: dict[str, str
         return "both pools lie in one host's memory"
     if name == "cuda_ipc":
         return "both pools lie on one GPU"
+    if _in_the_places("cuda_ipc", local, remote) is None:
+        return f"not cuda_ipc: {obstacles['cuda_ipc']}"
     if local.host == remote.host and _on_gpu(local) and _on_gpu(remote):
         return "two GPUs of one host, which it joins by CUDA IPC"
     return f"not shared memory: {obstacles['shared_memory']}"

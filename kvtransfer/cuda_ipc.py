@@ -122,18 +122,19 @@ class CudaIpcTransport(OneSided[_Peer]):
             raise Unsupported(f"{me}: CUDA IPC needs a pool on a GPU")
         super().__init__(pool)
         self._gpu = gpu or CudaGpu(pool.device)
+        self._handle, self._offset = self._gpu.export(pool.address)
         limits = limits or TransportLimits()
         self._limits = replace(limits, slice_bytes=max(limits.slice_bytes, SLICE_BYTES))
 
     def metadata(self, peer: str) -> bytes:  # noqa: ARG002  the same for everyone
-        pid, (handle, offset) = os.getpid(), self._gpu.export(self._pool.address)
+        pid = os.getpid()
         mine = IpcPool(
             host_identity(),
             pid,
             started_ticks(pid),
             self._gpu.identity,
-            handle,
-            offset,
+            self._handle,
+            self._offset,
             self._pool.nbytes,
         )
         return encode_metadata(self.name, mine)

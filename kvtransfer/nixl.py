@@ -75,7 +75,10 @@ class NixlAgent:
         self._registered = self._nixl.nixlRegDList(
             self._segment(pool.device), [(pool.address, pool.nbytes, _ordinal(pool.device), "")]
         )
-        self._agent.registerMem(self._registered, [self._backend])
+        try:
+            self._agent.registerMem(self._registered, [self._backend])
+        except self.errors as error:
+            raise TransportError(f"nixl cannot register the pool: {error}") from error
 
     def metadata(self) -> bytes:
         local: bytes = self._agent.getLocalMD()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import BadConfig, TransportError, Unsupported
+from kvtransfer import nixl
 from kvtransfer.auto import AutoMetadata, AutoTransport
 from kvtransfer.choose import Offered, choose
 from kvtransfer.shared_memory import shared_pool
@@ -30,7 +31,8 @@ IPC = Offered("here", "cuda:first", ("cuda_ipc", "nixl"))
         (CPU, GPU, "nixl", "lies on a GPU"),
         (IPC, IPC, "cuda_ipc", "one GPU"),
         (IPC, replace(IPC, device="cuda:second"), "nixl", "CUDA IPC"),
-        (IPC, GPU, "nixl", "CUDA IPC"),
+        (IPC, GPU, "nixl", "not cuda_ipc: the other rank has not opened it"),
+        (GPU, IPC, "nixl", "not cuda_ipc: this rank has not opened it"),
     ],
 )
 def test_auto_picks_the_fastest_that_joins_the_two(local, remote, name, why):
@@ -128,6 +130,29 @@ def test_an_explicit_preference_opens_nothing_else():
     end.close()
     with pytest.raises(Unsupported, match="needs a pool on a memfd"):
         AutoTransport("a", Pool.of_array(np.zeros(8, np.uint8)), preference="shared_memory")
+
+
+class Refusing:
+    """A transport whose driver does not take the pool."""
+
+    def __init__(self, *_: object) -> None:
+        raise TransportError("the driver refuses the pool")
+
+
+def test_auto_goes_on_without_what_fails_to_open_and_says_why(monkeypatch, caplog):
+    monkeypatch.setattr(nixl, "NixlTransport", Refusing)
+    ends = [AutoTransport(name, shared_pool(4096)) for name in "ab"]
+    assert "rank=a transport=nixl why=the driver refuses the pool" in caplog.text
+    ends[1].connect("a", ends[0].metadata("b"))
+    assert ends[1].uses("a") == "shared_memory"
+    for end in ends:
+        end.close()
+
+
+def test_what_was_asked_for_and_fails_to_open_is_an_error(monkeypatch):
+    monkeypatch.setattr(nixl, "NixlTransport", Refusing)
+    with pytest.raises(TransportError, match="the driver refuses the pool"):
+        AutoTransport("a", shared_pool(4096), preference="nixl")
 
 
 def test_what_is_chosen_among_fewer_was_not_asked_for(caplog):

@@ -159,6 +159,16 @@ def test_a_copy_that_the_device_refuses_fails_its_pull_alone(ends, gpu):
     assert np.array_equal(target, source)
 
 
+def test_a_pool_that_cannot_be_exported_is_refused_when_it_is_opened(gpu, monkeypatch):
+    def refuse(_address):
+        raise TransportError("no handle for this memory")
+
+    pool, _ = gpu.pool(1)
+    monkeypatch.setattr(gpu, "export", refuse)
+    with pytest.raises(TransportError, match="no handle"):
+        CudaIpcTransport("me", pool, gpu=gpu)
+
+
 def test_a_pool_on_a_cpu_is_unsupported():
     memory = pattern(64, 1)
     with pytest.raises(Unsupported, match="needs a pool on a GPU"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import PeerLost, TransportError
-from kvtransfer.nixl import NixlTransport
+from kvtransfer.nixl import NixlTransport, bindings
 from kvtransfer.shared_memory import shared_pool
 from kvtransfer.transport import TransportLimits
 from tests.kvtransfer.peers import TRANSPORTS, Peer, peer, pieces, reader
@@ -112,3 +112,19 @@ def test_readers_killed_in_mid_copy_do_not_take_their_source_down(survivor):
             killed.kill()
     with reader(survivor.metadata("reader"), NBYTES) as last:
         assert last.reads() == 7
+
+
+class RefusingAgent:
+    """An agent of NIXL that finds a way, but not to this memory."""
+
+    def __init__(self, *_):
+        self.createBackend = lambda *_: "UCX"
+
+    def registerMem(self, *_):  # noqa: N802  as NIXL calls it
+        raise bindings().nixlBackendError("NIXL_ERR_BACKEND")
+
+
+def test_memory_that_nixl_does_not_register_is_an_error_of_the_transport(monkeypatch):
+    monkeypatch.setattr(bindings(), "nixlAgent", RefusingAgent)
+    with pytest.raises(TransportError, match="cannot register the pool: NIXL_ERR_BACKEND"):
+        NixlTransport("target", shared_pool(4096))
