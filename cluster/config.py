@@ -151,8 +151,8 @@ class EngineConfig(Section):
     threads: Count = 1
     """Threads of a CPU worker."""
     warm_up_tokens: Annotated[int, Field(ge=0)] = 256
-    """Length of the prompt that an instance runs, with decode steps, before it takes requests; 0
-    runs nothing."""
+    """Length of the prompt that an instance runs, with decode steps of contexts up to as long,
+    before it takes requests; 0 runs nothing."""
     warm_up_sequences: Count = 32
     """Sequences in the largest of those decode steps."""
     deterministic: bool = False

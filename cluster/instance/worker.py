@@ -100,7 +100,11 @@ class Worker:
         self._progress = 0.0
         self._executor = await loop.run_in_executor(self._thread, lead_ranks, loaded.runner)
         batches = warm_up_batches(
-            loaded.blocks, engine.block_tokens, engine.warm_up_tokens, engine.warm_up_sequences
+            loaded.blocks,
+            engine.block_tokens,
+            engine.warm_up_tokens,
+            engine.warm_up_sequences,
+            longest=loaded.checkpoint.max_length,
         )
         work = partial(warm_up, self._executor, batches, self._got_on)
         await loop.run_in_executor(self._thread, work)

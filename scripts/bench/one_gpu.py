@@ -300,7 +300,9 @@ def _open_runner(plan: InstancePlan) -> Runner:
         block_tokens=BLOCK_TOKENS,
         storage=_storage(plan, checkpoint) if plan.share_weights else None,
     )
-    batches = warm_up_batches(runner.kv.blocks, BLOCK_TOKENS, 256, plan.warm_up_sequences)
+    longest = checkpoint.max_length
+    sequences = plan.warm_up_sequences
+    batches = warm_up_batches(runner.kv.blocks, BLOCK_TOKENS, 256, sequences, longest=longest)
     warm_up(runner, batches, lambda *_: None)
     return runner
 

@@ -27,7 +27,8 @@ def tell(done, whole):
 spec = InstanceSpec("one", Role.MIXED, "cpu")
 config = parse_config({"engine": {"kv_bytes": 1 << 22}})
 loaded = load_rank(config, spec, 0, "", one_host=True, progress=tell)
-warm_up(lead_ranks(loaded.runner), warm_up_batches(loaded.blocks, 16, 64, 2), tell)
+batches = warm_up_batches(loaded.blocks, 16, 64, 2, longest=loaded.checkpoint.max_length)
+warm_up(lead_ranks(loaded.runner), batches, tell)
 """
 
 
