@@ -10,6 +10,16 @@ from engine.request import Sampling, Sequence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Collect = Callable[[], "StepResult"]
+    """Waits for a batch that was launched."""
+    Launch = Callable[["Batch"], Collect | None]
+    """Begins with single tokens that all draw, and returns before they are drawn; None for a batch
+    that cannot begin now. Batches are collected as they were launched, one behind another at most,
+    and unread tokens are those of the batch that was launched last."""
+
+UNREAD = -1
+"""Stands for the token that the batch before this one draws, before anybody has read it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -21,6 +31,19 @@ class Draw:
     prompt_tokens: int
     history: tuple[int, ...]
     """Prompt and output so far; empty unless `sampling.reads_history`."""
+
+    def forbidden_ends(self, eos: frozenset[int]) -> tuple[int, ...]:
+        """The tokens that would end the answer before min_tokens."""
+        sampling = self.sampling
+        if self.position >= sampling.min_tokens:
+            return ()
+        return sampling.stop_token_ids + (() if sampling.ignore_eos else tuple(sorted(eos)))
+
+    def is_bare(self, eos: frozenset[int]) -> bool:
+        """Whether no more is asked for than a temperature."""
+        sampling = self.sampling
+        edited = sampling.reads_history or sampling.logit_bias or self.forbidden_ends(eos)
+        return sampling.logprobs is None and not edited and not sampling.is_filtered
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +61,10 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def is_unread(self) -> bool:
+        return self.tokens[0] == UNREAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +124,11 @@ class Executor(Protocol):
         """`on_layer_group(g)` is called once the KV of layer group g is in the pool."""
         ...
 
+    @property
+    def launch(self) -> Launch | None:
+        """Where a batch may be launched while another is under way; None where each waits."""
+        ...
+
 
 def chunk_of(sequence: Sequence, count: int) -> Chunk:
     """The next `count` uncomputed tokens of a sequence, drawing if they reach its end."""
@@ -114,3 +146,9 @@ def chunk_of(sequence: Sequence, count: int) -> Chunk:
         tuple(sequence.blocks),
         draw,
     )
+
+
+def chunk_ahead(sequence: Sequence) -> Chunk:
+    """The chunk after the one under way, which draws the token that this one begins with."""
+    draw = Draw(sequence.request.sampling, sequence.output_tokens + 1, sequence.prompt_tokens, ())
+    return Chunk(sequence.id, (UNREAD,), len(sequence.tokens), tuple(sequence.blocks), draw)

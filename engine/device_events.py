@@ -31,10 +31,26 @@ class Event(Protocol):
         ...
 
 
+class Past:
+    """What has happened already."""
+
+    def wait(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
 def recorded() -> torch.cuda.Event:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+def reached_by(device: torch.device) -> Event:
+    """The end of what a device was asked for so far: a CPU has done it."""
+    return recorded() if device.type == "cuda" else Past()
 
 
 def await_event(

@@ -7,17 +7,18 @@ block now and then.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from engine.packing import Packed
 from engine.random import SEED_BITS
-from engine.sampler import is_greedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from engine.batch import Chunk
 
@@ -43,21 +44,40 @@ class DeviceRows:
         self.contexts = torch.zeros(count, dtype=torch.int32, device=device)
 
     def write(self, written: Sequence[tuple[int, Chunk | None]]) -> None:
-        """Says anew what some rows hold, None for nothing."""
-        if not written:
-            return
-        lines = np.zeros((1 + LINES, len(written)), np.int64)
-        lines[0] = [row for row, _ in written]
-        widest = max((len(chunk.blocks) for _, chunk in written if chunk is not None), default=0)
-        tables = np.zeros((len(written), min(widest, self.tables.shape[1])), np.int32)
-        for place, (_, chunk) in enumerate(written):
+        """Says anew what some rows hold, None for nothing. A row whose token nobody has read is
+        given its blocks alone. Does not wait for the device."""
+        told = [(row, chunk) for row, chunk in written if chunk is None or not chunk.is_unread]
+        held = [(row, chunk) for row, chunk in written if chunk is not None]
+        if told:
+            self._write_lines(told)
+        if held:
+            self._write_tables(held)
+
+    def _write_lines(self, told: Sequence[tuple[int, Chunk | None]]) -> None:
+        lines = np.zeros((1 + LINES, len(told)), np.int64)
+        lines[0] = [row for row, _ in told]
+        for place, (_, chunk) in enumerate(told):
             if chunk is not None:
                 lines[1:, place] = _line_of(chunk)
-                blocks = chunk.blocks[: tables.shape[1]]
-                tables[place, : len(blocks)] = blocks
-        sent = torch.from_numpy(lines).to(self._lines.device, non_blocking=True)
+        sent = self._sent(lines)
         self._lines[:, sent[0]] = sent[1:]
-        self.tables[sent[0], : tables.shape[1]] = torch.from_numpy(tables).to(self.tables.device)
+
+    def _write_tables(self, held: Sequence[tuple[int, Chunk]]) -> None:
+        widest = min(max(len(chunk.blocks) for _, chunk in held), self.tables.shape[1])
+        tables = np.zeros((len(held), 1 + widest), np.int32)
+        for place, (row, chunk) in enumerate(held):
+            blocks = chunk.blocks[:widest]
+            tables[place, : 1 + len(blocks)] = row, *blocks
+        sent = self._sent(tables)
+        self.tables[sent[:, 0].long(), :widest] = sent[:, 1:]
+
+    def _sent(self, array: NDArray[Any]) -> torch.Tensor:
+        """A copy on the device, from memory that need not stay: what is not pinned would be
+        copied only once the device is through with what it was asked for before."""
+        host = torch.from_numpy(array)
+        if self._lines.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._lines.device, non_blocking=True)
 
     def clear(self) -> None:
         self._lines.zero_()
@@ -78,17 +98,17 @@ class DeviceRows:
             block_tokens=self.block_tokens,
         )
 
-    def results(self, rows: int) -> tuple[list[int], list[int]]:
-        """What the leading rows drew, and whether from finite logits; waits for the step."""
-        drawn, sound = self._results[:, :rows].tolist()
-        return drawn, sound
+    def results(self) -> torch.Tensor:
+        """What all rows draw, and whether from finite logits, as it will stand on the host once the
+        device has come to here; the next step draws into the same memory."""
+        return self._results.to("cpu", non_blocking=True, copy=True)
 
 
 def _line_of(chunk: Chunk) -> tuple[int, ...]:
     """What a row says of a sequence, its unsigned and real numbers as the bits of int64."""
     assert chunk.draw is not None
     sampling = chunk.draw.sampling
-    heat = 0.0 if is_greedy(sampling) else sampling.temperature
+    heat = 0.0 if sampling.is_greedy else sampling.temperature
     seed = np.uint64(sampling.seed & SEED_BITS).view(np.int64)
     bits = np.float64(heat).view(np.int64)
     return 1, chunk.tokens[0], chunk.start, chunk.draw.position, int(seed), int(bits)

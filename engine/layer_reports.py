@@ -38,6 +38,15 @@ class LayerReports:
 
         yield report
 
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """A pass that fails inside is over when the context ends; another may go on."""
+        yield
+
+    def reach(self, event: Event) -> None:
+        """Returns once the device has come there."""
+        event.synchronize()
+
 
 class DeviceReports(LayerReports):
     """A GPU is told of layers long before it comes to them; another thread waits for it, so that
@@ -64,25 +73,47 @@ class DeviceReports(LayerReports):
             assert tell is not None
             told.append(self._waiting.submit(_tell_after, self._event(), tell, group))
 
+        with (
+            self._through_if_it_fails(told),
+            super().telling(None if tell is None else later) as report,
+        ):
+            yield report
+        self._settle(told)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        with self._through_if_it_fails([]):
+            yield
+
+    def reach(self, event: Event) -> None:
+        with _of_use():
+            await_event(event, self._wait_s, self._clock)
+
+    @contextmanager
+    def _through_if_it_fails(self, told: list[Future[None]]) -> Iterator[None]:
         try:
-            with super().telling(None if tell is None else later) as report:
-                yield report
+            yield
         except InstanceLost:
             raise  # whoever gave the device up does not wait for it
         except BaseException:
             self._settle(told)
             raise
-        self._settle(told)
 
     def _settle(self, told: list[Future[None]]) -> None:
-        """Raises InstanceLost for a device that is late, or that fails whatever it is asked: no
-        request is to blame for it then."""
-        try:
+        with _of_use():
             await_event(self._event(), self._wait_s, self._clock)
-        except torch.AcceleratorError as error:
-            raise InstanceLost(f"the device is of no use any more: {error}") from error
         for each in told:
             each.result()
+
+
+@contextmanager
+def _of_use() -> Iterator[None]:
+    """Raises InstanceLost for a device that fails whatever it is asked, as for one that is late: no
+    request is to blame for it then."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise InstanceLost(f"the device is of no use any more: {error}") from error
 
 
 def _tell_after(event: Event, tell: Report, group: int) -> None:

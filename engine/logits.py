@@ -34,7 +34,7 @@ def apply_options(
     eos: frozenset[int],
 ) -> None:
     """Changes `rows` in place; rows without options are not touched."""
-    forbidden = [forbidden_ends(draw, eos) for draw in draws]
+    forbidden = [draw.forbidden_ends(eos) for draw in draws]
     guided = [i for i, draw in enumerate(draws) if draw.sampling.grammar is not None]
     if guided:
         assert grammars is not None, "a sampler without a GrammarCompiler was given a grammar"
@@ -49,14 +49,6 @@ def apply_options(
     }
     _forbid(rows, free)
     _penalize(rows, draws)
-
-
-def forbidden_ends(draw: Draw, eos: frozenset[int]) -> tuple[int, ...]:
-    """The tokens that would end the answer before min_tokens."""
-    sampling = draw.sampling
-    if draw.position >= sampling.min_tokens:
-        return ()
-    return sampling.stop_token_ids + (() if sampling.ignore_eos else tuple(sorted(eos)))
 
 
 def _mask(

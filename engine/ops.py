@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.packing import Packed
     from engine.sampler import Sampler
     from engine.scaled import ScaledWeight
+    from engine.whole_steps import Launched
 
     Made = tuple[torch.Tensor | None, torch.Tensor]
     Layers = Callable[[Packed, torch.Tensor], Made]
@@ -89,6 +90,12 @@ class WholeSteps(Protocol):
     def run(self, chunks: Sequence[Chunk]) -> tuple[Drawn, ...] | None:
         """What each of some single tokens is followed by; None for any other batch."""
         ...
+
+    def launch(self, chunks: Sequence[Chunk]) -> Launched | None:
+        """Begins with such a step, without waiting; None where it cannot begin now."""
+        ...
+
+    def collect(self, launched: Launched) -> tuple[Drawn, ...]: ...
 
 
 class Ops(Protocol):

@@ -31,6 +31,9 @@ LEADER = 0
 class ParallelRunner:
     """The executor of an instance of several ranks, in rank 0's process; waits for the others."""
 
+    launch = None
+    """Ranks are told of a batch once they are through with the last one."""
+
     def __init__(self, runner: Runner) -> None:
         assert runner.parallel.rank == LEADER, runner.parallel.rank
         self.runner, self._parallel = runner, runner.parallel

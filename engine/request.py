@@ -7,6 +7,9 @@ from enum import Enum
 
 from engine.slo import Slo
 
+GREEDY_BELOW = 1e-5
+"""A temperature under which the most likely token is taken."""
+
 
 class FinishReason(str, Enum):
     STOP = "stop"
@@ -52,6 +55,16 @@ class Sampling:
             or self.repetition_penalty != 1.0
             or self.grammar is not None
         )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a draw is from the likelier tokens alone."""
+        filters = self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+        return filters and not self.is_greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,11 @@ class Sequence:
     @property
     def uncomputed(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last one, whichever it is."""
+        return self.output_tokens + 1 >= self.request.sampling.max_tokens
 
     def finish_reason(self, eos: frozenset[int]) -> FinishReason | None:
         """Why the last output token ends the answer, or None if it goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,12 +28,13 @@ from engine.sampler import Sampler
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from engine.batch import Batch, Draw, Drawn
+    from engine.batch import Batch, Collect, Draw, Drawn, Launch
     from engine.checkpoint import Checkpoint
     from engine.clock import Clock
     from engine.layout import KvLayout
     from engine.model.storage import Storage
     from engine.ops import Ops, WholeSteps
+    from engine.whole_steps import Launched
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +172,8 @@ class Runner:
             )
         groups = self.layout.layer_groups(parallel.stage, layer_groups)
         self._sampler, self._clock = sampler, clock or SystemClock()
+        self._ended_s = 0.0
+        """When the last step that was collected was seen to be over."""
         self._reports = LayerReports(groups)
         if self.device.type == "cuda":
             self._reports = DeviceReports(groups, wait_s=parallel.wait_s, clock=self._clock)
@@ -188,6 +192,26 @@ class Runner:
             self.parallel.await_ranks()
         self._storage.check_alive()
         return StepResult(drawn, self._clock.now() - start_s)
+
+    @property
+    def launch(self) -> Launch | None:
+        """Where steps stay on the device, the next one may be launched while one runs."""
+        return None if self._whole_steps is None else partial(self._launch, self._whole_steps)
+
+    def _launch(self, steps: WholeSteps, batch: Batch) -> Collect | None:
+        assert not batch.swaps, batch.swaps
+        start_s = self._clock.now()
+        with self._reports.launching():
+            launched = steps.launch(batch.chunks)
+        return None if launched is None else partial(self._collect, steps, launched, start_s)
+
+    def _collect(self, steps: WholeSteps, launched: Launched, start_s: float) -> StepResult:
+        self._reports.reach(launched.done)
+        start_s = max(start_s, self._ended_s)  # it waited for the one before it
+        self._ended_s = self._clock.now()
+        drawn = steps.collect(launched)
+        self._storage.check_alive()
+        return StepResult(drawn, self._ended_s - start_s)
 
     def _pass(self, batch: Batch, report: Callable[[int], None]) -> tuple[Drawn, ...]:
         drawn = None if self._whole_steps is None else self._whole_steps.run(batch.chunks)

@@ -18,7 +18,7 @@ from engine.drawing import (
     piece_maxima,
 )
 from engine.errors import BadLogits
-from engine.logits import apply_options, forbidden_ends
+from engine.logits import apply_options
 from engine.random import uniforms
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from engine.grammar import GrammarCompiler
     from engine.request import Sampling
 
-GREEDY_BELOW = 1e-5
-"""A temperature under which the most likely token is taken."""
 ROWS_IN_CACHE = 32
 """Rows that a CPU works on at a time: a few megabytes stay in its cache."""
 
@@ -66,11 +64,7 @@ class Sampler:
         return drawn
 
     def is_bare(self, draw: Draw) -> bool:
-        """Whether a draw asks for no more than a temperature."""
-        sampling = draw.sampling
-        edited = sampling.reads_history or sampling.logit_bias or forbidden_ends(draw, self._eos)
-        filtered = _is_filtered(sampling)
-        return sampling.logprobs is None and not edited and not filtered
+        return draw.is_bare(self._eos)
 
     def _sample(
         self, logits: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]
@@ -94,7 +88,7 @@ class Sampler:
 def _choose(rows: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]) -> list[int]:
     maxima, tokens = highest(rows)
     plain = [i for i, wanted in enumerate(draws) if _is_plain(wanted.sampling)]
-    filtered = [i for i, wanted in enumerate(draws) if _is_filtered(wanted.sampling)]
+    filtered = [i for i, wanted in enumerate(draws) if wanted.sampling.is_filtered]
     if plain:
         probabilities, uniform = _spread(rows, draws, plain)
         tokens[plain] = draw(probabilities, uniform)
@@ -107,20 +101,8 @@ def _choose(rows: Tensor, draws: Sequence[Draw], request_ids: Sequence[str]) -> 
     return chosen
 
 
-def is_greedy(sampling: Sampling) -> bool:
-    return sampling.temperature < GREEDY_BELOW or sampling.top_k == 1
-
-
-def _has_filters(sampling: Sampling) -> bool:
-    return sampling.top_k is not None or sampling.top_p < 1.0 or sampling.min_p > 0.0
-
-
 def _is_plain(sampling: Sampling) -> bool:
-    return not is_greedy(sampling) and not _has_filters(sampling)
-
-
-def _is_filtered(sampling: Sampling) -> bool:
-    return not is_greedy(sampling) and _has_filters(sampling)
+    return not sampling.is_greedy and not sampling.is_filtered
 
 
 def _check(maxima: list[float], request_ids: Sequence[str]) -> None:

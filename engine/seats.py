@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.batch import UNREAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -10,8 +12,17 @@ if TYPE_CHECKING:
     from engine.batch import Chunk
     from engine.request import Sampling
 
-    Said = tuple[int, int, tuple[int, ...], Sampling, int]
-    """Token, its position, the block table, and what the next draw depends on."""
+
+class Said(NamedTuple):
+    """What a row says of a sequence."""
+
+    token: int
+    """UNREAD once a step has moved the row on, until what it drew has been read."""
+    at: int
+    blocks: tuple[int, ...]
+    sampling: Sampling
+    place: int
+    """Of the next draw in the output."""
 
 
 class Seats:
@@ -21,6 +32,10 @@ class Seats:
 
     def __len__(self) -> int:
         return len(self._row_of)
+
+    def stay(self, chunks: Sequence[Chunk], rows: int) -> bool:
+        """Whether nobody among the chunks sits too high for so many rows."""
+        return all(self._row_of.get(chunk.request_id, 0) < rows for chunk in chunks)
 
     def take(
         self, chunks: Sequence[Chunk], rows: int
@@ -36,19 +51,28 @@ class Seats:
             row = self._row_of.get(chunk.request_id)
             if row is None:
                 row = self._row_of[chunk.request_id] = next(free)
-            said = _said_by(chunk)
-            if self._said.get(row) != said:
+            before, said = self._said.get(row), _said_by(chunk)
+            if before != said:
+                assert not chunk.is_unread or _differ_in_blocks(before, said), (before, said)
                 self._said[row] = said
                 written.append((row, chunk))
             taken.append(row)
         empty = left.difference(taken)
         return taken, written + [(row, None) for row in sorted(empty)]
 
-    def moved_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """The device has drawn a token for each of these rows and says so."""
-        for row, token in zip(rows, tokens, strict=True):
-            _, at, blocks, sampling, place = self._said[row]
-            self._said[row] = token, at + 1, blocks, sampling, place + 1
+    def moved_on(self, rows: Sequence[int]) -> list[Said]:
+        """The device draws a token for each of these rows: what they say from then on."""
+        for row in rows:
+            said = self._said[row]
+            self._said[row] = said._replace(token=UNREAD, at=said.at + 1, place=said.place + 1)
+        return [self._said[row] for row in rows]
+
+    def learned(self, rows: Sequence[int], left: Sequence[Said], tokens: Sequence[int]) -> None:
+        """The tokens that rows were left with; those that have been moved on since, or written
+        anew, say something else by now."""
+        for row, said, token in zip(rows, left, tokens, strict=True):
+            if self._said.get(row) is said:
+                self._said[row] = said._replace(token=token)
 
     def clear(self) -> None:
         self._row_of.clear()
@@ -66,4 +90,8 @@ class Seats:
 def _said_by(chunk: Chunk) -> Said:
     assert chunk.draw is not None
     draw = chunk.draw
-    return chunk.tokens[0], chunk.start, chunk.blocks, draw.sampling, draw.position
+    return Said(chunk.tokens[0], chunk.start, chunk.blocks, draw.sampling, draw.position)
+
+
+def _differ_in_blocks(before: Said | None, said: Said) -> bool:
+    return before is not None and before._replace(blocks=said.blocks) == said

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.device_events import recorded
+from engine.device_events import Past, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -46,14 +46,6 @@ class Lane(Protocol):
         ...
 
 
-class _Past:
-    """The mark of what has happened already."""
-
-    def wait(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 class HostLane:
     """A CPU has copied when the call returns."""
 
@@ -61,7 +53,7 @@ class HostLane:
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> Mark:
         target.copy_(source)
-        return _Past()
+        return Past()
 
 
 class DeviceLane:

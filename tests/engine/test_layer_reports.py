@@ -169,3 +169,38 @@ def test_an_error_after_which_the_device_goes_on_is_the_batchs_own() -> None:
     error = torch.AcceleratorError("CUDA error: invalid configuration argument")
     with pytest.raises(torch.AcceleratorError, match="invalid configuration"):
         end_pass(reports_of(Device(through=True)), error)
+
+
+def launch(reports: DeviceReports, error: Exception | None) -> None:
+    with reports.launching():
+        if error is not None:
+            raise error
+
+
+def test_a_launch_leaves_the_device_at_its_work_unless_it_fails() -> None:
+    device = Device(through=False)
+    launch(reports_of(device), None)
+    assert device.events == []
+    through = Ticking(lambda now_s: device.get_through() if now_s == 5.0 else None)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch(reports_of(device, through), torch.OutOfMemoryError("no memory"))
+    assert device.through
+
+
+def test_what_was_launched_is_waited_for_by_itself_and_within_bounds() -> None:
+    device = Device(through=False)
+    reports, first, behind = reports_of(device), device.event(), device.event()
+    first.reach()
+    reports.reach(first)
+    with pytest.raises(InstanceLost, match=r"not through after 10\.0 s"):
+        reports.reach(behind)
+
+
+class Useless(FakeEvent):
+    def query(self) -> bool:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_device_that_fails_at_what_was_launched_is_lost() -> None:
+    with pytest.raises(InstanceLost, match="of no use any more: CUDA error: an illegal"):
+        reports_of(Device(through=True)).reach(Useless())

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import tests.engine.triton_here  # noqa: F401  # before the kernels
-from engine.batch import Batch, Chunk, Draw
+from engine.batch import UNREAD, Batch, Chunk, Draw
 from engine.checkpoint import open_checkpoint
+from engine.clock import VirtualClock
 from engine.errors import BadLogits
 from engine.request import Sampling
 from engine.runner import Runner
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import Any
+
+    from engine.batch import Collect
+    from engine.clock import Clock
 
 BLOCK_TOKENS = 4
 SAMPLINGS = (
@@ -75,21 +79,31 @@ class Telling:
         blocks = tuple(range(self.index * 8, self.index * 8 + needed))
         return Chunk(str(self.index), tuple(self.tokens[computed:]), computed, blocks, draw)
 
+    def chunk_ahead(self) -> Chunk:
+        """The one after that of its last token, before anybody knows what this one draws."""
+        here = self.chunk(len(self.tokens))
+        assert here.draw is not None
+        needed = (len(self.tokens) + 1) // BLOCK_TOKENS + 1
+        blocks = tuple(range(self.index * 8, self.index * 8 + needed))
+        draw = replace(here.draw, position=here.draw.position + 1)
+        return replace(here, tokens=(UNREAD,), blocks=blocks, draw=draw)
 
-def runner_of(directory: Path, ops: TritonOps) -> Runner:
+
+def runner_of(directory: Path, ops: TritonOps, clock: Clock | None = None) -> Runner:
     return Runner(
         open_checkpoint(str(directory)),
         sampler=Sampler(tiny.VOCAB),
         blocks=48,
         block_tokens=BLOCK_TOKENS,
         ops=ops,
+        clock=clock,
     )
 
 
-def started(runner: Runner) -> list[Telling]:
+def started(runner: Runner, samplings: Sequence[Sampling] = SAMPLINGS) -> list[Telling]:
     """Sequences whose prompts are in the pool, each with its first token drawn by the host."""
     sequences = []
-    for index, sampling in enumerate(SAMPLINGS):
+    for index, sampling in enumerate(samplings):
         prompt = list(tiny.prompt(3 + 3 * index, seed=index))
         sequences.append(Telling(index, sampling, prompt, len(prompt)))
     batch = Batch(tuple(each.chunk(0) for each in sequences))
@@ -191,4 +205,159 @@ def test_who_has_no_finite_logits_is_named_and_the_others_may_go_on(
     with pytest.raises(BadLogits, match=r"not finite for 1$"):
         runner.execute(batch)
     assert len(runner.execute(Batch(batch.chunks[::2])).drawn) == 2
+    runner.close()
+
+
+BARE = (SAMPLINGS[0], SAMPLINGS[1], SAMPLINGS[4], SAMPLINGS[0])
+AHEAD = ((0, 1, 2, 3), (0, 1, 2, 3), (3, 2, 0), (3, 2, 0), (0, 1, 2, 3), *[(1, 2, 3)] * 6)
+"""Who takes part in steps that are each launched while the one before it runs; one comes back."""
+
+
+@dataclass
+class Ahead:
+    """Launches each step before the tokens of the one before it are read."""
+
+    runner: Runner
+    sequences: list[Telling]
+    part: tuple[int, ...] = ()
+    collect: Collect | None = None
+
+    def launch(self, part: tuple[int, ...]) -> Collect | None:
+        assert self.runner.launch is not None
+        chunks = [
+            one.chunk_ahead() if i in self.part else one.chunk(len(one.tokens) - 1)
+            for i, one in ((i, self.sequences[i]) for i in part)
+        ]
+        return self.runner.launch(Batch(tuple(chunks)))
+
+    def step(self, part: tuple[int, ...]) -> None:
+        collect = self.launch(part)
+        assert collect is not None
+        self.read()
+        self.part, self.collect = part, collect
+
+    def read(self) -> None:
+        collect, self.part, self.collect = self.collect, (), None
+        if collect is not None:
+            for drawn in collect().drawn:
+                self.sequences[int(drawn.request_id)].tokens.append(drawn.token)
+
+
+def one_by_one(runner: Runner, sequences: list[Telling], part: tuple[int, ...]) -> None:
+    chunks = tuple(sequences[i].chunk(len(sequences[i].tokens) - 1) for i in part)
+    for drawn in runner.execute(Batch(chunks)).drawn:
+        sequences[int(drawn.request_id)].tokens.append(drawn.token)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_steps_launched_before_the_last_tokens_were_read_draw_and_store_the_same(
+    family: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    runner, plain = (runner_of(tiny_checkpoint(family), Staying()) for _ in range(2))
+    ahead, sequences = Ahead(runner, started(runner, BARE)), started(plain, BARE)
+    for part in AHEAD:
+        ahead.step(part)
+        one_by_one(plain, sequences, part)
+    ahead.read()
+    assert [one.tokens for one in ahead.sequences] == [one.tokens for one in sequences]
+    assert torch.equal(runner.kv.memory, plain.kv.memory)
+    runner.close()
+    plain.close()
+
+
+def test_a_step_that_needs_a_graph_or_another_row_waits_until_the_last_one_was_read(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    runner, plain = (runner_of(tiny_checkpoint("llama3"), Staying()) for _ in range(2))
+    ahead, sequences = Ahead(runner, started(runner, BARE)), started(plain, BARE)
+    for part, declined in (((0,), False), ((0, 1), True), ((0, 1), False), ((1,), True)):
+        if declined:
+            assert ahead.launch(part) is None
+            ahead.read()
+        ahead.step(part)
+        one_by_one(plain, sequences, part)
+    ahead.step((1,))
+    ahead.read()
+    one_by_one(plain, sequences, (1,))
+    assert [one.tokens for one in ahead.sequences] == [one.tokens for one in sequences]
+    runner.close()
+    plain.close()
+
+
+def test_where_steps_do_not_stay_nothing_is_launched_and_other_batches_never_are(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    plain, runner = (runner_of(tiny_checkpoint("llama3"), ops) for ops in (TritonOps(), Staying()))
+    assert plain.launch is None
+    assert runner.launch is not None
+    assert runner.launch(Batch((Telling(0, SAMPLINGS[0], [5, 6]).chunk(0),))) is None
+    plain.close()
+    runner.close()
+
+
+def test_who_has_no_finite_logits_is_named_by_its_own_step_and_by_the_one_behind_it(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    runner, plain = (runner_of(tiny_checkpoint("llama3"), Staying()) for _ in range(2))
+    ahead, sequences = Ahead(runner, started(runner, BARE)), started(plain, BARE)
+    runner.kv.memory.view(torch.float32).view(48, -1)[8] = float("nan")
+    ahead.step((0, 1, 2))
+    behind = ahead.launch((0, 1, 2))
+    assert behind is not None
+    with pytest.raises(BadLogits, match=r"not finite for 1$"):
+        ahead.read()
+    with pytest.raises(BadLogits, match=r"not finite for 1$"):
+        behind()
+    for _ in range(3):
+        one_by_one(runner, ahead.sequences, (0, 2))
+        one_by_one(plain, sequences, (0, 2))
+    assert [ahead.sequences[i].tokens for i in (0, 2)] == [sequences[i].tokens for i in (0, 2)]
+    runner.close()
+    plain.close()
+
+
+def test_a_launch_that_fails_costs_the_step_before_it_nothing(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = Staying()
+    runner = runner_of(tiny_checkpoint("llama3"), ops)
+    plain = runner_of(tiny_checkpoint("llama3"), Staying())
+    ahead, sequences = Ahead(runner, started(runner, BARE)), started(plain, BARE)
+    ahead.step((0, 1))
+    assert ops.steps is not None
+
+    def fail(written: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ops.steps._rows, "write", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            ahead.launch((0, 1))
+    ahead.read()
+    one_by_one(plain, sequences, (0, 1))
+    for part in ((0, 1), (0, 1)):
+        ahead.step(part)
+        one_by_one(plain, sequences, part)
+    ahead.read()
+    assert [one.tokens for one in ahead.sequences] == [one.tokens for one in sequences]
+    runner.close()
+    plain.close()
+
+
+def test_a_step_behind_another_takes_as_long_as_it_has_the_device_for_itself(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    clock = VirtualClock(10.0)
+    runner = runner_of(tiny_checkpoint("llama3"), Staying(), clock)
+    ahead = Ahead(runner, started(runner, BARE))
+    ahead.step((0, 1))
+    collect = ahead.collect
+    clock.advance_to(11.0)
+    behind = ahead.launch((0, 1))
+    assert collect is not None
+    assert behind is not None
+    clock.advance_to(14.0)
+    assert collect().duration_s == 4.0
+    clock.advance_to(17.0)
+    assert behind().duration_s == 3.0
     runner.close()
