@@ -57,6 +57,12 @@ class Migrations:
         stopping = {out.sequence.id for out in self._departures.open if self._stops(out)}
         return stopping | set(self._asked) | set(self._given)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence may be about to leave, or has just left."""
+        offered = (out.kind is TransferKind.MIGRATION for out in self._departures.open)
+        return bool(self._asked or self._given) or any(offered)
+
     def is_given(self, request_id: str) -> bool:
         return request_id in self._given
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.batch import Chunk, Swap, chunk_of
+from engine.batch import Chunk, Swap, chunk_ahead, chunk_of
 from engine.blocks import blocks_for, prefix_hashes
 from engine.request import SequenceState
 
@@ -146,6 +146,24 @@ class DecodeScheduler:
             step.chunks.append(chunk_of(sequence, count))
         return step
 
+    def step_ahead(self, under_way: Collection[str]) -> DecodeStep:
+        """The step after one in which the sequences `under_way` draw tokens that nobody knows yet.
+        Nobody gives way for it: it has no chunks while memory is short, or somebody is not back."""
+        step = DecodeStep()
+        going_on = [one for one in self._running.values() if _goes_on(one, under_way)]
+        missing = [self._missing_blocks(one, int(one.id in under_way)) for one in going_on]
+        if self.displaced or sum([max(count, 0) for count in missing]) > self.pool.available:
+            return step
+        for sequence, count in zip(going_on, missing, strict=True):
+            sequence.blocks.extend(self.pool.allocate(count))
+        self._let_in()
+        for sequence in self._running.values():
+            if sequence.id not in under_way:
+                step.chunks.append(chunk_of(sequence, sequence.uncomputed))
+            elif not sequence.ends_next:
+                step.chunks.append(chunk_ahead(sequence))
+        return step
+
     def computed(self, chunk: Chunk) -> Sequence:
         sequence = self._running[chunk.request_id]
         sequence.computed = chunk.end
@@ -165,8 +183,9 @@ class DecodeScheduler:
             self._displace(victim, step)
         sequence.blocks.extend(self.pool.allocate(missing))
 
-    def _missing_blocks(self, sequence: Sequence) -> int:
-        return blocks_for(len(sequence.tokens), self.pool.block_tokens) - len(sequence.blocks)
+    def _missing_blocks(self, sequence: Sequence, unread: int = 0) -> int:
+        tokens = len(sequence.tokens) + unread
+        return blocks_for(tokens, self.pool.block_tokens) - len(sequence.blocks)
 
     def _give_way(self, sequence: Sequence, step: DecodeStep) -> None:
         """Nobody less urgent is left: wait for room, or leave if there can never be enough."""
@@ -284,6 +303,10 @@ class DecodeScheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
+
+
+def _goes_on(sequence: Sequence, under_way: Collection[str]) -> bool:
+    return sequence.id not in under_way or not sequence.ends_next
 
 
 def _urgency(sequence: Sequence) -> tuple[int, float, str]:

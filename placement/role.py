@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from decode.scheduler import DecodeStep
+    from engine.batch import Draw
     from engine.blocks import BlockPool
 
 
@@ -47,6 +48,14 @@ class Step:
     decodes: tuple[Chunk, ...]
     decode_step: DecodeStep
 
+    def is_plain(self, eos: frozenset[int]) -> bool:
+        """Whether it holds sequences that draw their next tokens by no more than a temperature, and
+        nothing else: then who goes on, and how, is known before the tokens are, but for those
+        that stop at theirs."""
+        if not self.decodes or self.prefills or self.batch.swaps:
+            return False
+        return all(len(one.tokens) == 1 and _is_bare(one.draw, eos) for one in self.decodes)
+
 
 class RoleBatcher:
     """Every decode token rides in every batch; prompt chunks fill what the TPOT target leaves.
@@ -76,6 +85,16 @@ class RoleBatcher:
         prefills = tuple(self.prefill.next_chunks(now, budget, admits=admits))
         batch = Batch(decodes + prefills, tuple(decode_step.swaps))
         return Step(batch, prefills, decodes, decode_step)
+
+    def step_ahead(self, before: Step, eos: frozenset[int]) -> Step | None:
+        """The step after one that is under way, whose tokens nobody knows yet; None where they, or
+        prompts, decide what comes next."""
+        if not before.is_plain(eos) or self.prefill.may_go_on:
+            return None
+        decode_step = self.decode.step_ahead({chunk.request_id for chunk in before.decodes})
+        decodes = tuple(decode_step.chunks)
+        step = Step(Batch(decodes), (), decodes, decode_step)
+        return step if step.is_plain(eos) else None
 
     def tightest_tpot_s(self) -> float:
         """Of those that decode here, of which there must be some."""
@@ -108,3 +127,7 @@ class RoleBatcher:
         if fits * self.step_cost.slope > spare_s:
             fits = int(spare_s / self.step_cost.slope)
         return max(fits, self.settings.min_chunk)
+
+
+def _is_bare(draw: Draw | None, eos: frozenset[int]) -> bool:
+    return draw is not None and draw.is_bare(eos)

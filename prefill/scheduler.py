@@ -127,6 +127,11 @@ class PrefillScheduler:
         self._pack(order, budget, chunks, admits=admits)
         return chunks
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a batch now might hold a part of some prompt: else `next_chunks` has none."""
+        return bool(self._admitted) or any(map(self._might_fit, self._sequences.values()))
+
     def computed(self, chunk: Chunk) -> Sequence:
         """Account for a chunk that has run, and make its full blocks findable."""
         sequence = self._sequences[chunk.request_id]
@@ -264,12 +269,22 @@ class PrefillScheduler:
         cached = self.pool.cached_prefix(hashes)
         return cached < len(hashes) and hashes[cached] in computing
 
+    def _might_fit(self, sequence: Sequence) -> bool:
+        """What it would share may count as available, too."""
+        shared = self.pool.cached_prefix(self._sharable(sequence))
+        return self._blocks_of(sequence) - shared <= self.pool.available
+
+    def _sharable(self, sequence: Sequence) -> list[bytes]:
+        """All of its full blocks but the one with its last token, which must be computed."""
+        return self._hashes_of(sequence)[: (len(sequence.tokens) - 1) // self._block_tokens]
+
+    def _blocks_of(self, sequence: Sequence) -> int:
+        return blocks_for(len(sequence.tokens), self._block_tokens)
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give the sequence its cached prefix and blocks for the rest, or nothing."""
-        hashes = self._hashes_of(sequence)
-        last_token_block = (len(sequence.tokens) - 1) // self._block_tokens
-        shared = self.pool.share_prefix(hashes[:last_token_block])
-        missing = blocks_for(len(sequence.tokens), self._block_tokens) - len(shared)
+        shared = self.pool.share_prefix(self._sharable(sequence))
+        missing = self._blocks_of(sequence) - len(shared)
         if missing > self.pool.available:
             self.pool.release(shared)
             return False

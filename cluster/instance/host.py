@@ -1,18 +1,20 @@
 """Drives a pure instance in real time: its messages, its batches, its copies and its clock.
 
 The event loop owns the instance; batches run in a thread of their own, so that messages, leases
-and heartbeats go on meanwhile. Whatever fails here ends the host: an instance is never half alive.
+and heartbeats go on meanwhile. Where batches can be launched, the next one is, while one runs, if
+the instance can tell it by then. Whatever fails here ends the host: an instance is never half
+alive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.thread_names import LOOP, PASSES, name_thread
+from cluster.instance.passes import Executed, Launched, Passes
+from cluster.thread_names import LOOP, name_thread
 from engine.errors import InstanceLost, TandemError
 from engine.messages import Lost
 from kvtransfer.transfer import PullCancel, PullOrder
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from cluster.instance.instance import Instance
     from cluster.links import Link
-    from engine.batch import Batch, Executor, StepResult
+    from engine.batch import Executor
     from engine.clock import Clock
     from engine.errors import TransferError
     from engine.messages import Load
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     Finished = Callable[[PullOrder, TransferError | None], None]
 
 log = logging.getLogger(__name__)
+
+FAILURES = (TandemError, RuntimeError, ValueError)
+"""What a batch may fail with, InstanceLost apart."""
 
 
 class Mover(Protocol):
@@ -76,17 +81,15 @@ class Host:
     async def run(self) -> None:
         """Until cancelled; raises what broke, and then the instance must be given up."""
         name_thread(LOOP)
-        thread = ThreadPoolExecutor(
-            1, thread_name_prefix="execute", initializer=name_thread, initargs=(PASSES,)
-        )
+        passes = Passes(self._executor, self._settings.pass_s)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive())
-                tasks.create_task(self._step(thread))
+                tasks.create_task(self._step(passes))
                 tasks.create_task(self._tick())
                 tasks.create_task(self._tell_load())
         finally:
-            thread.shutdown(wait=False)
+            passes.close()
 
     def tell(self, listeners: Iterable[str]) -> None:
         """Who hears the load from now on: the gateways and the controller."""
@@ -125,43 +128,69 @@ class Host:
             self.instance.receive(sender, message, self._clock.now())
             self.pump()
 
-    async def _step(self, thread: ThreadPoolExecutor) -> None:
+    async def _step(self, passes: Passes) -> None:
+        under_way: Executed | Launched | None = None
+        while True:
+            under_way = under_way or self._begin(passes)
+            if under_way is None:
+                self.pump()
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            behind = self._follow(passes, under_way)
+            self.pump()  # the last batch's tokens leave while this one runs
+            under_way = await self._finish(passes, under_way, behind)
+
+    def _begin(self, passes: Passes) -> Executed | Launched | None:
+        batch = self.instance.next_batch(self._clock.now())
+        if batch is None:
+            return None
+        if passes.launches and self.instance.may_be_followed:
+            return passes.launch(batch)
         loop = asyncio.get_running_loop()
 
         def group_done(group: int) -> None:
             loop.call_soon_threadsafe(self._group_done, group)
 
-        while True:
-            batch = self.instance.next_batch(self._clock.now())
-            if batch is None:
-                self.pump()
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            told = group_done if self.instance.hands_layers_on else None
-            running = loop.run_in_executor(thread, self._execute, batch, told)
-            self.pump()  # the last batch's tokens leave while this one runs
-            await self._finish(batch, running)
+        return passes.execute(batch, group_done if self.instance.hands_layers_on else None)
 
-    async def _finish(self, batch: Batch, running: asyncio.Future[StepResult]) -> None:
-        """A failed batch costs its requests a retry; only a lost rank, or a fault that follows
-        no request, ends the instance."""
+    def _follow(self, passes: Passes, under_way: Executed | Launched) -> Launched | None:
+        if isinstance(under_way, Executed):
+            return None
+        batch = self.instance.next_ahead(self._clock.now())
+        return None if batch is None else passes.launch(batch, under_way)
+
+    async def _finish(
+        self, passes: Passes, under_way: Executed | Launched, behind: Launched | None
+    ) -> Launched | None:
+        """What runs on. A failed batch costs its requests a retry; only a lost rank, or a fault
+        that follows no request, ends the instance."""
         try:
-            async with asyncio.timeout(self._settings.pass_s):
-                result = await running
+            result = await passes.result(under_way)
         except InstanceLost:
             raise
-        except TimeoutError as late:
-            after = f"after {self._settings.pass_s:g} s"
-            raise InstanceLost(f"limits.pass_s: a pass has not returned {after}") from late
-        except (TandemError, RuntimeError, ValueError) as error:
-            log.exception("batch failed requests=%d", len(batch.chunks))
-            self.instance.fail_batch(batch, error, self._clock.now())
-        else:
-            self.instance.finish(batch, result, self._clock.now())
+        except FAILURES as error:
+            log.exception("batch failed requests=%d", len(under_way.batch.chunks))
+            if behind is not None:
+                await self._let_go(passes, behind)
+            self.instance.fail_batch(under_way.batch, error, self._clock.now())
+            return None
+        self.instance.finish(under_way.batch, result, self._clock.now())
+        if behind is not None and behind.was_declined:
+            self.instance.discard(behind.batch)
+            return None
+        return behind
 
-    def _execute(self, batch: Batch, group_done: Callable[[int], None] | None) -> StepResult:
-        return self._executor.execute(batch, group_done)
+    async def _let_go(self, passes: Passes, behind: Launched) -> None:
+        """What is behind a batch that failed is worth nothing, but it uses blocks until its end."""
+        if not behind.was_declined:
+            try:
+                await passes.result(behind)
+            except InstanceLost:
+                raise
+            except FAILURES as error:
+                log.warning("batch failed behind another one reason=%s", error)
+        self.instance.discard(behind.batch)
 
     def _group_done(self, group: int) -> None:
         self.instance.layer_group_done(group, self._clock.now())

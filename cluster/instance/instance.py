@@ -89,7 +89,8 @@ class Instance:
         )
         self._groups = layout.layer_groups(0, settings.transfer.layer_groups)
         self._trials = Trials()
-        self._step: Step | None = None
+        self._steps: list[Step] = []
+        """Under way, in their order: one, and perhaps one that was launched behind it."""
         self._step_s = 0.0
         self._outbox: list[Envelope] = []
 
@@ -117,38 +118,52 @@ class Instance:
     # Batches.
 
     def next_batch(self, now: float) -> Batch | None:
-        assert self._step is None, "a batch is under way"
+        assert not self._steps, "a batch is under way"
         self._transfers.between_steps(now)
         step = self._trials.cut(self._batcher.next_step(now, self._transfers.held))
         for request_id in step.decode_step.preempted:
             self._transfers.stop(request_id, "OutOfBlocks", "preempted at the source", now)
         for sequence in step.decode_step.outgrown:
             self._outgrown(sequence, now)
-        if not step.batch:
+        return self._begin(step, now) if step.batch else None
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether `next_ahead` may know of a batch after the one that has just begun."""
+        return self._steps[0].is_plain(self._eos)
+
+    def next_ahead(self, now: float) -> Batch | None:
+        """The batch after the one under way, to be launched before the tokens of that one are read;
+        None where they, or somebody who waits or moves, decide what comes next. It ends after the
+        one under way, by `finish` or `fail_batch`, or by `discard`."""
+        waited_for = self._trials.pending or self._transfers.migrating
+        if len(self._steps) != 1 or waited_for or self._residents.has_namesakes:
             return None
-        self._step, self._residents.under_way = step, step.batch
-        for chunk in step.prefills:
-            self._prefill_begins(chunk, now)
-        for chunk in step.decodes:
-            if chunk.draw is not None and chunk.draw.position == 1:
-                self._residents.stamps[chunk.request_id].setdefault("decode_started_s", now)
-        return step.batch
+        step = self._batcher.step_ahead(self._steps[0], self._eos)
+        return None if step is None else self._begin(step, now)
+
+    def discard(self, batch: Batch) -> None:
+        """The batch that was launched last, or could not be, came to nothing: its sequences keep
+        their places and their blocks, and are asked for the same tokens again."""
+        step = self._steps.pop()
+        assert step.batch is batch
+        self._residents.over(batch)
+        self._residents.release_doomed(remember=True)
 
     @property
     def hands_layers_on(self) -> bool:
         """Whether KV of the batch under way may move before the batch is over."""
-        if self._step is None or self._layout.pipeline_parallel > 1:
+        if not self._steps or self._layout.pipeline_parallel > 1:
             return False
-        return any(
-            self._handoffs.in_pieces(chunk.request_id, chunk.end) for chunk in self._step.prefills
-        )
+        prefills = self._steps[0].prefills
+        return any(self._handoffs.in_pieces(chunk.request_id, chunk.end) for chunk in prefills)
 
     def layer_group_done(self, group: int, now: float) -> None:
         """KV of this group of layers stands, for the batch under way. Stages after the first
         report nothing, so with pipeline parallelism KV is ready when the batch is."""
-        if self._step is None or self._layout.pipeline_parallel > 1:
+        if not self._steps or self._layout.pipeline_parallel > 1:
             return
-        for chunk in self._step.prefills:
+        for chunk in self._steps[0].prefills:
             in_pieces = self._handoffs.in_pieces(chunk.request_id, chunk.end)
             if in_pieces and chunk.request_id in self._prefill:
                 sequence = self._residents.find(chunk.request_id)
@@ -168,7 +183,7 @@ class Instance:
         for chunk in step.prefills:
             if not self._residents.is_doomed(chunk.request_id):
                 self._prefilled(chunk, drawn.get(chunk.request_id), tokens, now)
-        self._residents.release_doomed()
+        self._residents.release_doomed(remember=True)
         for gateway, items in tokens.items():
             self._send(gateway, Tokens(tuple(items)))
         self._transfers.between_steps(now)
@@ -177,7 +192,8 @@ class Instance:
         """The batch gave nothing: the request behind it is found by running parts of it again,
         and given back to its gateway. Raises InstanceLost where no request is to blame."""
         self._end_step(batch)
-        self._residents.release_doomed()
+        assert not self._steps, "the batch behind it is not over"
+        self._residents.release_doomed(remember=False)
         reason = f"{type(error).__name__}: {error}"
         if not batch.chunks:
             raise InstanceLost(f"{self.name}: moving blocks failed: {reason}")
@@ -207,11 +223,20 @@ class Instance:
         sequence.computed = 0
         self._transfers.end(request_id, now)
 
+    def _begin(self, step: Step, now: float) -> Batch:
+        self._steps.append(step)
+        self._residents.under_way += (step.batch,)
+        for chunk in step.prefills:
+            self._prefill_begins(chunk, now)
+        for chunk in step.decodes:
+            if chunk.draw is not None and chunk.draw.position == 1:
+                self._residents.stamps[chunk.request_id].setdefault("decode_started_s", now)
+        return step.batch
+
     def _end_step(self, batch: Batch) -> Step:
-        step, self._step = self._step, None
-        self._residents.under_way = None
-        assert step is not None
+        step = self._steps.pop(0)
         assert step.batch is batch
+        self._residents.over(batch)
         return step
 
     def pull_finished(

@@ -1,7 +1,7 @@
 """Which requests an instance holds, where each of their sequences is, and for which gateway.
 
 A sequence is in one place at a time: the prefill scheduler, held for its hand-off, the decode
-scheduler, or, if it ended while its batch runs, doomed until that is over.
+scheduler, or, if it ended while a batch with it runs, doomed until that is over.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Residents:
         self._gateways: dict[str, str] = {}
         self._tombstones: dict[str, int] = {}
         self._doomed: dict[str, Sequence] = {}
-        self.under_way: Batch | None = None
-        """The batch that runs now."""
+        self.under_way: tuple[Batch, ...] = ()
+        """The batch that runs now, and the one that was launched behind it."""
 
     def find(self, request_id: str) -> Sequence | None:
         return (
@@ -72,7 +72,7 @@ class Residents:
         sequence = self._remove(request_id)
         if sequence is None:
             return False
-        if self._runs_now(request_id):
+        if request_id not in self._doomed and self._is_under_way(request_id):
             self._doomed[request_id] = sequence
         else:
             self._remember_prefix(sequence)
@@ -83,10 +83,21 @@ class Residents:
     def is_doomed(self, request_id: str) -> bool:
         return request_id in self._doomed
 
-    def release_doomed(self) -> None:
-        for sequence in self._doomed.values():
+    @property
+    def has_namesakes(self) -> bool:
+        """Whether a request is here again under the id of one that is doomed."""
+        return any(self.find(request_id) is not None for request_id in self._doomed)
+
+    def over(self, batch: Batch) -> None:
+        self.under_way = tuple(one for one in self.under_way if one is not batch)
+
+    def release_doomed(self, *, remember: bool) -> None:
+        """Those that no batch under way has; whether what they have computed is to be trusted."""
+        for request_id in [one for one in self._doomed if not self._is_under_way(one)]:
+            sequence = self._doomed.pop(request_id)
+            if remember:
+                self._remember_prefix(sequence)
             self._pool.release(sequence.blocks)
-        self._doomed.clear()
 
     def bury(self, request_id: str, epoch: int) -> None:
         """Remember the aborted, so that a message that comes late does not revive one."""
@@ -104,12 +115,10 @@ class Residents:
             return self._decode.remove(request_id)
         return self._handoffs.forget(request_id)
 
-    def _runs_now(self, request_id: str) -> bool:
-        """Whether the batch under way reads or writes the blocks of this sequence; one that was
-        started again under the same id has none yet."""
-        if self.under_way is None or request_id in self._doomed:
-            return False
-        return any(chunk.request_id == request_id for chunk in self.under_way.chunks)
+    def _is_under_way(self, request_id: str) -> bool:
+        """Whether a batch under way reads or writes the blocks of this sequence. One that is here
+        again under the same id as a doomed one is in none."""
+        return any(one.request_id == request_id for batch in self.under_way for one in batch.chunks)
 
     def _remember_prefix(self, sequence: Sequence) -> None:
         """A conversation's next turn, or a replay, finds what was computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from placement.latency.model import pairs_of
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from engine.batch import Batch, Executor, StepResult
+    from engine.batch import Batch, Collect, Executor, Launch, StepResult
 
 COLUMNS = (
     "began_s",
@@ -33,7 +34,8 @@ LINES_KEPT = 64
 class StepLog:
     """Runs batches as the executor within does. A line tells when a pass began, how long it took,
     how much of that its thread computed, the batch in the terms of the latency model, and how long
-    it was until the next pass, where a request of this batch went on in it."""
+    it was until the next pass, where a request of this batch went on in it. A pass that was
+    launched behind another began when that one ended."""
 
     def __init__(self, executor: Executor, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +54,33 @@ class StepLog:
         began_s, computed_s = time.time(), time.thread_time()
         self._complete(batch, began_s)
         result = self._executor.execute(batch, on_layer_group)
+        self._over(batch, began_s, time.thread_time() - computed_s)
+        return result
+
+    @property
+    def launch(self) -> Launch | None:
+        launch = self._executor.launch
+        return None if launch is None else partial(self._launch, launch)
+
+    def _launch(self, launch: Launch, batch: Batch) -> Collect | None:
+        began_s, computed_s = time.time(), time.thread_time()
+        collect = launch(batch)
+        if collect is None:
+            return None
+        return partial(self._collect, collect, batch, began_s, time.thread_time() - computed_s)
+
+    def _collect(
+        self, collect: Collect, batch: Batch, began_s: float, launching_s: float
+    ) -> StepResult:
+        began_s, computed_s = max(began_s, self._ended_s), time.thread_time()
+        self._complete(batch, began_s)
+        result = collect()
+        self._over(batch, began_s, launching_s + time.thread_time() - computed_s)
+        return result
+
+    def _over(self, batch: Batch, began_s: float, computed_s: float) -> None:
         self._ended_s = time.time()
-        lasted_s, computed_s = self._ended_s - began_s, time.thread_time() - computed_s
+        lasted_s = self._ended_s - began_s
         prompts = [chunk for chunk in batch.chunks if len(chunk.tokens) > 1]
         self._last = (
             began_s,
@@ -66,7 +93,6 @@ class StepLog:
             sum(pairs_of(len(chunk.tokens), chunk.start) for chunk in prompts),
             sum(chunk.start for chunk in batch.chunks),
         )
-        return result
 
     def write(self) -> None:
         """All lines so far, the last one as if nothing followed it."""

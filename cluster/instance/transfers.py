@@ -119,15 +119,19 @@ class Transfers:
         """What must not happen while a batch runs: seals, and new use of blocks that a swap in
         that batch is still reading."""
         under_way = self._residents.under_way
-        if under_way is None:
+        if not under_way:
             self._migrations.at_step_end(now)
-        if under_way is None or not under_way.swaps:
+        if not any(batch.swaps for batch in under_way):
             self._arrivals.admit(now)
 
     @property
     def held(self) -> set[str]:
         """Sequences that stand still because they are about to move."""
         return self._migrations.held
+
+    @property
+    def migrating(self) -> bool:
+        return self._migrations.busy
 
     @property
     def wanted_blocks(self) -> int:

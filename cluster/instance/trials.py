@@ -17,6 +17,10 @@ class Trials:
         """Parts of failed batches still to be run apart, the next one last."""
         self.blamed_in_a_row = 0
 
+    @property
+    def pending(self) -> bool:
+        return bool(self._groups)
+
     def cut(self, step: Step) -> Step:
         """The next group to be tried; all of the step when there is nothing left to find out.
 

@@ -128,9 +128,10 @@ def test_sequences_whose_swap_failed_are_replayed_since_nobody_knows_what_was_mo
 
 def test_a_batch_that_only_moves_blocks_has_nobody_to_blame():
     instance = make_instance()
-    instance._step = Step(Batch((), (Swap("a", (1,), (1,), to_host=True),)), (), (), DecodeStep())
+    batch = Batch((), (Swap("a", (1,), (1,), to_host=True),))
+    instance._steps.append(Step(batch, (), (), DecodeStep()))
     with pytest.raises(InstanceLost):
-        instance.fail_batch(instance._step.batch, RuntimeError("no memory"), 0.0)
+        instance.fail_batch(batch, RuntimeError("no memory"), 0.0)
 
 
 @pytest.mark.parametrize("error", [BadLogits("not finite"), RuntimeError("device lost")])
@@ -176,7 +177,7 @@ class Recorder:
     """The real runner, and how large its batches were."""
 
     def __init__(self, runner) -> None:
-        self.runner, self.sizes = runner, []
+        self.runner, self.sizes, self.launch = runner, [], runner.launch
 
     def execute(self, batch: Batch, on_layer_group=None) -> StepResult:
         self.sizes.append(len(batch.chunks))

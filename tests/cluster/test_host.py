@@ -29,6 +29,8 @@ REQUEST = Request("r1", (1, 2, 3, 4, 5), Sampling(max_tokens=6))
 class CountingExecutor:
     """The next token is the position it stands at."""
 
+    launch = None
+
     def execute(self, batch, on_layer_group=None):
         if on_layer_group is not None:
             on_layer_group(0)
@@ -47,12 +49,12 @@ class ListeningExecutor(CountingExecutor):
         return super().execute(batch, on_layer_group)
 
 
-class BrokenExecutor:
+class BrokenExecutor(CountingExecutor):
     def execute(self, batch, on_layer_group=None):
         raise InstanceLost("a rank of the model failed")
 
 
-class StuckExecutor:
+class StuckExecutor(CountingExecutor):
     """A pass that does not return before the test lets it."""
 
     def __init__(self):

@@ -24,6 +24,9 @@ class Executor:
         self.ran.append((batch, on_layer_group))
         return StepResult(())
 
+    def launch(self, batch):
+        return lambda: self.execute(batch)
+
 
 def chunk(name, count, start, *, draws=True):
     draw = Draw(Sampling(), 0, start + count, ()) if draws else None
@@ -76,6 +79,31 @@ def test_lines_are_written_many_at_a_time_and_all_when_asked_for(tmp_path):
     log.execute(Batch((chunk("a", 1, 4),)))
     log.close()
     assert len(read(path)) == LINES_KEPT + 4
+
+
+def test_a_pass_launched_behind_another_begins_when_that_one_ends(tmp_path):
+    inner, path = Executor(), tmp_path / "mixed-0.csv"
+    log = StepLog(inner, path)
+    batches = [Batch((chunk("a", 1, at),)) for at in (4, 5, 6)]
+    log.execute(batches[0])
+    first, behind = (log.launch(batch) for batch in batches[1:])
+    assert first() == behind() == StepResult(())
+    assert [batch for batch, _ in inner.ran] == batches
+    log.close()
+    _, one, after = read(path)
+    assert [int(line["kv_read_tokens"]) for line in (one, after)] == [5, 6]
+    assert float(after["began_s"]) == pytest.approx(float(one["began_s"]) + float(one["pass_s"]))
+    assert one["then_s"] == "0.0"
+
+
+def test_an_executor_that_launches_nothing_does_not_through_a_log_either(tmp_path):
+    inner = Executor()
+    inner.launch = None
+    log = StepLog(inner, tmp_path / "mixed-0.csv")
+    assert log.launch is None
+    inner.launch = lambda batch: None
+    assert log.launch(Batch((chunk("a", 1, 4),))) is None
+    log.close()
 
 
 def write(path: Path, *lines):

@@ -1,4 +1,5 @@
 from decode.scheduler import DecodeScheduler, DecodeSettings
+from engine.batch import UNREAD
 from engine.blocks import BlockPool, blocks_for
 from engine.request import Request, Sampling, SequenceState, start_sequence
 
@@ -212,4 +213,43 @@ def test_the_watermark_leaves_room_to_grow():
     arrive(decode, "a", 4)
     assert decode.has_room(7)
     assert not decode.has_room(8)
+    drain(decode)
+
+
+def ahead(decode, before):
+    """What follows a step that is under way, by the tokens that its chunks begin with."""
+    return [(c.request_id, c.tokens[0]) for c in decode.step_ahead(names(before)).chunks]
+
+
+def test_a_step_ahead_begins_with_unread_tokens_and_lets_newcomers_in():
+    decode = scheduler()
+    arrive(decode, "a", 7)
+    before = decode.next_step()
+    arrive(decode, "newcomer", 4)
+    assert ahead(decode, before) == [("a", UNREAD), ("newcomer", 7)]
+    assert len(decode.find("a").blocks) == blocks_for(7 + 2, 4)
+    drain(decode)
+
+
+def test_a_step_ahead_has_nobody_in_it_while_memory_is_short_and_takes_none():
+    decode = scheduler(blocks=3)
+    arrive(decode, "a", 7)
+    arrive(decode, "b", 3)
+    before = decode.next_step()
+    assert ahead(decode, before) == []
+    assert decode.pool.available == 0
+    decode.pool.release(decode.remove("b").blocks)
+    assert ahead(decode, before) == [("a", UNREAD)]
+    drain(decode)
+
+
+def test_nobody_runs_ahead_of_one_that_gave_way():
+    decode = scheduler(blocks=4)
+    arrive(decode, "old", 7, arrival_s=0.0)
+    arrive(decode, "late", 7, arrival_s=1.0)
+    step(decode)
+    assert step(decode).preempted == ["late"]
+    before = decode.next_step()
+    assert names(before) == ["old"]
+    assert ahead(decode, before) == []
     drain(decode)

@@ -1,3 +1,5 @@
+from random import Random
+
 import pytest
 
 from engine.blocks import BlockPool
@@ -149,3 +151,24 @@ def test_the_rate_is_learnt_from_batches():
     for _ in range(60):
         prefill.measured(1000, 1.0)
     assert prefill.tokens_per_s == pytest.approx(1000, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_no_prompt_may_go_on_there_is_no_chunk(seed):
+    rng = Random(seed)
+    prefill, met = scheduler(blocks=8), set()
+    for number in range(60):
+        if rng.random() < 0.5:
+            tokens, first = rng.randint(1, 24), rng.choice((0, 0, 100 * number))
+            prefill.add(prompt(f"p{number}", tokens, first=first, arrival_s=float(number)))
+        pinned = prefill.pool.allocate(rng.randint(0, prefill.pool.available))
+        may_go_on = prefill.may_go_on
+        chunks = prefill.next_chunks(float(number), 16)
+        assert may_go_on or not chunks
+        met.add((may_go_on, bool(chunks)))
+        run(prefill, chunks)
+        prefill.pool.release(pinned)
+    assert {(True, True), (False, False)} <= met
+    while len(prefill):
+        run(prefill, prefill.next_chunks(1e6, 64))
+    assert_empty(prefill)

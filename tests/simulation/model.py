@@ -69,6 +69,8 @@ class FakeModel:
         self.memory: Memory = {}
         self._host: dict[int, Memory] = {}
         self._block_tokens = block_tokens
+        self._drawn: dict[str, tuple[int, int]] = {}
+        """What the last batch drew, and at which position, as a device would hold it."""
         self._slots = range(block_tokens)
 
     def swap(self, swaps: tuple[Swap, ...]) -> None:
@@ -90,6 +92,8 @@ class FakeModel:
             for chunk in batch.chunks
             if chunk.draw is not None
         ]
+        ends = {chunk.request_id: chunk.end for chunk in batch.chunks}
+        self._drawn = {one.request_id: (ends[one.request_id], one.token) for one in drawn}
         return StepResult(tuple(drawn), duration_s)
 
     def copy_from(self, other: FakeModel, blocks: list[tuple[int, int]], layers: range) -> None:
@@ -109,10 +113,19 @@ class FakeModel:
 
     def _compute_layer(self, chunk: Chunk, layer: int) -> None:
         cell = b"start" if chunk.start == 0 else self._at(chunk, layer, chunk.start - 1)
-        for position, token in enumerate(chunk.tokens, chunk.start):
+        for position, token in enumerate(self._tokens_of(chunk), chunk.start):
             cell = _cell(cell, token, layer)
             block, slot = divmod(position, self._block_tokens)
             self.memory[chunk.blocks[block], layer, slot] = cell
+
+    def _tokens_of(self, chunk: Chunk) -> tuple[int, ...]:
+        if not chunk.is_unread:
+            return chunk.tokens
+        assert chunk.draw is not None
+        assert chunk.draw.is_bare(frozenset((EOS,))), "drawn by the host"
+        at, token = self._drawn[chunk.request_id]
+        assert at == chunk.start, f"{chunk.request_id} is at {at}, not {chunk.start}"
+        return (token,)
 
     def _draw(self, chunk: Chunk) -> int:
         assert chunk.draw is not None

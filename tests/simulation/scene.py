@@ -39,8 +39,10 @@ class Scene(World):
         blocks: dict[str, int] | None = None,
         decode: DecodeSettings | None = None,
         seed: int = 0,
+        runs_ahead: bool = False,
     ) -> None:
         self._names, self._blocks = names, blocks or {}
+        self._scripted_ahead = runs_ahead
         self._settings = InstanceSettings(
             RoleSettings(PrefillSettings(token_budget=16), decode or DecodeSettings()),
             TransferSettings(layer_groups=GROUPS, piece_bytes=0),
@@ -180,6 +182,9 @@ class Scene(World):
 
     def _drawn_faults(self) -> fault.Faults:
         return fault.NONE
+
+    def _drawn_runs_ahead(self) -> bool:
+        return self._scripted_ahead
 
     def _drawn_gateways(self) -> int:
         return 1

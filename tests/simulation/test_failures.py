@@ -4,6 +4,8 @@ Each scene ends with every request answered in full, in order and without repeat
 back at its baseline, and with one more migration over the same instances that succeeds.
 """
 
+from functools import partial
+
 import pytest
 
 from decode.scheduler import DecodeSettings
@@ -48,9 +50,13 @@ def migrating(**options) -> Scene:
     return scene
 
 
-SCENES = {"hand-off": handing_off, "migration": migrating}
-SOURCE = {"hand-off": "prefill-0", "migration": "decode-0"}
-TARGET = {"hand-off": "decode-0", "migration": "decode-1"}
+SCENES = {
+    "hand-off": handing_off,
+    "migration": migrating,
+    "migration, steps ahead": partial(migrating, runs_ahead=True),
+}
+SOURCE = {kind: "prefill-0" if kind == "hand-off" else "decode-0" for kind in SCENES}
+TARGET = {kind: "decode-0" if kind == "hand-off" else "decode-1" for kind in SCENES}
 
 
 def check_migration_works(scene: Scene, source: str, target: str) -> None:

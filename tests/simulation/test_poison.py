@@ -8,8 +8,9 @@ from tests.simulation.scene import Scene
 NEIGHBOURS = tuple(f"n{number}" for number in range(7))
 
 
-def crowd(*instances: str) -> Scene:
-    scene = Scene(*instances, blocks=dict.fromkeys(instances, 128))
+def crowd(*instances: str, runs_ahead: bool = False) -> Scene:
+    blocks = dict.fromkeys(instances, 128)
+    scene = Scene(*instances, blocks=blocks, runs_ahead=runs_ahead)
     for number, name in enumerate(("bad", *NEIGHBOURS)):
         scene.ask(name, Route(instances[number % len(instances)]), tokens=24)
     return scene
@@ -29,13 +30,15 @@ def test_a_poisoned_prompt_fails_alone_and_no_instance_dies(instances):
     assert scene.met["deaths"] == 0
 
 
-def test_a_request_that_turns_bad_while_it_decodes_fails_alone():
-    scene = crowd("mixed-0")
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_request_that_turns_bad_while_it_decodes_fails_alone(runs_ahead):
+    scene = crowd("mixed-0", runs_ahead=runs_ahead)
     scene.at_token("bad", 9, lambda: scene.poison("bad"))
     scene.play()
     assert failed(scene) == {"bad": "PoisonRequest"}
     assert len(scene.delivered_s["bad"]) >= 10
     assert scene.finished == dict.fromkeys(NEIGHBOURS, 24)
+    assert bool(scene.met["ahead"]) == runs_ahead
 
 
 def test_a_hand_off_is_given_back_when_its_prompt_fails():

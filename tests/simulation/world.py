@@ -40,12 +40,25 @@ from tests.simulation.watched_pool import WatchedPool
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.batch import Batch
+    from engine.batch import Batch, StepResult
 
 LOAD_S, TICK_S = 0.25, 0.1
+DECLINED = 0.1
+"""Of the batches that might run ahead, as for want of a graph."""
 FAULTS_END_S = 12.0
 EVERYTHING_ENDS_S = 120.0
 GROUPS = 2
+
+
+@dataclass(eq=False)
+class Flight:
+    """A batch that a node's device was given, and what the host knows of it."""
+
+    batch: Batch
+    declined: bool = False
+    begun: bool = False
+    result: StepResult | None = None
+    heard: bool = False
 
 
 @dataclass(eq=False)
@@ -54,7 +67,8 @@ class Node:
 
     instance: Instance
     model: FakeModel
-    running: bool = False
+    flights: list[Flight] = field(default_factory=list)
+    """The batch under way, and the one behind it."""
     preemptions: int = 0
     compares: bool = False
     pulls: dict[tuple[str, int], PullOrder] = field(default_factory=dict)
@@ -64,6 +78,9 @@ class World:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.rng = Random(seed)
+        self._device_rng = Random(f"devices {seed}")
+        """Worlds whose nodes do not run ahead are the same with and without it."""
+        self._runs_ahead = self._drawn_runs_ahead()
         self.now = 0.0
         self.faults = self._drawn_faults()
         self.block_tokens = self.rng.choice((2, 4))
@@ -80,6 +97,8 @@ class World:
             "swaps": 0,
             "poisoned": 0,
             "mismatches": 0,
+            "ahead": 0,
+            "outrun": 0,
         }
         self._poison: set[str] = set()
         self._lethal: set[str] = set()
@@ -96,6 +115,13 @@ class World:
 
     def _drawn_faults(self) -> fault.Faults:
         return fault.drawn(self.rng)
+
+    def _drawn_runs_ahead(self) -> bool:
+        return self._device_rng.random() < 0.5
+
+    def _drawn_logprobs(self) -> int | None:
+        """Who asks for them is drawn by the host, and no batch runs ahead of that."""
+        return 0 if self._runs_ahead and self._device_rng.random() < 0.1 else None
 
     def _drawn_gateways(self) -> int:
         return self.rng.choice((1, 1, 2))
@@ -244,16 +270,35 @@ class World:
                 self._cancel_pulls(node, order.transfer)
             else:
                 self._start_pull(node, order)
-        if not node.running:
-            batch = node.instance.next_batch(self.now)
-            if batch is not None:
-                self._start_step(node, batch)
+        batch = self._next_batch(node)
+        if batch is not None:
+            self._launch(node, batch)
         for envelope in node.instance.take_outbox():
             self.send(node.instance.name, envelope.to, envelope.message)
         node.instance.pool.check()
 
-    def _start_step(self, node: Node, batch: Batch) -> None:
-        node.running = True
+    def _next_batch(self, node: Node) -> Batch | None:
+        if not node.flights:
+            return node.instance.next_batch(self.now)
+        return node.instance.next_ahead(self.now) if self._runs_ahead else None
+
+    def _launch(self, node: Node, batch: Batch) -> None:
+        """A batch behind another one waits for it, if its device takes it at all."""
+        ahead = bool(node.flights)
+        flight = Flight(batch, declined=ahead and self._device_rng.random() < DECLINED)
+        self.met["ahead"] += ahead and not flight.declined
+        node.flights.append(flight)
+        self._start_next(node)
+
+    def _start_next(self, node: Node) -> None:
+        for flight in node.flights:
+            if not flight.begun and not flight.declined:
+                self._start_step(node, flight)
+            if flight.result is None:
+                return
+
+    def _start_step(self, node: Node, flight: Flight) -> None:
+        flight.begun, batch = True, flight.batch
         self.met["swaps"] += len(batch.swaps)
         node.model.swap(batch.swaps)
         duration_s = self._step_s + 0.0005 * batch.tokens * self.rng.uniform(0.8, 1.2)
@@ -266,7 +311,7 @@ class World:
                 lambda n=number, ls=layers: self._group(node, batch, n, ls),
             )
         label = f"step {node.instance.name}"
-        self.after(duration_s, label, lambda: self._finish_step(node, batch, duration_s))
+        self.after(duration_s, label, lambda: self._end_step(node, flight, duration_s))
 
     def _group(self, node: Node, batch: Batch, number: int, layers: range) -> None:
         if self.alive(node):
@@ -274,21 +319,54 @@ class World:
             node.instance.layer_group_done(number, self.now)
             self._pump(node)
 
-    def _finish_step(self, node: Node, batch: Batch, duration_s: float) -> None:
-        if self.alive(node):
-            self.met["preemptions"] += node.instance.preemptions - node.preemptions
-            node.preemptions = node.instance.preemptions
-            node.running = False
-            names = {chunk.request_id for chunk in batch.chunks}
-            if names & self._lethal:
-                self.kill(node.instance.name, detected_s=0.3, again_s=0.6)
-                return
-            if names & self._poison:
-                node.instance.fail_batch(batch, BadLogits("not finite"), self.now)
-            else:
-                result = node.model.draw(batch, duration_s)
-                node.instance.finish(batch, result, self.now)
-            self._pump(node)
+    def _end_step(self, node: Node, flight: Flight, duration_s: float) -> None:
+        """The device goes on at once; a host that runs ahead hears of it some time later."""
+        if not self.alive(node):
+            return
+        flight.result = node.model.draw(flight.batch, duration_s)
+        if self._runs_ahead:
+            self._start_next(node)
+            delay_s = self._device_rng.uniform(0.0, self._step_s)
+            self.after(delay_s, f"heard {node.instance.name}", lambda: self._hear(node, flight))
+        else:
+            self._hear(node, flight)
+
+    def _hear(self, node: Node, flight: Flight) -> None:
+        flight.heard = True
+        while self.alive(node) and node.flights and self._is_over(node):
+            self._finish_step(node)
+            if self.alive(node):
+                self._pump(node)
+
+    def _is_over(self, node: Node) -> bool:
+        """Whether the host has heard of the first batch; if that failed, of the one behind, too."""
+        first, *behind = node.flights
+        fails = bool(self._names_in(first) & self._poison)
+        return first.heard and not (fails and any(not (b.heard or b.declined) for b in behind))
+
+    def _finish_step(self, node: Node) -> None:
+        self.met["preemptions"] += node.instance.preemptions - node.preemptions
+        node.preemptions = node.instance.preemptions
+        first, *behind = node.flights
+        names = self._names_in(first)
+        if names & self._lethal:
+            self.kill(node.instance.name, detected_s=0.3, again_s=0.6)
+            return
+        fails = bool(names & self._poison)
+        if not fails:
+            assert first.result is not None
+            node.instance.finish(first.batch, first.result, self.now)
+            self.met["outrun"] += len(node.instance._residents._doomed)
+        node.flights = [] if fails else behind
+        for flight in behind:
+            if fails or flight.declined:
+                node.instance.discard(flight.batch)
+                node.flights = []
+        if fails:
+            node.instance.fail_batch(first.batch, BadLogits("not finite"), self.now)
+
+    def _names_in(self, flight: Flight) -> set[str]:
+        return {chunk.request_id for chunk in flight.batch.chunks}
 
     # Copies.
 
@@ -483,6 +561,7 @@ class World:
             max_tokens=self.rng.randint(1, self.rng.choice((2, 12, 50))),
             seed=self.rng.choice((0, number)),
             ignore_eos=self.rng.random() < 0.7,
+            logprobs=self._drawn_logprobs(),
         )
         return Request(
             f"r{number}",
