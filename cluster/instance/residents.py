@@ -68,7 +68,7 @@ class Residents:
 
     def end(self, request_id: str) -> bool:
         """Take a request out of wherever it is, and say whether it was here. Its blocks are
-        freed, or kept as a prefix, but not before the batch that uses them is over."""
+        freed, or kept as a prefix, but not before the batches that use them are over."""
         sequence = self._remove(request_id)
         if sequence is None:
             return False
@@ -92,7 +92,7 @@ class Residents:
         self.under_way = tuple(one for one in self.under_way if one is not batch)
 
     def release_doomed(self, *, remember: bool) -> None:
-        """Those that no batch under way has; whether what they have computed is to be trusted."""
+        """Those that no batch under way has; as prefixes, if what was computed is to be trusted."""
         for request_id in [one for one in self._doomed if not self._is_under_way(one)]:
             sequence = self._doomed.pop(request_id)
             if remember:

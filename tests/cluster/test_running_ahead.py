@@ -303,10 +303,10 @@ def test_after_a_failure_the_batch_behind_is_forgotten_and_the_parts_are_tried()
 class Ahead(CountingExecutor):
     """Draws on its own what it is not told, and notes what it was asked for, in order."""
 
-    def __init__(self, *, declines=(), fails=()):
+    def __init__(self, *, declines=(), breaks=(), fails=()):
         self.asked, self.executed = [], 0
         self._drawn, self._count = {}, 0
-        self._declines, self._fails = declines, fails
+        self._declines, self._breaks, self._fails = declines, breaks, fails
 
     def execute(self, batch, on_layer_group=None):
         self.executed += 1
@@ -320,6 +320,8 @@ class Ahead(CountingExecutor):
         if number in self._declines:
             return None
         self.asked.append(f"launch {number}")
+        if number in self._breaks:
+            raise RuntimeError("no memory")
         for chunk in batch.chunks:
             assert not chunk.is_unread or self._drawn[chunk.request_id] == chunk.start
         self._drawn = {chunk.request_id: chunk.end for chunk in batch.chunks}
@@ -363,22 +365,34 @@ async def test_what_cannot_be_launched_is_asked_for_again_or_executed(declined):
     assert await answered(executor, REQUEST) == [5, 6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("failing", [1, 2, 4])
-async def test_the_batch_behind_one_that_fails_is_waited_for_before_anything_else(failing):
-    executor = Ahead(fails=(failing,))
+async def failed(executor) -> tuple[Dropped, int]:
+    """What the request is told, and how many tokens it had before."""
     network = LocalNetwork()
-    gateway = network.join("gateway-0")
+    gateway, tokens = network.join("gateway-0"), 0
     async with hosted(network, "mixed-0", Role.MIXED, executor=executor) as host:
         gateway.send("mixed-0", Start(REQUEST, 1))
         async with asyncio.timeout(PATIENCE_S):
-            while True:
-                _, message = await gateway.receive()
-                if isinstance(message, Dropped):
-                    break
+            while not isinstance(message := (await gateway.receive())[1], Dropped):
+                tokens += len(message.tokens)
         assert is_empty(host)
-    assert message.error == "BatchFailed"
+    return message, tokens
+
+
+@pytest.mark.parametrize("failing", [1, 2, 4])
+async def test_the_batch_behind_one_that_fails_is_waited_for_before_anything_else(failing):
+    executor = Ahead(fails=(failing,))
+    dropped, tokens = await failed(executor)
+    assert (dropped.error, tokens) == ("BatchFailed", failing)
     at = executor.asked.index(f"collect {failing}")
     assert executor.asked[at:] == [f"collect {failing}", f"collect {failing + 1}"]
+
+
+@pytest.mark.parametrize("breaking", [1, 2, 4])
+async def test_a_launch_that_fails_costs_its_own_batch_alone(breaking):
+    executor = Ahead(breaks=(breaking,))
+    dropped, tokens = await failed(executor)
+    assert (dropped.error, tokens) == ("BatchFailed", breaking)
+    assert "no memory" in dropped.reason
 
 
 class Hanging(Ahead):
