@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from placement.latency.measured import fit_link
 from placement.latency.model_shape import read_shape
 from placement.latency.profile_file import read_profile
 from placement.planning.costbook import CostBook
+from placement.planning.packing import holds
 from placement.planning.plan import plan_from
 from placement.planning.plan_keys import CONFIG_KEYS
 from placement.simulation.dynamics import Dynamics
@@ -155,18 +157,23 @@ def planned_fleet(plan: Plan, profile: Path | None) -> dict[str, Any]:
 
 
 def check_room(plan: Plan, hardware: Hardware) -> None:
-    """The fleet must have the devices that the pools take, those of a stage on one node."""
-    taken: dict[str, int] = {}
+    """The fleet must hold the pools, as it must those of a candidate."""
+    taken: Counter[str] = Counter()
     for number, pool in enumerate(plan.pools):
         group = hardware.group(pool.cut.device)
         if pool.cut.tensor > group.devices_per_node:
             rule = f"a stage lies on one node, which has {group.devices_per_node} accelerators"
             raise NoFeasiblePlan(f"pools[{number}]", str(pool), rule)
-        taken[pool.cut.device] = taken.get(pool.cut.device, 0) + pool.accelerators
+        taken[pool.cut.device] += pool.accelerators
     for device, count in taken.items():
-        there = sum(group.devices for group in hardware.groups if group.device.name == device)
-        if count > there:
-            raise NoFeasiblePlan("pools", plan.deployed, f"take {count} of {device}, of {there}")
+        most = hardware.group(device).devices
+        if count > most:
+            raise NoFeasiblePlan("pools", plan.deployed, f"take {count} of {device}, of {most}")
+    if not holds(hardware, plan):
+        groups = [hardware.group(device) for device in taken]
+        nodes = [f"{one.nodes} of {one.devices_per_node} {one.device.name}" for one in groups]
+        rule = f"what has to lie on one node finds no room on these nodes: {', '.join(nodes)}"
+        raise NoFeasiblePlan("pools", plan.deployed, rule)
 
 
 def check_memory(plan: Plan, book: CostBook, workload: Workload) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from placement.latency.catalog import Hardware, NodeGroup
     from placement.planning.costbook import Cut
-    from placement.planning.plan import PoolPlan
+    from placement.planning.plan import Plan, PoolPlan
 
 
 def copies_that_fit(hardware: Hardware, pools: Iterable[PoolPlan]) -> int:
@@ -19,6 +20,25 @@ def copies_that_fit(hardware: Hardware, pools: Iterable[PoolPlan]) -> int:
     for pool in pools:
         by_device.setdefault(pool.cut.device, []).append(pool)
     return min(_copies(hardware.group(name), found) for name, found in by_device.items())
+
+
+def units_that_fit(hardware: Hardware, pools: Sequence[PoolPlan]) -> int:
+    """Of these pools side by side: each stage of a unit takes a part of one node, and what is left
+    of a node may be too little for another."""
+    cut = pools[0].cut
+    group = hardware.group(cut.device)
+    of_a_stage = sum(pool.accelerators for pool in pools) // cut.pipeline
+    return group.devices_per_node // of_a_stage * group.nodes // cut.pipeline
+
+
+def holds(hardware: Hardware, plan: Plan) -> bool:
+    """Whether there is room for all that a plan deploys."""
+    together = plan.co_located
+    if together is None:
+        return copies_that_fit(hardware, plan.pools) > 0
+    shares = (pool.instances // together.units for pool in plan.pools)
+    unit = [replace(pool, instances=n) for pool, n in zip(plan.pools, shares, strict=True)]
+    return units_that_fit(hardware, unit) >= together.units
 
 
 def room_of(hardware: Hardware) -> dict[str, int]:

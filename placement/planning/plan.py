@@ -200,6 +200,9 @@ def _read_co_location(raw: object, pools: Sequence[PoolPlan]) -> CoLocation | No
     together = co_location_from(raw)
     shapes = ((pool.instances, pool.cut.pipeline) for pool in pools)
     check_units("co_located.units", together.units, shapes)
+    if len({pool.cut.device for pool in pools}) > 1:
+        rule = "pools lie side by side only on one kind of device"
+        raise BadConfig("co_located.units", together.units, rule)
     return together
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.messages import Role
 from placement.planning.candidate import Candidate
-from placement.planning.packing import copies_that_fit
+from placement.planning.packing import copies_that_fit, units_that_fit
 from placement.planning.plan import PoolPlan
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Search:
         """How many fit the fleet; where they would slow each other down, several are a candidate of
         their own, up to the largest."""
         if candidate.units is not None:
-            return self._units(candidate)
+            return units_that_fit(self._hardware, candidate.pools)
         fit = self._fit(candidate)
         if self._crowded and candidate.accelerators * 2 <= self._most_of(candidate.by_device):
             return min(fit, 1)
@@ -93,14 +93,6 @@ class Search:
         )
         for number in range(1, max(most, 1) + 1):
             yield Prospect(candidate.times(number), prospect.bound_rps * number)
-
-    def _units(self, candidate: Candidate) -> int:
-        """Each stage of a unit takes a part of one node, and what is left of a node may be too
-        little for another."""
-        cut = candidate.pools[0].cut
-        group = self._hardware.group(cut.device)
-        of_a_stage = candidate.accelerators // cut.pipeline
-        return group.devices_per_node // of_a_stage * group.nodes // cut.pipeline
 
     def _most_of(self, devices: Iterable[str]) -> int:
         """Accelerators of a candidate on these kinds."""

@@ -512,6 +512,13 @@ def test_a_file_that_is_not_text_is_refused(tandem, files, name):
             },
             "pools[0]",
         ),
+        (
+            {
+                "hardware": {"nodes": [{"device": "cpu-core", "devices": 6, "count": 2}]},
+                "pools": [{"role": "mixed", "instances": 3, "tensor_parallel": 4}],
+            },
+            "these nodes: 2 of 6 cpu-core",
+        ),
         ({"predicted": 5}, "predicted"),
         ({"pools": [{"role": "mixed", "nodes": 5}]}, "pools[0].nodes"),
         ({"pools": [{"role": "prefill"}]}, "pools"),

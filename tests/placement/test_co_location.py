@@ -16,6 +16,7 @@ from placement.planning.candidate import Candidate, deployment_for, deployment_o
 from placement.planning.co_location import CoLocation
 from placement.planning.costbook import CostBook, Cut
 from placement.planning.optimizer import plan
+from placement.planning.packing import holds
 from placement.planning.phases import feasible_cuts, phase_of
 from placement.planning.plan import Plan, PoolPlan, Target, plan_from
 from placement.planning.question import Question
@@ -180,3 +181,20 @@ def test_pools_of_different_depths_are_not_said_to_lie_side_by_side() -> None:
     pools = [{"role": "prefill"}, {"role": "decode", "pipeline_parallel": 2}]
     with pytest.raises(BadConfig, match="pipeline_parallel"):
         plan_from({"pools": pools, "co_located": {"units": 1}})
+
+
+def test_nor_are_pools_on_different_devices() -> None:
+    pools = [{"role": "prefill", "device": "l4"}, {"role": "decode", "device": "a10g"}]
+    with pytest.raises(BadConfig, match="one kind of device"):
+        plan_from({"pools": pools, "co_located": {"units": 1}})
+
+
+def test_a_plans_units_need_nodes_that_hold_them_whole() -> None:
+    """A unit of three accelerators leaves one of four idle, where two of them need all six."""
+    pools = (PoolPlan(Role.PREFILL, 2, Cut(DEVICE, 1)), PoolPlan(Role.DECODE, 2, Cut(DEVICE, 2)))
+    apart = Plan("opt-13b", TARGET, pools)
+    together = replace(apart, co_located=CoLocation(2))
+    for nodes, devices, fits in ((2, 3, True), (2, 4, True), (3, 2, False), (1, 6, True)):
+        hardware = book(nodes, devices).hardware
+        assert holds(hardware, apart)
+        assert holds(hardware, together) == fits
