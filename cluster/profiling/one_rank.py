@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.config import Config
+from cluster.config import parse_config
 from cluster.instance.rank import count_blocks
 from cluster.profiling.timing import PassTimer
 from engine.checkpoint import open_checkpoint
@@ -16,6 +16,7 @@ from engine.runner import Runner, resolve_dtype, resolve_kv_dtype
 from engine.sampler import Sampler
 
 if TYPE_CHECKING:
+    from cluster.config import Config
     from engine.batch import Executor
     from engine.parallel import Parallel
 
@@ -32,6 +33,12 @@ class RankSettings:
     dtype: str = "auto"
     kv_dtype: str = "auto"
 
+    @property
+    def config(self) -> Config:
+        """What deploys such a rank."""
+        engine = {"dtype": self.dtype, "kv_dtype": self.kv_dtype, "threads": self.threads}
+        return parse_config({"model": self.model, "engine": engine})
+
 
 class Rank:
     """A runner whose pool holds every pass at once, its blocks given out from the start."""
@@ -44,10 +51,10 @@ class Rank:
         most_kv_bytes: int = MOST_KV_BYTES,
     ) -> None:
         torch.set_num_threads(settings.threads)
-        config = Config(model=settings.model)
         checkpoint, device = open_checkpoint(settings.model), settings.device
         dtype = resolve_dtype(settings.dtype, checkpoint.config.dtype, torch.device(device))
         kv_dtype = resolve_kv_dtype(settings.kv_dtype, dtype, torch.device(device))
+        config = settings.config
         self.dtype, self._vocab = dtype, checkpoint.config.vocab
         self.max_length = checkpoint.max_length
         self._alone = device == "cpu" and settings.threads == 1 and parallel.size == 1

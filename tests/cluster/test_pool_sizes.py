@@ -10,6 +10,7 @@ import torch
 from cluster.config import parse_config
 from cluster.instance.borrowed_weights import weigh
 from cluster.instance.rank import CPU_KV_BYTES, CPU_KV_TOKENS, GPU_WORKSPACE_BYTES, count_blocks
+from cluster.profiling import one_rank
 from cluster.roster import InstanceSpec
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig
@@ -91,3 +92,18 @@ def test_a_cpu_takes_room_for_so_many_tokens_within_a_bound():
 def test_a_worker_has_the_part_of_a_gpu_that_its_resources_say(resources, share):
     spec = InstanceSpec("decode-0", Role.DECODE, "cuda", resources=resources)
     assert spec.gpu_share == share
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_profiled_rank_counts_weights_in_the_dtype_that_is_profiled(dtype, monkeypatch):
+    """As on a GPU, whose memory is so little that it bounds the pool."""
+    total = 2 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, total))
+    monkeypatch.setattr(
+        one_rank, "count_blocks", lambda *given: count_blocks(*given[:-1], device="cuda")
+    )
+    rank = one_rank.Rank(one_rank.RankSettings("demo", dtype=dtype), most_kv_bytes=16 << 20)
+    rank.runner.close()
+    room = int(total * 0.9) - weigh(CHECKPOINT, ALONE, dtype).nbytes - GPU_WORKSPACE_BYTES
+    tokens = room // rank.layout.block_bytes(0) * rank.layout.block_tokens
+    assert rank.description["kv_capacity_tokens"] == tokens
