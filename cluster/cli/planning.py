@@ -26,7 +26,7 @@ from placement.simulation.dynamics import Dynamics
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cluster.config import Config
+    from cluster.config import Config, EngineConfig
     from placement.latency.catalog import Hardware
     from placement.latency.model_shape import ModelShape
     from placement.latency.profile import Profile
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 DEMO = "demo"
 SIMULATED = {
     "engine": (
-        *("block_tokens", "cache_prefixes", "host_slots", "prefill", "decode", "tpot_share"),
+        *("dtype", "kv_dtype", "block_tokens", "cache_prefixes", "host_slots"),
+        *("prefill", "decode", "tpot_share"),
     ),
     "transfer": ("layer_groups", "piece_bytes", "pause_budget_s", "max_rounds"),
     "migration": ("enabled", "interval_s", "balancer"),
@@ -61,19 +62,36 @@ def fleet_with(hardware: Path, profile: Path | None) -> dict[str, Any]:
     return fleet if profile is None else {**fleet, "profile": str(profile)}
 
 
-def cost_book(model: str, fleet: Mapping[str, Any]) -> CostBook:
-    """Costs by the roofline, and by the profile on the device that it measured."""
+def cost_book(model: str, fleet: Mapping[str, Any], engine: EngineConfig | None = None) -> CostBook:
+    """Costs by the roofline, and by the profile on the device that it measured; of instances that
+    are set so, or else as they were measured."""
     nodes = {key: value for key, value in fleet.items() if key != "profile"}
-    hardware = hardware_from(nodes)
+    shape, hardware = find_shape(model), hardware_from(nodes)
+    weights, kv = (None, None) if engine is None else (_said(engine.dtype), _said(engine.kv_dtype))
     if "profile" not in fleet:
-        return CostBook(find_shape(model), hardware)
+        return CostBook(shape.stored_as(weights, kv), hardware)
     profile = read_profile(Path(str(fleet["profile"])))
+    if engine is not None:
+        _check_measured(profile, engine)
     kinds = _measured_kinds(profile, hardware)
     return CostBook(
-        find_shape(model).stored_as(profile.dtype, profile.kv_dtype),
+        shape.stored_as(profile.dtype or weights, profile.kv_dtype or kv),
         _with_measured_links(hardware, profile, kinds),
         {kind: replace(profile, device=kind) for kind in kinds},
     )
+
+
+def _said(dtype: str) -> str | None:
+    return None if dtype == "auto" else dtype
+
+
+def _check_measured(profile: Profile, engine: EngineConfig) -> None:
+    """A profile tells only of instances that are set as those it measured."""
+    known = profile.engine if profile.kv_dtype is None else {"kv_dtype": "auto", **profile.engine}
+    for name, measured in known.items():
+        deployed = getattr(engine, name)
+        if deployed != measured and (name, deployed) != ("dtype", "auto"):
+            raise BadConfig(f"engine.{name}", deployed, f"the profile is of {measured}")
 
 
 def _measured_kinds(profile: Profile, hardware: Hardware) -> list[str]:

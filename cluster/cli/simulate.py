@@ -72,7 +72,7 @@ def simulate(
     _check_acting(policy, fail, start_s, report, admission=admission)
     redraw = _redraw(lengths, burstiness, (day_swing, peak_hour), requests, seed)
     planned, config = read_plan_file(plan), config_of(plan)
-    book = cost_book(planned.model, planned_fleet(planned, profile))
+    book = cost_book(planned.model, planned_fleet(planned, profile), config.engine)
     load = redrawn(read_workload(workload), redraw, rate)
     deployment = _deployment(planned, config, book, load)
     dynamics = _dynamics(config, policy, start_s, admission=admission)

@@ -589,6 +589,39 @@ def test_a_request_too_long_for_the_plans_memory_is_refused(tandem, files):
     refused(tandem("simulate", "--plan", plan, "--workload", path), "9000005")
 
 
+def test_kv_counts_in_the_floats_that_a_plan_without_a_profile_says(tandem, files):
+    """Beside the weights of this model an L4 has room for 42,000 tokens of KV in 16 bits."""
+    nodes = {"nodes": [{"device": "l4", "devices": 2}]}
+    pools = [{"role": role, "device": "l4"} for role in ("prefill", "decode")]
+    wide = {**SPLIT_PLAN, "model": "llama-3.1-8b", "hardware": nodes, "pools": pools}
+    narrow = {**wide, "engine": {"kv_dtype": "float8_e4m3fn"}}
+    load = write(files / "long.csv", "arrival_s,prompt_tokens,output_tokens\n0,60000,5\n")
+    paths = [write(files / f"{len(one)}.yaml", yaml.safe_dump(one)) for one in (wide, narrow)]
+    answers = [tandem("simulate", "--plan", path, "--workload", load, "--json") for path in paths]
+    refused(answers[0], "the longest request has 60005 tokens")
+    status, out, err = answers[1]
+    assert (status, err, json.loads(out)["finished"]) == (0, "", 1)
+    books = [cost_book("llama-3.1-8b", nodes, config_of(path).engine) for path in paths]
+    deployed = [deployment_for(read_plan_file(paths[0]), book) for book in books]
+    copies_s = [one.copy_s(*one.instances, 60000) for one in deployed]
+    assert copies_s[1] < 0.6 * copies_s[0]
+
+
+@pytest.mark.parametrize(
+    "engine", [{"dtype": "float32"}, {"kv_dtype": "float8_e4m3fn"}, {"threads": 2}]
+)
+def test_a_profile_of_instances_that_are_set_otherwise_is_refused(tandem, files, engine):
+    said = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "threads": 1}
+    profile = write(files / "said.json", json.dumps(profile_document("demo") | said))
+    agreed = {**SPLIT_PLAN, "engine": {"dtype": "bfloat16"}}
+    for own, status in ((SPLIT_PLAN, 0), (agreed, 0), ({**SPLIT_PLAN, "engine": engine}, 2)):
+        plan = write(files / "own.yaml", yaml.safe_dump(own))
+        given = ("--plan", plan, "--workload", files / "load.csv", "--profile", profile)
+        answer = tandem("simulate", *given, "--json")
+        assert answer[0] == status
+    refused(answer, f"engine.{next(iter(engine))}")
+
+
 def test_measured_transfers_take_the_place_of_the_catalogs_link(files):
     fleet = {"nodes": [{"device": "cpu-core"}], "profile": str(files / "profile.json")}
     (group,) = cost_book("demo", fleet).hardware.groups
