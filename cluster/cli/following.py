@@ -27,8 +27,8 @@ def read_policy(path: Path) -> Policy:
 
 
 def check_budget(planned: Plan, policy: Policy) -> None:
-    if planned.accelerators > policy.budget_accelerators:
-        rule = f"the plan starts with {planned.accelerators} accelerators"
+    if planned.workers > policy.budget_accelerators:
+        rule = f"the plan starts with {planned.workers} accelerators"
         raise BadConfig("budget_accelerators", policy.budget_accelerators, rule)
 
 
@@ -42,7 +42,7 @@ def fleet_figures(
         "policy": policy.name,
         "accelerator_hours": record.accelerator_hours,
         "cost": record.cost(_prices(planned, book)),
-        "plan_accelerator_hours": planned.accelerators * hours,
+        "plan_accelerator_hours": planned.workers * hours,
         "plan_cost": static_cost * hours,
         "most_accelerators": record.most_accelerators,
         "direction_changes_per_hour": record.turns_an_hour,
@@ -56,13 +56,13 @@ def fleet_figures(
 
 
 def _prices(planned: Plan, book: CostBook) -> dict[str, float]:
-    """Dollars an hour of one accelerator, by role; one that is not planned is as the first."""
+    """Dollars an hour of one worker, by role; one that is not planned is as the first."""
     cuts = {pool.role.value: pool.cut for pool in reversed(planned.pools)}
     first = planned.pools[0].cut
     prices = {}
     for role in Role:
         cut = cuts.get(role.value, first)
-        prices[role.value] = book.cost_per_hour(cut) / cut.accelerators
+        prices[role.value] = book.cost_per_hour(cut) / cut.workers
     return prices
 
 

@@ -38,7 +38,7 @@ DEMO = "demo"
 SIMULATED = {
     "engine": (
         *("dtype", "kv_dtype", "block_tokens", "cache_prefixes", "host_slots"),
-        *("prefill", "decode", "tpot_share"),
+        *("threads", "prefill", "decode", "tpot_share"),
     ),
     "transfer": ("layer_groups", "piece_bytes", "pause_budget_s", "max_rounds"),
     "migration": ("enabled", "interval_s", "balancer"),
@@ -179,7 +179,7 @@ def check_room(plan: Plan, hardware: Hardware) -> None:
     taken: Counter[str] = Counter()
     for number, pool in enumerate(plan.pools):
         group = hardware.group(pool.cut.device)
-        if pool.cut.tensor > group.devices_per_node:
+        if pool.cut.of_a_stage > group.devices_per_node:
             rule = f"a stage lies on one node, which has {group.devices_per_node} accelerators"
             raise NoFeasiblePlan(f"pools[{number}]", str(pool), rule)
         taken[pool.cut.device] += pool.accelerators

@@ -232,6 +232,11 @@ def accelerator_of(kind: str) -> str:
     return kind.partition("/")[0]
 
 
+def cores_of_worker(kind: str, threads: int) -> int:
+    """A worker takes a core for each of its threads, or one accelerator whatever they are."""
+    return threads if accelerator_of(kind).startswith("cpu") else 1
+
+
 def one_kind(device: str, nodes: int = 1, devices_per_node: int | None = None) -> Hardware:
     """A fleet of equal nodes, without a file."""
     known = find_device(device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import BadConfig
 from engine.messages import Role
+from placement.latency.catalog import cores_of_worker
 from placement.latency.roofline import Roofline, power_w
 from placement.role import RoleSettings
 from placement.simulation.deployment import GPU_RESERVE, InstanceModel, Overheads
@@ -32,14 +33,26 @@ class Cut:
     device: str
     tensor: int = 1
     pipeline: int = 1
+    threads: int = 1
+    """Of each worker, where it takes a core for each."""
+
+    @property
+    def workers(self) -> int:
+        return self.tensor * self.pipeline
+
+    @property
+    def of_a_stage(self) -> int:
+        """Accelerators."""
+        return self.tensor * self.threads
 
     @property
     def accelerators(self) -> int:
-        return self.tensor * self.pipeline
+        return self.workers * self.threads
 
     def __str__(self) -> str:
         cut = f"TP{self.tensor}" + (f"xPP{self.pipeline}" if self.pipeline > 1 else "")
-        return f"{cut} on {self.device}"
+        threads = f" of {self.threads} threads" if self.threads > 1 else ""
+        return f"{cut}{threads} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,12 @@ class CostBook:
             machine=self._machine(cut, role),
         )
 
+    def threads(self, device: str) -> int:
+        """Of a worker there, that take a core each."""
+        profile = self.profiles.get(device)
+        measured = None if profile is None else profile.threads
+        return cores_of_worker(device, measured or 1)
+
     def knows_in_service(self, cut: Cut) -> bool:
         profile = self.profiles.get(cut.device)
         return profile is None or profile.tells_of_service(cut.tensor, cut.pipeline)
@@ -127,7 +146,7 @@ class CostBook:
 
     def crossing_token_s(self, prefill: Cut, decode: Cut) -> float:
         """How much longer a prompt token's KV takes over the network than within a node."""
-        lanes = min(prefill.accelerators, decode.accelerators)
+        lanes = min(prefill.workers, decode.workers)
         within, across = self.group(prefill).link, self.hardware.network
         longer = max(1 / across.bytes_per_s - 1 / within.bytes_per_s, 0.0)
         return longer * self.shape.kv_bytes_per_token / lanes

@@ -159,7 +159,7 @@ def _slow_copies(book: CostBook, sample: Workload, target: Target) -> Callable[[
     tokens = float(np.quantile(sample.prompt_tokens, target.attainment))
 
     def is_slow(prefill: Cut, decode: Cut) -> bool:
-        lanes = min(prefill.accelerators, decode.accelerators)
+        lanes = min(prefill.workers, decode.workers)
         if book.hardware.nodes == 1:
             return False
         copy_s = book.hardware.network.transfer_s(tokens * book.shape.kv_bytes_per_token / lanes)

@@ -92,7 +92,7 @@ def _pieces(group: NodeGroup, cut: Cut) -> tuple[int, int]:
     its stages."""
     if cut.accelerators <= group.devices_per_node:
         return cut.accelerators, 1
-    return cut.tensor, cut.pipeline
+    return cut.of_a_stage, cut.pipeline
 
 
 def _place(nodes: Counter[int], width: int, pieces: int) -> bool:

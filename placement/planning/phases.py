@@ -54,10 +54,12 @@ def cuts_in_service(book: CostBook, cuts: list[Cut]) -> list[Cut]:
 
 def _cuts(book: CostBook, group: NodeGroup) -> list[Cut]:
     """Tensor ranks of a node that divide the model; powers of two of stages, over nodes too."""
+    threads = book.threads(group.device.name)
+    workers = group.devices_per_node // threads
     return [
-        Cut(group.device.name, tensor, pipeline)
-        for tensor in range(1, group.devices_per_node + 1)
-        for pipeline in _powers_of_two(group.devices_per_node // tensor * group.nodes)
+        Cut(group.device.name, tensor, pipeline, threads)
+        for tensor in range(1, workers + 1)
+        for pipeline in _powers_of_two(workers // tensor * group.nodes)
         if book.shape.splits_into(tensor, pipeline)
     ]
 
@@ -83,8 +85,7 @@ def _shallowest(cuts: list[Cut]) -> list[Cut]:
 def _no_memory(book: CostBook, cuts: list[Cut], longest: int) -> NoFeasiblePlan:
     most = max(cuts, key=book.free_bytes, default=None)
     if most is None:
-        rule = "its heads cannot be divided over any accelerators here"
-        return NoFeasiblePlan("parallelism", book.shape.name, rule)
+        return _no_cut(book)
     needed = book.shape.weight_bytes + longest * book.shape.kv_bytes_per_token
     has = book.free_bytes(most) + book.shape.weight_bytes
     rule = (
@@ -93,6 +94,16 @@ def _no_memory(book: CostBook, cuts: list[Cut], longest: int) -> NoFeasiblePlan:
         f"{(needed - has) / GIGABYTE:.1f} GB short"
     )
     return NoFeasiblePlan("memory", book.shape.weight_bytes, rule)
+
+
+def _no_cut(book: CostBook) -> NoFeasiblePlan:
+    most = max(book.hardware.groups, key=lambda group: group.devices_per_node)
+    threads = book.threads(most.device.name)
+    if threads > most.devices_per_node:
+        rule = f"each worker takes so many cores, of which a node has {most.devices_per_node}"
+        return NoFeasiblePlan("threads", threads, rule)
+    rule = "its heads cannot be divided over any accelerators here"
+    return NoFeasiblePlan("parallelism", book.shape.name, rule)
 
 
 def phase_of(book: CostBook, cut: Cut, workload: Workload, target: Target) -> Phase:

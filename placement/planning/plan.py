@@ -10,6 +10,7 @@ import yaml
 
 from engine.errors import BadConfig, check_names
 from engine.messages import Role
+from placement.latency.catalog import cores_of_worker
 from placement.planning.co_location import CoLocation, check_units, co_location_from
 from placement.planning.costbook import Cut
 from placement.planning.plan_keys import CONFIG_KEYS, PLAN_KEYS
@@ -110,6 +111,11 @@ class Plan:
         return sum(pool.accelerators for pool in self.pools)
 
     @property
+    def workers(self) -> int:
+        """What a policy counts as accelerators."""
+        return sum(pool.instances * pool.cut.workers for pool in self.pools)
+
+    @property
     def deployed(self) -> str:
         """Its pools in words."""
         return in_words(self.pools, None if self.co_located is None else self.co_located.units)
@@ -157,7 +163,8 @@ def plan_from(content: object) -> Plan:
     engine = _section("engine", content.get("engine"))
     prefill = _section("engine.prefill", engine.get("prefill"))
     budget = prefill.get("token_budget")
-    read = tuple(_read_pool(f"pools[{i}]", raw) for i, raw in enumerate(pools))
+    threads = _whole("engine.threads", engine.get("threads", 1))
+    read = tuple(_read_pool(f"pools[{i}]", raw, threads) for i, raw in enumerate(pools))
     roles = {pool.role for pool in read}
     if Role.MIXED not in roles and len(roles) == 1:
         raise BadConfig(
@@ -206,17 +213,19 @@ def _read_co_location(raw: object, pools: Sequence[PoolPlan]) -> CoLocation | No
     return together
 
 
-def _read_pool(where: str, raw: object) -> PoolPlan:
+def _read_pool(where: str, raw: object, threads: int) -> PoolPlan:
     if not isinstance(raw, dict):
         raise BadConfig(where, raw, "must be a mapping")
     check_names(where, raw, POOL_KEYS)
     roles = [role.value for role in Role]
     if raw.get("role") not in roles:
         raise BadConfig(f"{where}.role", raw.get("role"), f"one of {', '.join(roles)}")
+    device = str(raw.get("device", "cpu-core"))
     cut = Cut(
-        str(raw.get("device", "cpu-core")),
+        device,
         _whole(f"{where}.tensor_parallel", raw.get("tensor_parallel", 1)),
         _whole(f"{where}.pipeline_parallel", raw.get("pipeline_parallel", 1)),
+        cores_of_worker(device, threads),
     )
     instances = _whole(f"{where}.instances", raw.get("instances", 1))
     return PoolPlan(Role(raw["role"]), instances, cut, _nodes(f"{where}.nodes", raw.get("nodes")))

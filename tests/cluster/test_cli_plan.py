@@ -27,6 +27,7 @@ from cluster.settings import instance_settings
 from engine.checkpoint import open_checkpoint
 from engine.errors import BadConfig, Unsupported
 from engine.messages import Role
+from placement.latency.catalog import find_device
 from placement.latency.measured import Measured
 from placement.latency.model import mixed_step
 from placement.latency.profile_file import profile_from
@@ -139,13 +140,39 @@ def test_a_plan_is_written_shown_and_deployable(tandem, files):
 def test_a_plan_deploys_the_engine_that_was_profiled(tandem, files):
     said = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "threads": 2, "kv_bytes_per_token": 1}
     write(files / "profile.json", json.dumps(profile_document("demo") | said))
-    status, _, _ = tandem(*plan_arguments(files))
+    status, _, _ = tandem(*plan_arguments(files, hardware=files / "two.yaml"))
     assert status == 0
     engine = load_config(str(files / "plan.yaml")).engine
     assert (engine.dtype, engine.kv_dtype, engine.threads) == ("bfloat16", "auto", 2)
     planned = read_plan_file(files / "plan.yaml")
     assert planned.engine["prefill"]["token_budget"] == engine.prefill.token_budget
     assert yaml.safe_load(planned.to_yaml())["engine"] == planned.engine
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_worker_takes_a_core_for_each_of_its_threads(tandem, files, threads):
+    profile = json.dumps(profile_document("demo") | {"threads": threads})
+    write(files / "profile.json", profile)
+    four = write(files / "four.yaml", "nodes: [{device: cpu-core, devices: 4}]")
+    status, out, _ = tandem(*plan_arguments(files, hardware=four), "--json")
+    plan = json.loads(out)
+    cores = threads * sum(one["instances"] * one["tensor_parallel"] for one in plan["pools"])
+    predicted = plan["predicted"]
+    assert (status, cores) == (0, 4)
+    price = find_device("cpu-core").price_per_hour
+    assert predicted["cost_per_hour"] == pytest.approx(cores * price)
+    each = pytest.approx(predicted["goodput_rps"] / cores, rel=1e-4)
+    assert predicted["goodput_rps_per_gpu"] == each
+
+
+def test_a_worker_of_more_threads_than_a_node_has_cores_has_no_place(tandem, files):
+    write(files / "profile.json", json.dumps(profile_document("demo") | {"threads": 2}))
+    refused(tandem(*plan_arguments(files)), "threads: 2")
+    hardware = {"nodes": [{"device": "cpu-core", "devices": 3}]}
+    plan = {**SPLIT_PLAN, "hardware": hardware, "engine": {"threads": 2}}
+    path = write(files / "own.yaml", yaml.safe_dump(plan))
+    answer = tandem("simulate", "--plan", path, "--workload", files / "load.csv")
+    refused(answer, "take 4 of cpu-core, of 3")
 
 
 def test_narrow_kv_is_planned_and_deployed_as_it_was_profiled(tandem, files):
