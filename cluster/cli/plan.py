@@ -7,12 +7,13 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - typer reads annotations
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.cli import plan_options as option  # noqa: TC001 - these, too
 from cluster.cli.options import Json, check_output
 from engine.errors import unknown_name
 
@@ -21,25 +22,12 @@ if TYPE_CHECKING:
 
     from placement.latency.measured import Run
     from placement.latency.profile import Profile as Measurements
+    from placement.planning.costbook import CostBook
+    from placement.planning.optimizer import Answer
     from placement.planning.plan import Plan
-    from placement.planning.question import Objective
+    from placement.planning.question import Objective, Question
+    from placement.workload import Workload as Load
     from placement.workload_redrawn import Lengths
-
-Workload = Annotated[
-    Path, typer.Option(help="Our CSV, or an Azure, BurstGPT or Mooncake trace.", metavar="FILE")
-]
-LengthsFrom = Annotated[
-    str,
-    typer.Option(
-        help="seen, or fitted: drawn from a log-normal distribution like the workload's, "
-        "without shared prefixes."
-    ),
-]
-Report = Annotated[
-    Path | None, typer.Option(help="Draws plots into this file.", metavar="FILE.html")
-]
-Profile = Annotated[Path | None, typer.Option(help="What `tandem profile` measured here.")]
-
 
 MOST_REQUESTS_FACTOR = 8
 """A candidate that serves many needs more requests for its batches to fill."""
@@ -52,36 +40,26 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     *,
-    model: Annotated[str, typer.Option(help="demo, a directory, or a model of the catalog.")],
-    hardware: Annotated[Path, typer.Option(help="The fleet.", metavar="FILE")],
-    workload: Workload,
-    ttft: Annotated[float, typer.Option(help="Target in seconds.")],
-    tpot: Annotated[float, typer.Option(help="Target in seconds.")],
-    attainment: Annotated[float, typer.Option(help="The share that must meet both.")] = 0.9,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="goodput, goodput-per-accelerator, or least accelerators, cost or power."
-        ),
-    ] = "goodput",
-    lengths: LengthsFrom = "seen",
-    rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
-    power_cap: Annotated[float | None, typer.Option(help="Watts of all accelerators.")] = None,
-    requests: Annotated[int, typer.Option(help="Simulated of each candidate at least.")] = 600,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="That simulate.", show_default="one per core")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    profile: Profile = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The plan.", metavar="PLAN.yaml")
-    ] = None,
-    report: Report = None,
+    model: option.Model,
+    hardware: option.Hardware,
+    workload: option.Workload,
+    ttft: option.Seconds,
+    tpot: option.Seconds,
+    attainment: option.Attainment = 0.9,
+    objective: option.Goal = "goodput",
+    lengths: option.LengthsFrom = "seen",
+    rate: option.Rate = None,
+    power_cap: option.PowerCap = None,
+    requests: option.Requests = 600,
+    processes: option.Processes = None,
+    seed: option.Seed = 0,
+    profile: option.Profile = None,
+    output: option.Output = None,
+    report: option.Report = None,
     as_json: Json = False,
 ) -> None:
     """The pools that serve most within the targets, and what they beat."""
     from cluster.cli.planning import cost_book, fleet_with
-    from placement.planning.optimizer import answer as find_answer
     from placement.planning.plan import Target
     from placement.planning.question import Question
     from placement.workload_files import read_workload
@@ -103,10 +81,20 @@ def plan(
         overheads=book.overheads,
     )
     redraw = Redraw(lengths_of(lengths), seed=seed)
-    load = redrawn(read_workload(workload), redraw)
-    with _progress("simulating candidates") as progress:
-        answer = find_answer(book, load, question, progress)
+    answer = _answer(book, redrawn(read_workload(workload), redraw), question)
     found = replace(answer.plan, model=model, hardware=fleet)
+    _write_plan(answer, found, output, report)
+    _show_plan(found, as_json=as_json)
+
+
+def _answer(book: CostBook, load: Load, question: Question) -> Answer:
+    from placement.planning.optimizer import answer
+
+    with _progress("simulating candidates") as progress:
+        return answer(book, load, question, progress)
+
+
+def _write_plan(answer: Answer, found: Plan, output: Path | None, report: Path | None) -> None:
     if output is not None:
         output.write_text(found.to_yaml(), encoding="utf-8")
     if report is not None:
@@ -114,7 +102,6 @@ def plan(
 
         with _progress("drawing the report") as progress:
             report.write_text(plan_report(answer, found, progress), encoding="utf-8")
-    _show_plan(found, as_json=as_json)
 
 
 def profile(

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli import simulate_options as option
 from cluster.cli.options import Json, check_output
-from cluster.cli.plan import (
-    LengthsFrom,
-    Profile,
-    Report,
-    Workload,
-    lengths_of,
-    note_extrapolation,
-)
+from cluster.cli.plan import lengths_of, note_extrapolation
+from cluster.cli.plan_options import LengthsFrom, Profile, Report, Workload  # noqa: TC001 - too
 from engine.errors import BadConfig, unknown_name
 
 if TYPE_CHECKING:
