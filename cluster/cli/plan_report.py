@@ -47,7 +47,7 @@ def plan_report(answer: Answer, found: Plan, progress: Callable[[int, int], None
     for done, (name, choice) in enumerate(drawn):
         progress(done, total)
         curves.append((name, _per_accelerator(_curve(answer, choice), choice)))
-    _, busy = watched(*_at_goodput(answer, answer.chosen))
+    _, busy = watched(*_at_goodput(answer, answer.chosen), answer.setting.dynamics)
     progress(total, total)
     outcomes = [(name, choice.scored.goodput.outcome) for name, choice in drawn]
     seen = [(name, one) for name, one in outcomes if one is not None]
@@ -122,7 +122,8 @@ def _at_goodput(answer: Answer, choice: Choice) -> tuple[Deployment, Workload]:
 
 def _curve(answer: Answer, choice: Choice) -> list[RatePoint]:
     deployment, load = _at_goodput(answer, choice)
-    return over_rates(deployment, load, [load.rate_rps * share for share in RATE_SHARES])
+    rates = [load.rate_rps * share for share in RATE_SHARES]
+    return over_rates(deployment, load, rates, answer.setting.dynamics)
 
 
 def _per_accelerator(points: Iterable[RatePoint], choice: Choice) -> list[RatePoint]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.planning.goodput import Carried, Goodput
     from placement.planning.plan import Plan, PoolPlan, Target
     from placement.simulation.deployment import Overheads
+    from placement.simulation.dynamics import Dynamics
     from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
@@ -108,6 +109,7 @@ class Trial:
     workload: Workload
     target: Target
     overheads: Overheads
+    dynamics: Dynamics
     guess_rps: float
     worth_rps: float
     most_rps: float
@@ -129,6 +131,7 @@ def score(trial: Trial) -> Scored:
         resolution=trial.resolution,
         stride=trial.stride,
         carried=trial.carried,
+        dynamics=trial.dynamics,
     )
     seen = found.outcome if trial.carried is None else trial.carried.outcome
     power_w = power_of(trial.book, trial.candidate, seen)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from placement.planning.scoring import Setting, Spread
     from placement.planning.search import Prospect, Search
     from placement.simulation.deployment import Overheads
+    from placement.simulation.dynamics import Dynamics
     from placement.workload import Workload
 
 RUNNERS_UP = 2
@@ -47,6 +48,7 @@ class Asked:
     workload: Workload
     target: Target
     overheads: Overheads
+    dynamics: Dynamics
     rate_rps: float
     least: int
     guess: int
@@ -62,6 +64,7 @@ def carry(asked: Asked) -> Carried | None:
         least=asked.least,
         guess=asked.guess,
         most=asked.most,
+        dynamics=asked.dynamics,
     )
 
 
@@ -74,6 +77,7 @@ def asked_of(
         workload=setting.sample_for(rate_rps / guess),
         target=setting.target,
         overheads=setting.overheads,
+        dynamics=setting.dynamics,
         rate_rps=rate_rps,
         least=least,
         guess=guess,

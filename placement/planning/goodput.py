@@ -12,6 +12,7 @@ from placement.simulation.simulator import simulate
 
 if TYPE_CHECKING:
     from placement.simulation.deployment import Deployment
+    from placement.simulation.dynamics import Dynamics
     from placement.simulation.outcome import Outcome
     from placement.workload import Workload
 
@@ -70,6 +71,7 @@ def find_goodput(
     resolution: float = RESOLUTION,
     stride: float = STRIDE,
     carried: Carried | None = None,
+    dynamics: Dynamics | None = None,
 ) -> Goodput:
     """Bisection over one sequence of requests, stretched in time; never beyond `most_rps`.
 
@@ -77,7 +79,7 @@ def find_goodput(
     """
     if worth_rps > most_rps:
         return Goodput(0.0, None, 0, THROUGHPUT)
-    runs = _Runs(deployment, workload, attainment)
+    runs = _Runs(deployment, workload, attainment, dynamics)
     low, high = (0.0, None) if carried is None else (carried.rate_rps, None)
     highest = min(max(worth_rps, guess_rps) * MOST_TIMES_GUESS, most_rps)
     rate, limit = min(worth_rps or guess_rps, highest), THROUGHPUT
@@ -107,9 +109,10 @@ def find_fewest_copies(
     least: int,
     guess: int,
     most: int,
+    dynamics: Dynamics | None = None,
 ) -> Carried | None:
     """That carry a rate together, each an even part of it; None if not even `most` do."""
-    runs = _Runs(deployment, workload, attainment)
+    runs = _Runs(deployment, workload, attainment, dynamics)
     low, high, found = least - 1, most + 1, None
     copies = min(max(guess, least), most)
     while high - low > 1:
@@ -123,13 +126,21 @@ def find_fewest_copies(
 
 
 class _Runs:
-    def __init__(self, deployment: Deployment, workload: Workload, attainment: float) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        workload: Workload,
+        attainment: float,
+        dynamics: Dynamics | None,
+    ) -> None:
         self._deployment, self._workload, self._attainment = deployment, workload, attainment
+        self._dynamics = dynamics
         self.count = 0
 
     def at(self, rate_rps: float) -> Outcome:
         self.count += 1
-        return simulate(self._deployment, self._workload.at_rate(rate_rps), self._attainment)
+        load = self._workload.at_rate(rate_rps)
+        return simulate(self._deployment, load, self._attainment, self._dynamics)
 
 
 def what_is_missed(outcome: Outcome) -> str:

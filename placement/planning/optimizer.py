@@ -91,7 +91,13 @@ def _answer_of(
     if not prospects:
         raise no_room(phases, question.target)
     setting = Setting(
-        book, sample, question.target, question.overheads, question.processes, question.requests
+        book,
+        sample,
+        question.target,
+        question.overheads,
+        question.dynamics,
+        question.processes,
+        question.requests,
     )
     with spreading(question.processes) as spread:
         scored = _scored(setting, question, search, spread, progress)

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 from engine.errors import BadConfig
 from placement.simulation.deployment import Overheads
+from placement.simulation.dynamics import Dynamics
 
 if TYPE_CHECKING:
     from placement.planning.plan import Target
+
+AS_A_CLUSTER = Dynamics(balance=True)
+"""What a cluster does of itself unless its config says otherwise."""
 
 
 class Objective(str, Enum):
@@ -43,6 +47,7 @@ class Question:
     seed: int = 0
     token_budgets: tuple[int, ...] = (512, 2048)
     overheads: Overheads = field(default_factory=Overheads)
+    dynamics: Dynamics = AS_A_CLUSTER
     processes: int = 1
 
     def __post_init__(self) -> None:

@@ -62,7 +62,8 @@ def _nearly_idle(setting: Setting, scored: Scored) -> Trial:
 def look(trial: Trial) -> Carried:
     """Every request to its end, whatever is missed."""
     deployment = deployment_of(trial.book, trial.candidate, trial.target, trial.overheads)
-    outcome = simulate(deployment, trial.workload.at_rate(trial.guess_rps))
+    load = trial.workload.at_rate(trial.guess_rps)
+    outcome = simulate(deployment, load, dynamics=trial.dynamics)
     return Carried(1, trial.guess_rps, outcome, trial.target.attainment)
 
 

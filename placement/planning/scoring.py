@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.planning.plan import Target
     from placement.planning.search import Prospect, Search
     from placement.simulation.deployment import Overheads
+    from placement.simulation.dynamics import Dynamics
     from placement.workload import Workload
 
 Asked = TypeVar("Asked")
@@ -46,6 +47,7 @@ class Setting:
     sample: Workload
     target: Target
     overheads: Overheads
+    dynamics: Dynamics
     processes: int
     requests: int
     """Simulated at least."""
@@ -66,6 +68,7 @@ class Setting:
             workload=self.sample_for(guess_rps),
             target=self.target,
             overheads=self.overheads,
+            dynamics=self.dynamics,
             guess_rps=guess_rps,
             worth_rps=worth_rps,
             most_rps=most_rps,
