@@ -22,6 +22,7 @@ class World(Protocol):
     @property
     def unfinished(self) -> bool: ...
     def at(self, time_s: float, action: Callable[[Any, float], None], subject: Any) -> None: ...
+    def look_again_s(self, now: float, every_s: float) -> float: ...
 
 
 class Balancing:
@@ -43,7 +44,8 @@ class Balancing:
             for move in moves:
                 self._migrations.ask(move, now)
         if self._world.unfinished:
-            self._world.at(now + self._dynamics.look_s, self._look, None)
+            next_s = self._world.look_again_s(now, self._dynamics.look_s)
+            self._world.at(next_s, self._look, None)
 
     def _must_empty(self) -> bool:
         """A balancer that only empties need not look at a fleet where nothing is to be."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from heapq import heappop, heappush
-from math import isnan
+from math import ceil, isnan
 from typing import TYPE_CHECKING, Any
 
 from engine.blocks import BlockPool
@@ -72,6 +72,7 @@ class Simulation:
         self._events: list[tuple[float, int, Action, Any]] = []
         self._scheduled = 0
         self._now = 0.0
+        self._arrived = 0
         self._crowds: dict[str, Crowd] = {}
         self.instances = {
             name: SimulatedInstance(name, model, deployment, self)
@@ -91,14 +92,14 @@ class Simulation:
 
     def run(self) -> Outcome:
         arrivals: list[float] = self._workload.arrival_s.tolist()
-        following = 0
         while not (self._may_stop and self.ledger.hopeless):
+            following = self._arrived
             due_s = arrivals[following] if following < len(arrivals) else None
             if due_s is not None and (not self._events or due_s <= self._events[0][0]):
+                self._arrived += 1
                 self._arrive(following, due_s)
-                following += 1
-                if self._may_stop and following % LOOK_AHEAD_ARRIVALS == 0:
-                    self.ledger.look_ahead(due_s, following)
+                if self._may_stop and self._arrived % LOOK_AHEAD_ARRIVALS == 0:
+                    self.ledger.look_ahead(due_s, self._arrived)
             elif self._events:
                 now, _, action, subject = heappop(self._events)
                 self._now = now
@@ -257,6 +258,14 @@ class Simulation:
     def unfinished(self) -> bool:
         return self.ledger.ended < len(self._workload)
 
+    def look_again_s(self, now: float, every_s: float) -> float:
+        """When what looks so often does so next: not while all who came have gone."""
+        looks = 1
+        if self._arrived == self.ledger.ended:
+            due_s = float(self._workload.arrival_s[self._arrived])
+            looks = max(ceil((due_s - now) / every_s), 1)
+        return now + looks * every_s
+
     @property
     def waiting_requests(self) -> int:
         return len(self._waiting)
@@ -307,7 +316,8 @@ class _Living:
     def _tire(self, _: None, now: float) -> None:
         self._world.give_up(now - self.dynamics.patience_s, now)
         if self._world.unfinished:
-            self._world.at(now + self.dynamics.patience_s / 10, self._tire, None)
+            next_s = self._world.look_again_s(now, self.dynamics.patience_s / 10)
+            self._world.at(next_s, self._tire, None)
 
     def _fail(self, name: str, now: float) -> None:
         """An instance that is not there any more cannot fail."""

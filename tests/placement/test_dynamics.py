@@ -103,6 +103,28 @@ def moved_once(load: Workload, at_s: float) -> Simulation:
     return simulation
 
 
+class Counted(Simulation):
+    """Counts what is to happen."""
+
+    events = 0
+
+    def at(self, *arguments: object) -> None:
+        self.events += 1
+        super().at(*arguments)  # type: ignore[arg-type]
+
+
+def test_nothing_looks_after_a_fleet_that_nobody_asks_anything() -> None:
+    """Two requests with a year between them take no more looks than two at once."""
+    events = []
+    for gap_s in (0.0, 3.2e7):
+        load = Workload(np.array([0.0, gap_s]), np.array([100, 100]), np.array([50, 50]))
+        pair = deployment(Role.MIXED, Role.MIXED)
+        simulation = Counted(pair, load, dynamics=Dynamics(balance=True))
+        assert simulation.run().finished.all()
+        events.append(simulation.events)
+    assert events[1] < 2 * events[0]
+
+
 def test_a_migration_copies_while_the_source_decodes_and_pauses_for_the_rest() -> None:
     stays = Simulation(deployment(Role.MIXED), lone()).run()
     simulation = moved_once(lone(), at_s=0.2)
