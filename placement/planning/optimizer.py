@@ -11,6 +11,7 @@ from engine.errors import NoFeasiblePlan
 from placement.latency.catalog import entry_of
 from placement.planning.carrying import Carrying
 from placement.planning.choice import Choice, choices_of, ranked
+from placement.planning.chunks import Chunking
 from placement.planning.co_location import CoLocation
 from placement.planning.mixes import Mixing
 from placement.planning.phases import check_targets, cuts_in_service, feasible_cuts, phase_of
@@ -108,6 +109,7 @@ def _answer_of(
         choices += choices_of(mixes, question)
         if not choices:
             raise nothing_serves(setting, scored, spread)
+        choices = Chunking(setting, question, spread).refined(choices)
     able = ranked(book, choices, question)
     if not able:
         raise too_little(choices, question)

@@ -151,6 +151,23 @@ def test_nor_do_they_where_larger_candidates_are_simulated_for_longer() -> None:
         assert more >= fewer * (1 - SLACK)
 
 
+def test_chunks_grow_as_long_as_that_serves_more() -> None:
+    """An L4 reads the weights in the time in which it computes with some 300 tokens."""
+    found = plan(book(), chat(), question(token_budgets=(128,)))
+    assert found.token_budget is not None
+    assert found.token_budget >= 512
+    small = [one.goodput_rps for one in found.alternatives if one.token_budget == 128]
+    assert served(found) > 1.5 * max(small)
+
+
+def test_or_as_long_as_fewer_carry_what_is_asked_for(answer: Plan) -> None:
+    rate = served(answer)
+    asked = question(objective=Objective.ACCELERATORS, rate_rps=rate, token_budgets=(128,))
+    few = plan(book(8), chat(), asked)
+    assert few.accelerators <= answer.accelerators + 1
+    assert served(few) >= rate
+
+
 def test_a_node_that_a_tensor_size_does_not_divide_holds_whole_instances_of_it() -> None:
     """Llama-3.1-70B at TP4, as four of the devices have it."""
     costs = book(6, "a100-80gb", "llama-3.1-70b")
