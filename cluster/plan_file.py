@@ -36,7 +36,7 @@ def plan_values(plan: dict[str, Any]) -> dict[str, Any]:
     gpus = {one for one in kinds | _fleet_kinds(plan) if one and not one.startswith("cpu")}
     for number, pool in enumerate(plan["pools"]):
         role = pool.get("role") if isinstance(pool, dict) else None
-        if role not in shapes:
+        if not isinstance(role, str) or role not in shapes:
             raise BadConfig(f"pools[{number}].role", role, "must be prefill, decode or mixed")
         shapes[role].append(_shape(f"pools[{number}]", pool, gpus))
     pools: dict[str, Any] = {role: _pool_of(found) for role, found in shapes.items()}

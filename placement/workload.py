@@ -85,7 +85,10 @@ class Workload:
             rule = "requests that all arrive at once cannot be stretched to a rate"
             raise BadConfig("rate", rate_rps, rule)
         start_s = self.arrival_s[0]
-        stretched = (self.arrival_s - start_s) * (self.rate_rps / rate_rps)
+        times_as_long = self.rate_rps / rate_rps
+        if self.duration_s * times_as_long == np.inf:
+            raise BadConfig("rate", rate_rps, "is too low for times to be told")
+        stretched = (self.arrival_s - start_s) * times_as_long
         return replace(self, arrival_s=stretched)
 
     def prefix_parts(self, row: int) -> list[tuple[int, int]]:

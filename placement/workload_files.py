@@ -25,6 +25,7 @@ OPTIONAL = ("prefix_id", "prefix_tokens", "priority", "slo_ttft_s", "slo_tpot_s"
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 UNIT = ("unit_arrival_s", "input_len", "output_len")
+BEYOND = "beyond the columns"
 
 
 def read_workload(path: Path) -> Workload:
@@ -57,8 +58,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _table(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        return tuple(reader.fieldnames or ()), list(reader)
+        reader = csv.DictReader(file, restkey=BEYOND)
+        names, rows = tuple(reader.fieldnames or ()), list(reader)
+    for number, row in enumerate(rows, 2):
+        if any(more := row.get(BEYOND, ())):
+            rule = f"stands beyond the {len(names)} columns"
+            raise BadConfig(f"workload row {number}", ",".join(more), rule)
+    return names, rows
 
 
 def _known(names: Sequence[str], rows: list[dict[str, Any]]) -> Workload:

@@ -122,8 +122,10 @@ def read_shape(directory: Path) -> ModelShape:
         raise BadCheckpoint("model", str(directory), "holds no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BadCheckpoint("config.json", str(path), f"not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadCheckpoint("config.json", str(path), "must hold a JSON object")
     return shape_from_config(directory.name, config)
 
 

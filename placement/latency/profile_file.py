@@ -66,7 +66,7 @@ def profile_from(content: object) -> Profile:
     if not runs:
         raise BadConfig("profile.runs", 0, "at least one")
     transfers = tuple(
-        (_number("profile.transfer", raw, "bytes"), _number("profile.transfer", raw, "seconds"))
+        (_positive("profile.transfer", raw, "bytes"), _positive("profile.transfer", raw, "seconds"))
         for raw in _mappings("profile.transfer", content.get("transfer", []))
     )
     at_work = _mappings("profile.at_work", content.get("at_work", []))
@@ -95,7 +95,7 @@ def profile_from(content: object) -> Profile:
 
 def _dtype(content: Mapping[str, Any], key: str) -> str | None:
     name = content.get(key)
-    if name is not None and name not in DTYPE_BYTES:
+    if name is not None and (not isinstance(name, str) or name not in DTYPE_BYTES):
         raise unknown_name(f"profile.{key}", str(name), DTYPE_BYTES)
     return name
 
@@ -107,7 +107,7 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
     return StepsAtWork(
         _count(where, raw, "count"),
         Step(tokens, draws, pairs, read, bool(raw.get("mixed"))),
-        _number(where, raw, "processor_s"),
+        _positive(where, raw, "processor_s"),
         _number(where, raw, "waited_s", 0),
         _number(where, raw, "others", 0),
         bool(raw.get("cold")),
@@ -196,6 +196,13 @@ def _number(where: str, raw: Mapping[str, Any], key: str, default: float | None 
     if not number or not 0 <= value <= float_info.max:
         raise BadConfig(f"{where}.{key}", value, "must be a finite number of at least 0")
     return float(value)
+
+
+def _positive(where: str, raw: Mapping[str, Any], key: str) -> float:
+    value = _number(where, raw, key)
+    if value == 0:
+        raise BadConfig(f"{where}.{key}", value, "must be positive")
+    return value
 
 
 def _whole(where: str, raw: Mapping[str, Any], key: str, least: int) -> int:

@@ -14,6 +14,7 @@ from placement.simulation.dynamics import Dynamics
 if TYPE_CHECKING:
     from placement.planning.plan import Target
 
+LEAST_REQUESTS, MOST_REQUESTS = 50, 1_000_000
 AS_A_CLUSTER = Dynamics(balance=True)
 """What a cluster does of itself unless its config says otherwise."""
 
@@ -56,5 +57,6 @@ class Question:
         for name, value in (("rate", self.rate_rps), ("power-cap", self.power_cap_w)):
             if value is not None and not 0 < value < inf:
                 raise BadConfig(name, value, "must be positive and finite")
-        if self.requests < 50:
-            raise BadConfig("requests", self.requests, "at least 50 are needed for percentiles")
+        if not LEAST_REQUESTS <= self.requests <= MOST_REQUESTS:
+            rule = f"must be from {LEAST_REQUESTS}, which percentiles need, to {MOST_REQUESTS}"
+            raise BadConfig("requests", self.requests, rule)

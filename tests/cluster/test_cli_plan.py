@@ -47,6 +47,7 @@ DECODES = [
     {"batch": 16, "context": 1600, "seconds": 0.004},
     {"batch": 64, "context": 20000, "seconds": 0.012},
 ]
+STILL = {"count": 1, "tokens": 1, "draws": 1, "pairs": 0, "kv_read_tokens": 9, "processor_s": 0}
 CONTRACT_FIELDS = {
     "requests", "finished", "failed", "duration_s", "rate_rps", "throughput_tokens_s",
     "attainment", "goodput_rps", "ttft_s", "tpot_s", "itl_s", "e2e_s", "ttft_parts_s",
@@ -331,6 +332,12 @@ def test_a_device_in_nodes_of_two_sizes_is_one_to_ray(files):
         assert dict(spec.resources)["accelerator_type:H100"] == A_LITTLE
 
 
+@pytest.mark.parametrize("role", [None, "both", ["mixed"], {"mixed": 1}])
+def test_a_pool_of_no_role_is_refused(files, role):
+    with pytest.raises(BadConfig, match=r"pools\[0\].role"):
+        served_as(files, {"role": role})
+
+
 @pytest.mark.parametrize("nodes", ["10.0.0.7", ["10.0.0.7", "10.0.0.8"]])
 def test_a_pool_on_any_of_several_nodes_is_refused(files, nodes):
     with pytest.raises(BadConfig, match=r"pools\[0\].nodes"):
@@ -444,6 +451,7 @@ def test_plans_and_simulations_draw_reports_that_fetch_nothing(tandem, files):
         ({"power-cap": 1}, "power_cap_w"),
         ({"power-cap": -1}, "power-cap"),
         ({"requests": 3}, "requests"),
+        ({"requests": 10**12}, "requests"),
         ({"output": "absent/plan.yaml"}, "output"),
         ({"report": "absent/page.html"}, "report"),
         ({"model": "llama-3.1-70b", "profile": None}, "GB short"),
@@ -467,6 +475,7 @@ def test_what_cannot_be_planned_is_one_line_and_status_2(tandem, files, changed,
         ("arrival_s,prompt_tokens,output_tokens\n2,5,5\n1,5,5\n", "row 3, arrival_s"),
         ("arrival_s,prompt_tokens,output_tokens\n-2,5,5\n", "row 2, arrival_s"),
         ("arrival_s,prompt_tokens,output_tokens\n0,many,5\n", "row 2, prompt_tokens"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,5,100,20\n", "row 2: '20'"),
         ("arrival_s,prompt_tokens,output_tokens\n", "no requests"),
     ],
 )
@@ -498,12 +507,25 @@ def test_a_bad_fleet_is_one_line_and_status_2(tandem, files, text, field):
         ({"model": "demo"}, "profile.device"),
         ({"model": "demo", "device": "cpu-core", "runs": [3]}, "profile.runs"),
         ({**profile_document("demo"), "kv_dtype": "float8"}, "profile.kv_dtype"),
+        ({**profile_document("demo"), "dtype": ["float32"]}, "profile.dtype"),
+        (
+            {**profile_document("demo"), "transfer": [{"bytes": 9, "seconds": 0}]},
+            "transfer.seconds",
+        ),
+        ({**profile_document("demo"), "transfer": [{"bytes": 0, "seconds": 1}]}, "transfer.bytes"),
+        ({**profile_document("demo"), "at_work": [{"steps": [STILL]}]}, "steps[0].processor_s"),
         ({**profile_document("demo"), "threads": "two"}, "profile.threads"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(tandem, files, document, field):
     path = write(files / "other.json", json.dumps(document))
     refused(tandem(*plan_arguments(files, profile=path)), field)
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_model_whose_config_says_nothing_is_refused(tandem, files, text):
+    write(files / "config.json", text)
+    refused(tandem(*plan_arguments(files, model=files, profile=None)), "config.json")
 
 
 @pytest.mark.parametrize("name", ["hardware", "workload", "profile"])

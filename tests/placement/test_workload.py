@@ -174,6 +174,11 @@ def test_a_rate_is_positive_and_finite(rate_rps: float) -> None:
         Workload(np.arange(3.0), np.arange(1, 4), np.arange(1, 4)).at_rate(rate_rps)
 
 
+def test_a_rate_so_low_that_no_time_can_be_told_is_refused() -> None:
+    with pytest.raises(BadConfig, match="too low"):
+        Workload(np.arange(3.0), np.arange(1, 4), np.arange(1, 4)).at_rate(1e-310)
+
+
 @pytest.mark.parametrize("burstiness", [0.5, 1.0, 2.0])
 def test_gamma_gaps_have_the_rate_and_burstiness(burstiness: float) -> None:
     gaps = np.diff(Arrivals(generator(), burstiness).times(20_000, 5.0))
