@@ -59,9 +59,14 @@ def book(devices: int = 2, device: str = "l4", model: str = "llama-3.1-8b") -> C
     return CostBook(find_model(model), one_kind(device, 1, devices))
 
 
-def l40s_and_l4() -> CostBook:
-    groups = (one_kind("l40s", 1, 1).groups[0], one_kind("l4", 1, 2).groups[0])
+def fleet(*nodes: tuple[str, int]) -> CostBook:
+    """A node of so many devices of each kind."""
+    groups = tuple(one_kind(device, 1, count).groups[0] for device, count in nodes)
     return CostBook(find_model("llama-3.1-8b"), Hardware(groups, find_link("infiniband-ndr")))
+
+
+def l40s_and_l4() -> CostBook:
+    return fleet(("l40s", 1), ("l4", 2))
 
 
 def question(target: Target = TARGET, **fields: object) -> Question:
@@ -87,6 +92,12 @@ def test_so_it_does_over_several_processes(answer: Plan) -> None:
     assert plan(book(), chat(), question(processes=2)).to_yaml() == answer.to_yaml()
 
 
+def test_so_it_does_on_several_kinds_of_devices() -> None:
+    asked = question(TIGHT, token_budgets=(512, 2048))
+    found = plan(l40s_and_l4(), chat(), asked)
+    assert plan(l40s_and_l4(), chat(), replace(asked, processes=2)).to_yaml() == found.to_yaml()
+
+
 def test_another_seed_draws_other_requests(answer: Plan) -> None:
     assert plan(book(), chat(), question(seed=1)).predicted != answer.predicted
 
@@ -101,17 +112,14 @@ FLEETS = {
 @pytest.mark.parametrize("fleet", FLEETS)
 def test_every_pool_fits_the_memory_and_all_together_the_fleet(fleet: str) -> None:
     costs = FLEETS[fleet]()
-    found = plan(costs, chat(), question(Target(4.0, 0.2)))
+    found = plan(costs, chat(), question(Target(4.0, 0.2), token_budgets=(512, 2048)))
     for pools in (found.pools, *(other.pools for other in found.alternatives)):
-        used: dict[str, int] = {}
+        assert copies_that_fit(costs.hardware, pools) > 0
         for pool in pools:
-            device = pool.cut.device
-            used[device] = used.get(device, 0) + pool.accelerators
             held = chat().longest_context * costs.shape.kv_bytes_per_token
             memory = costs.group(pool.cut).device.memory_bytes * pool.cut.accelerators
             assert costs.shape.weight_bytes + held <= memory
             assert costs.kv_tokens(pool.cut) >= chat().longest_context
-        assert all(count <= costs.hardware.group(name).devices for name, count in used.items())
 
 
 def test_the_predicted_attainment_is_met(answer: Plan) -> None:
@@ -149,6 +157,15 @@ def test_nor_do_they_where_larger_candidates_are_simulated_for_longer() -> None:
     found = [served(plan(book(n), chat(), asked)) for n in (2, 3)]
     for fewer, more in pairwise(found):
         assert more >= fewer * (1 - SLACK)
+
+
+def test_nor_do_they_where_another_kind_is_added() -> None:
+    growing = [[("l40s", 1)], *([("l40s", 1), ("l4", count)] for count in (1, 2, 3))]
+    asked = question(TIGHT, token_budgets=(512, 2048))
+    found = [served(plan(fleet(*nodes), chat(), asked)) for nodes in growing]
+    for fewer, more in pairwise(found):
+        assert more >= fewer * (1 - SLACK)
+    assert found[-1] > found[0] * 1.5
 
 
 def test_chunks_grow_as_long_as_that_serves_more() -> None:
@@ -290,12 +307,16 @@ def test_targets_that_only_two_instances_meet_need_room_for_both() -> None:
     assert "no room for one for each, such as TP1 on l4 beside TP2 on l4" in refusal.rule
 
 
-@pytest.mark.parametrize(("device", "count"), [("l40s", 1), ("l4", 2)])
-def test_a_looser_target_never_serves_less(device: str, count: int) -> None:
+@pytest.mark.parametrize("nodes", [[("l40s", 1)], [("l4", 2)], [("l40s", 1), ("l4", 2)]])
+def test_a_looser_target_never_serves_less(nodes: list[tuple[str, int]]) -> None:
     """Each step loosens one target: TTFT, TPOT, then the share that must meet both."""
     tight = [Target(0.6, 0.05, 0.95), Target(1.2, 0.05, 0.95), Target(1.2, 0.1, 0.95)]
     targets = [*tight, Target(1.2, 0.1, 0.8)]
-    found = [served(plan(book(count, device), chat(), question(target))) for target in targets]
+    sizes = (512, 2048)
+    found = [
+        served(plan(fleet(*nodes), chat(), question(target, token_budgets=sizes)))
+        for target in targets
+    ]
     for stricter, looser in pairwise(found):
         assert looser >= stricter * (1 - SLACK)
     assert found[-1] > found[0]
