@@ -90,6 +90,8 @@ class Scored:
     """In the long run, by mean loads."""
     carried: Carried | None = None
     """Where a rate was asked for and enough copies fit."""
+    rough: bool = False
+    """Whether only compared with others, without what a cluster does of itself."""
 
     @property
     def per_accelerator(self) -> float:
@@ -109,7 +111,7 @@ class Trial:
     workload: Workload
     target: Target
     overheads: Overheads
-    dynamics: Dynamics
+    dynamics: Dynamics | None
     guess_rps: float
     worth_rps: float
     most_rps: float
@@ -135,7 +137,15 @@ def score(trial: Trial) -> Scored:
     )
     seen = found.outcome if trial.carried is None else trial.carried.outcome
     power_w = power_of(trial.book, trial.candidate, seen)
-    return Scored(trial.candidate, found, trial.copies, power_w, trial.most_rps, trial.carried)
+    return Scored(
+        trial.candidate,
+        found,
+        trial.copies,
+        power_w,
+        trial.most_rps,
+        trial.carried,
+        rough=trial.resolution > RESOLUTION,
+    )
 
 
 def deployment_of(

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.errors import NoFeasiblePlan
 from placement.latency.catalog import entry_of
+from placement.planning.candidate import score
 from placement.planning.carrying import Carrying
 from placement.planning.choice import Choice, choices_of, ranked
 from placement.planning.chunks import Chunking
@@ -18,7 +19,7 @@ from placement.planning.phases import check_targets, cuts_in_service, feasible_c
 from placement.planning.plan import Alternative, Plan
 from placement.planning.reasons import Reasons, left_out
 from placement.planning.refusal import no_room, nothing_serves, too_little
-from placement.planning.scoring import Setting, score_prospects, spreading
+from placement.planning.scoring import Setting, fine_trial, score_prospects, spreading
 from placement.planning.search import Search
 from placement.workload import Arrivals
 
@@ -107,6 +108,7 @@ def _answer_of(
         mixing = Mixing(setting, question, spread)
         mixes = mixing.best(prospects, choices, alone[0] if alone else None)
         choices += choices_of(mixes, question)
+        choices = _settled(setting, choices, question, spread)
         if not choices:
             raise nothing_serves(setting, scored, spread)
         choices = Chunking(setting, question, spread).refined(choices)
@@ -136,6 +138,21 @@ def _scored(
     if question.objective.needs_rate:
         return Carrying(setting, question, search).score(spread, progress)
     return score_prospects(setting, search, search.prospects(), spread, progress)
+
+
+def _settled(
+    setting: Setting, choices: Sequence[Choice], question: Question, spread: Spread
+) -> list[Choice]:
+    """With the best one measured finely, whichever it is then."""
+    settled = list(choices)
+    while able := ranked(setting.book, settled, question):
+        best = able[0]
+        if not best.scored.rough:
+            break
+        measured = spread(score, [fine_trial(setting, best.scored)])
+        settled = [one for one in settled if one is not best]
+        settled += choices_of(measured, question)
+    return settled
 
 
 def _beaten(choices: Sequence[Choice], able: Sequence[Choice]) -> list[Choice]:

@@ -110,7 +110,7 @@ def score_prospects(
             rough.append(scored)
         progress(done, total)
     leaders = _leaders(rough)
-    fine = list(spread(score, [_fine_trial(setting, leader) for leader in leaders]))
+    fine = list(spread(score, [fine_trial(setting, leader) for leader in leaders]))
     progress(total, total)
     return fine + [one for one in rough if one not in leaders]
 
@@ -128,10 +128,11 @@ def _rough_trials(
                 most_rps=prospect.bound_rps * OVER_BOUND,
                 copies=copies,
             )
-            yield replace(trial, guess_rps=prospect.bound_rps * GUESSED_SHARE, resolution=ROUGH)
+            guess_rps = prospect.bound_rps * GUESSED_SHARE
+            yield replace(trial, guess_rps=guess_rps, resolution=ROUGH, dynamics=None)
 
 
-def _fine_trial(setting: Setting, scored: Scored) -> Trial:
+def fine_trial(setting: Setting, scored: Scored) -> Trial:
     """From the rough rate; it may lie a little lower over more requests."""
     rate_rps = scored.goodput.rate_rps
     trial = setting.trial(
