@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import PlannerFailed
 from engine.messages import Role
+from placement.latency.catalog import cores_of_worker
 from placement.scaling.drift import DriftSettings, Profiler
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ class PlannerProcess:
 
     def _arguments(self, folder: Path, seen: Profiled, policy: Policy, replan: Replan) -> list[str]:
         fleet, load = folder / "fleet.yaml", folder / "load.csv"
-        devices = policy.budget_accelerators
-        fleet.write_text(f"nodes: [{{device: {replan.device!r}, devices: {devices}}}]\n")
+        threads = self._config.engine.threads
+        fleet.write_text(fleet_line(policy.budget_accelerators, replan, threads))
         load.write_text("\n".join(workload_lines(seen)))
         slo = self._config.slo
         options = {
@@ -111,6 +112,12 @@ class PlannerProcess:
         }
         given = [f"--{key}={value}" for key, value in options.items() if value is not None]
         return [*given, "--processes=1", "--json"]
+
+
+def fleet_line(workers: int, replan: Replan, threads: int) -> str:
+    """A fleet file with room for as many workers, as a profile has the planner count them."""
+    cores = cores_of_worker(replan.device, 1 if replan.profile is None else threads)
+    return f"nodes: [{{device: {replan.device!r}, devices: {workers * cores}}}]\n"
 
 
 def workload_lines(seen: Profiled) -> list[str]:

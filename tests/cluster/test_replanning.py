@@ -3,11 +3,12 @@
 import asyncio
 
 import pytest
+import yaml
 
 from cluster.cli.status import as_document, draw
 from cluster.config import Config
 from cluster.control.policy_source import PolicyText
-from cluster.control.replanning import Planned, PlannerProcess, workload_lines
+from cluster.control.replanning import Planned, PlannerProcess, fleet_line, workload_lines
 from cluster.control.scaling import Scaling, Usage
 from cluster.policy_file import parse_policy
 from cluster.rpc import tandem_pb2 as pb
@@ -15,6 +16,7 @@ from engine.clock import VirtualClock
 from engine.errors import BadConfig, PlannerFailed
 from engine.messages import Role
 from placement.scaling.drift import Profiled, Shape
+from placement.scaling.policy import Replan
 from placement.workload_files import read_workload
 from tests.cluster.test_scaling import POLICY, Fleet
 
@@ -174,6 +176,17 @@ def test_the_requests_seen_become_a_workload_that_the_planner_reads(tmp_path):
     assert load.prompt_tokens.tolist() == [100, 80]
     assert load.prefix_tokens.tolist() == [0, 64]
     assert load.rate_rps == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("device", "profile", "devices"),
+    [("cpu-core", None, 6), ("cpu-core", "demo.json", 12), ("a100-80gb", "demo.json", 6)],
+)
+def test_a_budget_of_workers_is_a_fleet_with_room_for_them(device, profile, devices):
+    replan = Replan(device=device, profile=profile)
+    assert yaml.safe_load(fleet_line(6, replan, threads=2)) == {
+        "nodes": [{"device": device, "devices": devices}]
+    }
 
 
 async def test_the_planner_is_the_plan_command_in_a_process_of_its_own(tmp_path):
