@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.errors import StaleEpoch
 from engine.messages import Claim, Dropped, Migrated, Resume, TransferKind, Verdict
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Migrations:
             return
         out = self._asked.pop(verdict.request_id).out
         if not verdict.granted:
-            self._close(out, "StaleEpoch", now)
+            self._close(out, StaleEpoch.__name__, now)
             return
         self._given[verdict.request_id] = _Given(out, now + self._settings.accept_lease_s)
         if out.over:
@@ -153,10 +154,11 @@ class Migrations:
             if given.out.id == transfer:
                 self._give_back(given.out, "the target gave up before it was confirmed")
 
-    def forget(self, request_id: str) -> None:
-        """The request has ended here."""
-        self._asked.pop(request_id, None)
-        self._given.pop(request_id, None)
+    def forget(self, request_id: str, now: float) -> None:
+        """The request has ended here; who waits for a move that was about to be decided is told."""
+        for moving in (self._asked.pop(request_id, None), self._given.pop(request_id, None)):
+            if moving is not None:
+                self._tell(moving.out, StaleEpoch.__name__, now)
         self._void.pop(request_id, None)
 
     def tick(self, now: float) -> list[str]:

@@ -258,10 +258,11 @@ class Controller:
     async def set_role(self, name: str, role: Role) -> None:
         await self._recovered.wait()
         launched = self._keeper.up(name)
+        if not self._keeper.wants(name):
+            raise BadRequest("instance", name, "is about to stop")
         await answer(launched.workers[0].set_role.remote(role), self._config.limits.answer_s)
         launched.spec = replace(launched.spec, role=role)
-        others = [spec for spec in self._keeper.roster.desired if spec.name != name]
-        self._keeper.desire((*others, launched.spec))
+        self._keeper.change(launched.spec)
         self._note("instance", name, "role changed", role=role.value)
 
     async def drain(self, name: str) -> None:

@@ -117,6 +117,17 @@ class Keeper:
     def unwant(self, name: str) -> None:
         self.desire(spec for spec in self.roster.desired if spec.name != name)
 
+    def wants(self, name: str) -> bool:
+        return any(spec.name == name for spec in self.roster.desired)
+
+    def change(self, spec: InstanceSpec) -> bool:
+        """Wants an instance as this says; False if it is not wanted at all any more."""
+        if not self.wants(spec.name):
+            return False
+        others = (one for one in self.roster.desired if one.name != spec.name)
+        self.desire((*others, spec))
+        return True
+
     def up(self, name: str) -> Launched:
         launched = self.instances.get(name)
         if launched is None or launched.stage != "up":
@@ -161,11 +172,8 @@ class Keeper:
         await launched.take_down()
         del self.instances[name]
         self.announce()
-        if self._wanted(name):
+        if self.wants(name):
             await self._restart(name, reason)
-
-    def _wanted(self, name: str) -> bool:
-        return any(spec.name == name for spec in self.roster.desired)
 
     def _all_up(self) -> bool:
         launched = (self.instances.get(spec.name) for spec in self.roster.desired)
@@ -177,7 +185,7 @@ class Keeper:
         cause = getattr(error, "cause", error)
         if isinstance(cause, BadInput) and launched.stage != "up" and not self._has_served:
             self.fatal = cause
-        text = "lost" if self._wanted(name) else "stopped"
+        text = "lost" if self.wants(name) else "stopped"
         # Ray's and asyncio's errors may have no words at all.
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
         self._note("instance", name, text, reason=reason)

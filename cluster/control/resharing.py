@@ -69,10 +69,8 @@ class Resharing:
                     await self._renew(replace(spec, sm_share=share))
 
     async def _renew(self, spec: InstanceSpec) -> None:
-        others = [one for one in self.keeper.roster.desired if one.name != spec.name]
-        if len(others) == len(self.keeper.roster.desired):
-            return  # not wanted any more by now
-        self.keeper.desire((*others, spec))
+        if not self.keeper.change(spec):
+            return
         launched = self.keeper.instances.get(spec.name)
         if launched is not None and launched.stage == "up":
             self.note("instance", spec.name, "takes another share", sm_share=spec.sm_share)

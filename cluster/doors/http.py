@@ -145,7 +145,6 @@ class HttpDoor:
             make,
             stream=bool(body.stream),
             with_usage=body.usage is not UsageOn.NO_CHUNK,
-            write_s=self.settings.limits.write_s,
         )
 
     # Texts and tokens.

@@ -40,10 +40,9 @@ class AnswerResponse(Response):
         *,
         stream: bool,
         with_usage: bool,
-        write_s: float,
     ) -> None:
         self._gateway, self._call, self._caller, self._make = gateway, call, caller, make
-        self._stream, self._with_usage, self._write_s = stream, with_usage, write_s
+        self._stream, self._with_usage = stream, with_usage
         self.background = None
         self.status_code = 200
 
@@ -85,21 +84,14 @@ class AnswerResponse(Response):
         await send(_stream_start(headers))
         try:
             while deltas:
-                await self._write(send, shape.chunks(deltas))
+                await send(_stream_part(shape.chunks(deltas)))
                 deltas = await metered.next()
             last = shape.usage_chunk() + DONE if self._with_usage else DONE
         except ClientGone:
             raise
         except TandemError as error:
             last = b"data: " + error_json(error)[1] + b"\n\n"
-        await self._write(send, last, more=False)
-
-    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(self._write_s):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientGone("the reader stopped reading") from None
+        await send(_stream_part(last, more=False))
 
 
 async def _leave(answer: Answer, receive: Receive) -> None:
@@ -117,3 +109,7 @@ def _stream_start(headers: dict[str, str]) -> dict[str, Any]:
     }
     raw = [(name.encode(), value.encode()) for name, value in named.items()]
     return {"type": "http.response.start", "status": 200, "headers": raw}
+
+
+def _stream_part(body: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with bounds on what comes before a body: its size, and how long it takes."""
+"""uvicorn's HTTP/1.1 with bounds: on what comes before a body, and on readers that stop reading."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._full: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,6 +36,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._flows()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -44,6 +46,14 @@ class BoundedHttp(HttpToolsProtocol):
         limit = self.limits.head_bytes
         if self._in_head and self._head_bytes > limit:
             self._refuse(431, f"A request's head may have {limit} bytes.", "head_too_large")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._full = self.loop.call_later(self.limits.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flows()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -80,6 +90,11 @@ class BoundedHttp(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _flows(self) -> None:
+        if self._full is not None:
+            self._full.cancel()
+            self._full = None
 
     def _too_late(self) -> None:
         self._refuse(408, "The request did not arrive in time.", "head_timeout")

@@ -166,7 +166,7 @@ class Transfers:
         """The request is over here, and with it whatever was moving it."""
         self.stop(request_id, "StaleEpoch", "the request has ended", now)
         if self._residents.end(request_id):
-            self._migrations.forget(request_id)
+            self._migrations.forget(request_id, now)
 
     def stop(self, request_id: str, error: str, reason: str, now: float) -> None:
         """The sequence stays: whatever was moving it is given up."""
@@ -181,7 +181,7 @@ class Transfers:
     def outgrown(self, sequence: Sequence, reason: str, now: float) -> None:
         """The scheduler has put out a sequence that its whole pool cannot hold."""
         self.stop(sequence.id, "OutOfBlocks", reason, now)
-        self._gone(sequence)
+        self._gone(sequence, now)
 
     def refuse_arrivals(self, request_id: str, epoch: int) -> None:
         for incoming in self._arrivals.of(request_id):
@@ -206,11 +206,11 @@ class Transfers:
         self._send(out.gateway, dropped)
         self.end(sequence.id, now)
 
-    def _gone(self, sequence: Sequence) -> None:
+    def _gone(self, sequence: Sequence, now: float) -> None:
         """It is in none of the places any more."""
         self._pool.release(sequence.blocks)
         self._residents.forget(sequence.id)
-        self._migrations.forget(sequence.id)
+        self._migrations.forget(sequence.id, now)
 
     # Both sides.
 
@@ -251,7 +251,7 @@ class Transfers:
     def _handed_off(self, out: Outgoing, now: float) -> None:
         gone = self._handoffs.pulled(out, now)
         if gone is not None:
-            self._gone(gone)
+            self._gone(gone, now)
 
     def prefilled(self, sequence: Sequence, now: float) -> None:
         """The first token of a prompt that is to be handed off is out."""

@@ -6,9 +6,13 @@ import httpx
 import pytest
 import uvicorn
 from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from cluster.doors.both import listen
 from cluster.doors.http import HttpDoor, HttpSettings
+from cluster.doors.http_protocol import bounded_http
 from cluster.doors.limits import HttpLimits
 from cluster.doors.openai import ChatBody, CompletionBody, DetokenizeBody, parse_body
 from cluster.doors.openai_replies import ChatChunk, ChatReply, CompletionReply
@@ -388,21 +392,23 @@ async def test_a_closed_connection_frees_every_holder():
             await until(lambda one=instance: not one.sequences)
 
 
-async def test_a_reader_that_stops_reading_is_given_up():
-    async with serving(http=HttpSettings(HttpLimits(write_s=0.01))) as client:
-        body = json.dumps(COMPLETION | {"stream": True}).encode()
-        parts = [{"type": "http.request", "body": body}]
+async def test_a_reader_that_stops_reading_is_cut_off():
+    over = asyncio.Event()
 
-        async def receive():
-            return parts.pop() if parts else await asyncio.Event().wait()
+    async def endless():
+        try:
+            while True:
+                yield bytes(1 << 16)
+                await asyncio.sleep(0)
+        finally:
+            over.set()
 
-        async def send(message):
-            if message["type"] == "http.response.body":
-                await asyncio.Event().wait()
-
-        await client.door.app(scope(), receive, send)
-        await settle()
-        client.cluster.assert_empty()
+    app = Starlette(routes=[Route("/", lambda _: StreamingResponse(endless()))])
+    async with listening(app, HttpLimits(write_s=0.01)) as url:
+        _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await over.wait()
+        writer.close()
 
 
 async def test_a_failure_in_mid_stream_is_told_in_the_stream():
@@ -432,8 +438,9 @@ async def test_a_shutdown_that_cannot_wait_is_told_in_the_answer_and_in_the_stre
 
 
 @asynccontextmanager
-async def listening(app):
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+async def listening(app, limits=None):
+    http = bounded_http(limits or HttpLimits())
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="off"))
     sock = listen("127.0.0.1", 0, "port")
     task = asyncio.create_task(server.serve([sock]))
     try:

@@ -9,15 +9,19 @@ from engine.layout import KvLayout
 from engine.messages import (
     Abort,
     Cancelled,
+    Claim,
     Dropped,
     Migrate,
+    Migrated,
     Offer,
+    Pulled,
     Reserved,
     Role,
     Start,
     TransferKind,
 )
 from engine.request import Request, Sampling
+from tests.cluster.test_host import CountingExecutor
 
 LAYOUT = KvLayout("m", 2, 1, 8, 4, "float32")
 REQUEST = Request("r", (1, 2, 3, 4, 5), Sampling(max_tokens=6))
@@ -110,3 +114,21 @@ def test_a_prompt_that_is_to_be_handed_off_names_its_target_from_the_start():
     assert [running.target for running in load.sequences] == ["decode-0", None]
     assert is_awaited("decode-0", [load])
     assert not is_awaited("decode-1", [load])
+
+
+def test_who_waits_for_a_move_is_told_when_the_request_ends_before_the_gateway_has_decided():
+    one = instance()
+    one.receive("gateway-0", Start(REQUEST, 1), 0.0)
+    for _ in range(2):
+        batch = one.next_batch(0.0)
+        one.finish(batch, CountingExecutor().execute(batch), 0.0)
+    one.receive("controller", Migrate("r", "decode-1", "operator"), 0.0)
+    (offer,) = [message for to, message in said(one) if to == "decode-1"]
+    one.receive("decode-1", Reserved(offer.transfer), 0.0)
+    for checked in (False, True):
+        one.receive("decode-1", Pulled(offer.transfer, 6, checked), 1.0)
+    (claim,) = [message for _, message in said(one) if isinstance(message, Claim)]
+    assert claim.target == "decode-1"
+    one.receive("gateway-0", Abort("r", 1), 2.0)
+    ((to, moved),) = [(to, one) for to, one in said(one) if isinstance(one, Migrated)]
+    assert (to, moved.target, moved.outcome) == ("gateway-0", "decode-1", "StaleEpoch")

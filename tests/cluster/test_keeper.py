@@ -1,6 +1,7 @@
 """Instances that do not come up, without a Ray: what is told of it, and what goes on."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -236,6 +237,20 @@ async def test_a_newcomer_that_cannot_load_the_model_costs_the_others_no_restart
         await kept.all_gone()
     assert launcher.tried == ["mixed-0", "mixed-1", "mixed-1", "mixed-0"]
     assert removed == []
+
+
+async def test_an_instance_that_is_about_to_stop_cannot_be_wanted_otherwise(monkeypatch, removed):
+    refusing(monkeypatch)
+    kept, was = kept_by(silent), spec_of("decode-0")
+    changed = replace(was, role=Role.MIXED)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(found("decode-0"), ME, Link(), tasks, Starts())
+        assert kept.change(changed)
+        assert kept.roster.desired == (changed,)
+        kept.unwant("decode-0")
+        assert not kept.change(was)
+        assert kept.roster.desired == ()
+        await kept.all_gone()
 
 
 async def test_a_wish_tries_what_was_given_up_again(monkeypatch, removed):
