@@ -5,8 +5,9 @@
 
 Parts: `machine` (copy bandwidth, matrix rate), `decode` and `prefill` (the attention kernels on
 ragged batches, each backend's largest difference from fp32 torch and its time), `step` (a whole
-model with random weights: decode steps by batch, prefill by length). Every figure is a line of
-the output file at once; run again after an interruption, it goes on where it stopped. With
+model with random weights: decode steps by batch, each launched before the tokens of the one before
+it are read; prefill by length). Every figure is a line of the output file at once; run again after
+an interruption, it goes on where it stopped. With
 `--device cpu` the Triton kernels run in Triton's interpreter, which shows that the script works
 and that the kernels are right, and whose times mean nothing.
 """
@@ -19,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
@@ -33,7 +35,7 @@ import torch
 
 from engine import attention, triton_attention, varlen_attention
 from engine.attention import AttentionShape, KvLayer
-from engine.batch import Batch, Chunk, Draw
+from engine.batch import UNREAD, Batch, Chunk, Draw
 from engine.blocks import blocks_for
 from engine.checkpoint import open_checkpoint
 from engine.packing import Packed, pack
@@ -44,6 +46,9 @@ from scripts.bench.shapes import SHAPES, Shape, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from engine.batch import Collect, StepResult
 
     Figures = dict[str, float | str]
 
@@ -299,7 +304,8 @@ class Bench:
             self.records.measure(case.name, partial(self._step, runner, case))
 
     def _step(self, runner: Runner, case: StepCase) -> Figures:
-        time_s = time_of([case.work(runner)], self.sizes.calls, self.device)
+        with case.work(runner) as again:
+            time_s = time_of([again], self.sizes.calls, self.device)
         return {
             "time_s": time_s,
             "of_bandwidth": case.moved / time_s / self.limits.bytes_s,
@@ -310,7 +316,7 @@ class Bench:
 @dataclass(frozen=True)
 class StepCase:
     name: str
-    work: Callable[[Runner], Callable[[], object]]
+    work: Callable[[Runner], AbstractContextManager[Callable[[], object]]]
     """What a runner is asked for, again and again."""
     moved: float
     """Bytes that it must read."""
@@ -318,22 +324,47 @@ class StepCase:
 
 
 class Decoding:
-    """Sequences that go on by what they draw, as the decode scheduler has them."""
+    """Sequences that go on by what they draw, as an instance has them go on: where the runner takes
+    a step behind another, that one's tokens are read once the next has been launched."""
 
     def __init__(self, runner: Runner, count: int, context: int) -> None:
         self._runner, self._at, self._place = runner, context - STEPS_AHEAD, 0
         each = table_blocks(context)
         self._tables = [tuple(range(i * each, (i + 1) * each)) for i in range(count)]
-        self._tokens = [1] * count
+        self.tokens = [1] * count
+        self._under_way: Collect | None = None
 
-    def __call__(self) -> None:
-        draw, held = replace(GREEDY, position=self._place), self._at // BLOCK_TOKENS + 1
-        chunks = tuple(
-            Chunk(str(i), (token,), self._at, table[:held], draw)
-            for i, (token, table) in enumerate(zip(self._tokens, self._tables, strict=True))
-        )
-        self._tokens = [one.token for one in self._runner.execute(Batch(chunks)).drawn]
+    def __enter__(self) -> Callable[[], None]:
+        return self._step
+
+    def __exit__(self, *_: object) -> None:
+        self._read()
+
+    def _step(self) -> None:
+        launch = self._runner.launch
+        following = None if launch is None else launch(self._batch())
+        self._read()
+        if following is None:
+            self._told(self._runner.execute(self._batch()))
+        else:
+            self._under_way, self.tokens = following, [UNREAD] * len(self._tables)
         self._at, self._place = self._at + 1, self._place + 1
+
+    def _batch(self) -> Batch:
+        draw, held = replace(GREEDY, position=self._place), self._at // BLOCK_TOKENS + 1
+        chunks = (
+            Chunk(str(i), (token,), self._at, table[:held], draw)
+            for i, (token, table) in enumerate(zip(self.tokens, self._tables, strict=True))
+        )
+        return Batch(tuple(chunks))
+
+    def _read(self) -> None:
+        collect, self._under_way = self._under_way, None
+        if collect is not None:
+            self._told(collect())
+
+    def _told(self, result: StepResult) -> None:
+        self.tokens = [one.token for one in result.drawn]
 
 
 def table_blocks(context: int) -> int:
@@ -370,8 +401,8 @@ def step_cases(shape: Shape, sizes: Sizes, dtype: str) -> Iterator[StepCase]:
         yield StepCase(name, partial(_again, batch), moved, flops)
 
 
-def _again(batch: Batch, runner: Runner) -> Callable[[], object]:
-    return partial(runner.execute, batch)
+def _again(batch: Batch, runner: Runner) -> AbstractContextManager[Callable[[], object]]:
+    return nullcontext(partial(runner.execute, batch))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 import engine
+import tests.engine.triton_here  # noqa: F401  # before the kernels
+from engine.batch import UNREAD
+from engine.runner import Runner
+from scripts.bench import gpu
+from tests.engine.test_whole_steps import BLOCK_TOKENS, Staying, runner_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
 
 BENCHES = Path(engine.__file__).parent.parent / "scripts" / "bench"
 SMALL = ("--small", "--shapes", "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> None:
-    pytest.importorskip("triton", "3.9", reason="older interpreters do not run on numpy 2.4")
 
 
 def run(
@@ -68,3 +72,25 @@ def test_two_instances_of_a_device_serve_requests_beside_what_was_predicted(tmp_
     assert len(prefill["beside"]["decode"]) == len(decode["decode"]) > 0
     assert served["failed"] == 0
     assert 0 <= float(predicted["attainment"]) <= 1
+
+
+def test_a_decode_step_is_launched_before_the_one_before_it_is_read(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "BLOCK_TOKENS", BLOCK_TOKENS)
+
+    def decoded() -> tuple[list[int], list[int]]:
+        """Each sequence's last token, while a step may be under way and after it."""
+        runner = runner_of(tiny_checkpoint("llama3"), Staying())
+        runner.kv.memory.zero_()
+        sequences = gpu.Decoding(runner, count=2, context=gpu.STEPS_AHEAD + 3)
+        with sequences as step:
+            for _ in range(2 * BLOCK_TOKENS):
+                step()
+            known = sequences.tokens
+        return known, sequences.tokens
+
+    unread, drawn = decoded()
+    assert unread == [UNREAD] * 2
+    monkeypatch.setattr(Runner, "launch", None)
+    assert decoded() == (drawn, drawn)
