@@ -194,7 +194,7 @@ class Load:
     pinned_blocks: int
     cached_blocks: int
     step_s: float
-    """Smoothed duration of a step."""
+    """Smoothed duration of a step of decodes alone; 0 before there was one."""
     sequences: tuple[Running, ...]
     wanted_blocks: int = 0
     """What those that wait here for room are short of."""

@@ -50,6 +50,11 @@ def test_a_start_under_an_aborted_epoch_is_refused_aloud_and_a_later_one_is_take
     assert [running.epoch for running in one.load().sequences] == [3]
 
 
+def step(one: Instance, duration_s: float = 0.01) -> None:
+    batch = one.next_batch(0.0)
+    one.finish(batch, replace(CountingExecutor().execute(batch), duration_s=duration_s), 0.0)
+
+
 def offer_to(one: Instance) -> None:
     offered = Offer("t", TransferKind.HANDOFF, REQUEST, 2, "gateway-0", LAYOUT, 6)
     one.receive("prefill-0", offered, 0.0)
@@ -120,8 +125,7 @@ def test_who_waits_for_a_move_is_told_when_the_request_ends_before_the_gateway_h
     one = instance()
     one.receive("gateway-0", Start(REQUEST, 1), 0.0)
     for _ in range(2):
-        batch = one.next_batch(0.0)
-        one.finish(batch, CountingExecutor().execute(batch), 0.0)
+        step(one)
     one.receive("controller", Migrate("r", "decode-1", "operator"), 0.0)
     (offer,) = [message for to, message in said(one) if to == "decode-1"]
     one.receive("decode-1", Reserved(offer.transfer), 0.0)
@@ -132,3 +136,16 @@ def test_who_waits_for_a_move_is_told_when_the_request_ends_before_the_gateway_h
     one.receive("gateway-0", Abort("r", 1), 2.0)
     ((to, moved),) = [(to, one) for to, one in said(one) if isinstance(one, Migrated)]
     assert (to, moved.target, moved.outcome) == ("gateway-0", "decode-1", "StaleEpoch")
+
+
+def test_the_pace_that_routers_see_is_that_of_decodes_and_not_of_the_last_prompt():
+    one = instance()
+    one.receive("gateway-0", Start(REQUEST, 1), 0.0)
+    paces = []
+    for duration_s in (0.5, 0.01, 0.01):
+        step(one, duration_s)
+        paces.append(one.load().step_s)
+    assert paces == [0.0, 0.01, 0.01]
+    one.receive("gateway-0", Start(replace(REQUEST, id="s"), 1), 0.0)
+    step(one, 0.5)
+    assert one.load().step_s == 0.01
