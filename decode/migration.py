@@ -64,6 +64,10 @@ class Migrations:
         offered = (out.kind is TransferKind.MIGRATION for out in self._departures.open)
         return bool(self._asked or self._given) or any(offered)
 
+    @property
+    def given(self) -> int:
+        return len(self._given)
+
     def is_given(self, request_id: str) -> bool:
         return request_id in self._given
 

@@ -209,10 +209,9 @@ class Host:
     async def _tell_load(self) -> None:
         """At every change of what policies look at, and as a heartbeat when nothing changes."""
         while True:
-            load = self.instance.load()
+            load, self._told = self.instance.load(), self.instance.gist
             for listener in self._listeners:
                 self._tell(listener, load)
-            self._told = _gist(load)
             await asyncio.sleep(self._settings.change_s)
             try:
                 async with asyncio.timeout(self._settings.heartbeat_s):
@@ -221,19 +220,12 @@ class Host:
                 continue
 
     async def _until_changed(self) -> None:
-        while _gist(self.instance.load()) == self._told:
+        while self.instance.gist == self._told:
             self._changed.clear()
             await self._changed.wait()
-            await asyncio.sleep(self._settings.change_s)
 
     def _tell(self, listener: str, load: Load) -> None:
         try:
             self._link.send(listener, load)
         except InstanceLost as lost:
             log.warning("load not told listener=%s reason=%s", listener, lost)
-
-
-def _gist(load: Load) -> tuple[object, ...]:
-    """What makes a load worth telling before its heartbeat is due."""
-    names = tuple((running.request_id, running.state) for running in load.sequences)
-    return load.role, load.state, load.queue_requests, names

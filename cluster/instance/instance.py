@@ -261,6 +261,13 @@ class Instance:
     def preemptions(self) -> int:
         return self._decode.preemptions
 
+    @property
+    def gist(self) -> tuple[object, ...]:
+        """What makes a load worth telling before its heartbeat is due; looked at after every step,
+        and so without going through the sequences."""
+        places = len(self._prefill), len(self._handoffs.held), len(self._decode.running)
+        return self.role, self.state, places, self._residents.changes, self._transfers.gist
+
     def load(self) -> Load:
         counts = self.pool.counts()
         running = self._decode.running

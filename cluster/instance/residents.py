@@ -30,6 +30,8 @@ class Residents:
         self._gateways: dict[str, str] = {}
         self._tombstones: dict[str, int] = {}
         self._doomed: dict[str, Sequence] = {}
+        self.changes = 0
+        """How often a request has come or gone."""
         self.under_way: tuple[Batch, ...] = ()
         """The batch that runs now, and the one that was launched behind it."""
 
@@ -57,11 +59,13 @@ class Residents:
         return sequence.id in self._prefill and not sequence.blocks
 
     def enter(self, request_id: str, gateway: str, stamps: dict[str, float] | None = None) -> None:
+        self.changes += 1
         self._gateways[request_id] = gateway
         self.stamps[request_id] = {} if stamps is None else stamps
 
     def forget(self, request_id: str) -> None:
         """The sequence is in none of the places any more."""
+        self.changes += 1
         self._handoffs.forget(request_id)
         del self._gateways[request_id]
         del self.stamps[request_id]

@@ -137,6 +137,12 @@ class Transfers:
     def wanted_blocks(self) -> int:
         return self._arrivals.wanted_blocks
 
+    @property
+    def gist(self) -> tuple[object, ...]:
+        """What is on its way here, and how many have been given away."""
+        coming = tuple((one.offer.request.id, one.state) for one in self._arrivals.open)
+        return coming, self._migrations.given
+
     def listed(self) -> list[Running]:
         """Every request here, and those that have a reservation here."""
         here = [

@@ -149,3 +149,15 @@ def test_the_pace_that_routers_see_is_that_of_decodes_and_not_of_the_last_prompt
     one.receive("gateway-0", Start(replace(REQUEST, id="s"), 1), 0.0)
     step(one, 0.5)
     assert one.load().step_s == 0.01
+
+
+def test_a_load_is_worth_telling_when_requests_come_get_on_or_go_and_not_at_every_token():
+    one, gists = instance(), []
+    one.receive("gateway-0", Start(REQUEST, 1), 0.0)
+    while one.load().sequences:
+        gists.append(one.gist)
+        step(one)
+    waiting, prefilled, *running = gists
+    assert len({waiting, prefilled, *running}) == 3
+    assert len(running) == REQUEST.sampling.max_tokens - 2
+    assert one.gist not in gists
