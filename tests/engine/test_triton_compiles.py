@@ -14,7 +14,7 @@ SHARED_BYTES = 99 << 10
 
 def rows_of(module: str) -> list[list[str]]:
     """What a module prints where kernels are compiled, not interpreted."""
-    pytest.importorskip("triton", "3.9", reason="compiles ahead of time since 3.9")
+    pytest.importorskip("triton", "3.6", reason="nobody has compiled them with an older one")
     alone = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", module]
     told = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
