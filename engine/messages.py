@@ -194,7 +194,8 @@ class Load:
     pinned_blocks: int
     cached_blocks: int
     step_s: float
-    """Smoothed duration of a step of decodes alone; 0 before there was one."""
+    """Duration of the last batch. A smoothed one tells an instance that idles as slow as it was
+    when it was busy, for ever: whatever is a little quicker is then given every request."""
     sequences: tuple[Running, ...]
     wanted_blocks: int = 0
     """What those that wait here for room are short of."""
