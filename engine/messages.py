@@ -194,8 +194,7 @@ class Load:
     pinned_blocks: int
     cached_blocks: int
     step_s: float
-    """Duration of the last batch. A smoothed one tells an instance that idles as slow as it was
-    when it was busy, for ever: whatever is a little quicker is then given every request."""
+    """Smoothed duration of a step of decodes alone; 0 while nobody decodes."""
     sequences: tuple[Running, ...]
     wanted_blocks: int = 0
     """What those that wait here for room are short of."""

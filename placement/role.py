@@ -96,6 +96,12 @@ class RoleBatcher:
         step = Step(Batch(decodes), (), decodes, decode_step)
         return step if step.is_plain(eos) else None
 
+    @property
+    def pace_s(self) -> float:
+        """Of a decode step, as routers are to see it. One that idles has none: told how slow it was
+        when it was busy, it would be kept from work, and so from telling anything else."""
+        return self.decode_step_s if len(self.decode) else 0.0
+
     def tightest_tpot_s(self) -> float:
         """Of those that decode here, of which there must be some."""
         return min(sequence.request.slo.tpot_s for sequence in self.decode.running)

@@ -91,7 +91,6 @@ class Instance:
         self._trials = Trials()
         self._steps: list[Step] = []
         """Under way, in their order: one, and perhaps one that was launched behind it."""
-        self._step_s = 0.0
         self._outbox: list[Envelope] = []
 
     # Messages.
@@ -174,7 +173,6 @@ class Instance:
         step = self._end_step(batch)
         self._trials.passed()
         self._batcher.measured(step, result.duration_s)
-        self._step_s = result.duration_s
         drawn = {one.request_id: one for one in result.drawn}
         tokens: dict[str, list[Token]] = {}
         for chunk in step.decodes:
@@ -286,7 +284,7 @@ class Instance:
             block_tokens=self.pool.block_tokens,
             pinned_blocks=counts.pinned,
             cached_blocks=counts.cached,
-            step_s=self._step_s,
+            step_s=self._batcher.pace_s,
             sequences=tuple(self._transfers.listed()),
             wanted_blocks=self._wanted_blocks,
         )

@@ -227,7 +227,7 @@ class SimulatedInstance(Batching):
             block_tokens=pool.block_tokens,
             pinned_blocks=0,
             cached_blocks=0,
-            step_s=batcher.decode_step_s,
+            step_s=batcher.pace_s,
             sequences=sequences,
             wanted_blocks=batcher.prefill.wanted_blocks + batcher.decode.wanted_blocks,
         )

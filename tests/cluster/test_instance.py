@@ -50,9 +50,9 @@ def test_a_start_under_an_aborted_epoch_is_refused_aloud_and_a_later_one_is_take
     assert [running.epoch for running in one.load().sequences] == [3]
 
 
-def step(one: Instance) -> None:
+def step(one: Instance, duration_s: float = 0.01) -> None:
     batch = one.next_batch(0.0)
-    one.finish(batch, CountingExecutor().execute(batch), 0.0)
+    one.finish(batch, replace(CountingExecutor().execute(batch), duration_s=duration_s), 0.0)
 
 
 def offer_to(one: Instance) -> None:
@@ -136,6 +136,19 @@ def test_who_waits_for_a_move_is_told_when_the_request_ends_before_the_gateway_h
     one.receive("gateway-0", Abort("r", 1), 2.0)
     ((to, moved),) = [(to, one) for to, one in said(one) if isinstance(one, Migrated)]
     assert (to, moved.target, moved.outcome) == ("gateway-0", "decode-1", "StaleEpoch")
+
+
+def test_the_pace_that_routers_see_is_that_of_decodes_and_none_of_an_instance_that_idles():
+    one = instance()
+    assert one.load().step_s == 0.0
+    one.receive("gateway-0", Start(REQUEST, 1), 0.0)
+    paces = []
+    while one.load().sequences:
+        step(one, 0.01 if paces else 0.5)
+        paces.append(one.load().step_s)
+    of_the_prompt, *of_decodes, at_the_end = paces
+    assert (of_the_prompt, at_the_end) == (0.0, 0.0)
+    assert set(of_decodes) == {0.01}
 
 
 def test_a_load_is_worth_telling_when_requests_come_get_on_or_go_and_not_at_every_token():
