@@ -238,12 +238,12 @@ def crowded(devices: int) -> CostBook:
 def test_two_that_slow_each_other_down_do_not_serve_twice_as_much_as_one() -> None:
     rate_rps = served(plan(crowded(1), chat(), question()))
     found = plan(crowded(2), chat(), question())
-    (two,) = (
+    (uncut,) = (
         other.goodput_rps
         for other in found.alternatives
-        if other.pools == (PoolPlan(Role.MIXED, 2, Cut("l4")),)
+        if {(pool.role, pool.cut) for pool in other.pools} == {(Role.MIXED, Cut("l4"))}
     )
-    assert two < 1.5 * rate_rps
+    assert uncut < 1.5 * rate_rps
     few = question(objective=Objective.ACCELERATORS, rate_rps=rate_rps / 2)
     assert sum(pool.accelerators for pool in plan(crowded(2), chat(), few).pools) == 1
 
