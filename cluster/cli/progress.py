@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.1
 STAGES = ("waiting", "placing", "starting", "loading", "warming up", "up", "serving")
+DONE = {stage: number for number, stage in enumerate(STAGES)} | {"stopping": 0}
 MEASURED = ("loading", "warming up")
 
 
@@ -40,7 +41,7 @@ async def show_progress(controller: Any, ready: Callable[[], bool]) -> None:
                     raise InstanceLost(f"{name} has been given up: {report.failure}")
                 if name not in bars:
                     bars[name] = progress.add_task(name, total=len(STAGES) - 1, stage=stage)
-                done = STAGES.index(stage) + (report.progress if stage in MEASURED else 0.0)
+                done = DONE[stage] + (report.progress if stage in MEASURED else 0.0)
                 progress.update(bars[name], completed=done, stage=stage_text(report))
             await asyncio.sleep(LOOK_S)
 

@@ -104,7 +104,7 @@ class Controller:
     async def sync(self, me: Member, known: int, wait_s: float) -> Roster:
         """Joins, tells what the member has carried out, and waits a while for news."""
         await self._recovered.wait()
-        if me.kind is not Kind.GATEWAY and me.name not in self._keeper.instances:
+        if me.kind is not Kind.GATEWAY and not self._keeper.admits(me.name):
             raise InstanceLost(f"{me.name} is not wanted any more")
         self._keeper.joins(me, known)
         if self._keeper.roster.version == known:

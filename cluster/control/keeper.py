@@ -209,6 +209,10 @@ class Keeper:
 
     # Who is there.
 
+    def admits(self, instance: str) -> bool:
+        launched = self.instances.get(instance)
+        return launched is not None and launched.shows_itself
+
     def joins(self, member: Member, known: int) -> None:
         """A member shows itself and tells what roster it has carried out."""
         now = self._clock.now()

@@ -46,7 +46,7 @@ class Launched:
     workers: list[Any] = field(default_factory=list)
     group: PlacementGroup | None = None
     stage: str = "placing"
-    """placing, starting, loading, warming up or up; for the person who waits."""
+    """placing, starting, loading, warming up, up or stopping; for the person who waits."""
     progress: float = 0.0
     """The share of the loading or of the warm-up that is done."""
     condemned: asyncio.Future[None] = field(
@@ -55,7 +55,12 @@ class Launched:
     """Fails as soon as somebody knows better than Ray that the instance is lost."""
 
     dismissed: bool = False
-    """Whether it ends in order, and may yet finish what it has begun to write."""
+    """Whether it is up and ends in order: it may yet finish what it has begun to write."""
+
+    @property
+    def shows_itself(self) -> bool:
+        """Whether its leader may join; one that is taken down goes on asking for a while."""
+        return self.stage in ("warming up", "up")
 
     def condemn(self, why: str) -> None:
         if not self.condemned.done():
@@ -63,7 +68,7 @@ class Launched:
 
     def dismiss(self, why: str) -> None:
         """Nothing is wrong with it, but its time is over."""
-        self.dismissed = True
+        self.dismissed = self.stage == "up"
         self.condemn(why)
 
     async def ended(self) -> None:
@@ -86,7 +91,8 @@ class Launched:
 
     async def take_down(self) -> None:
         """Kills what is left of the instance and waits until Ray has forgotten it."""
-        if self.dismissed and self.stage == "up":
+        self.stage = "stopping"
+        if self.dismissed:
             await self._let_finish()
         for worker in self.workers:
             ray.kill(worker)
@@ -131,9 +137,10 @@ class Launcher:
             async with asyncio.timeout(limit_s):
                 await self._launch(instance)
         except TimeoutError:
+            stage = instance.stage
             await instance.take_down()
-            wanted = f" (wants {wants_of(instance.spec)})" if instance.stage == "placing" else ""
-            raise DeadlineExceeded(f"still {instance.stage} after {limit_s:g} s{wanted}") from None
+            wanted = f" (wants {wants_of(instance.spec)})" if stage == "placing" else ""
+            raise DeadlineExceeded(f"still {stage} after {limit_s:g} s{wanted}") from None
         except BaseException:
             await instance.take_down()
             raise
@@ -182,11 +189,15 @@ class Launcher:
 
 async def _watched(work: asyncio.Future[Any], instance: Launched) -> Any:
     """The work's result; meanwhile its slowest worker tells how far it is."""
-    while not work.done():
-        shares = await asyncio.gather(*(worker.progress.remote() for worker in instance.workers))
-        instance.progress = min(shares)
-        await asyncio.wait([work], timeout=PROGRESS_S)
-    return work.result()
+    try:
+        while not work.done():
+            looks = (worker.progress.remote() for worker in instance.workers)
+            instance.progress = min(await asyncio.gather(*looks))
+            await asyncio.wait([work], timeout=PROGRESS_S)
+        return work.result()
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 def adopt(spec: InstanceSpec, groups: Groups) -> Launched:

@@ -92,7 +92,11 @@ def instance_document(report: InstanceReport) -> dict[str, Any]:
 def state_of(report: InstanceReport) -> str:
     if report.failure is not None:
         return "given up"
-    return InstanceState.STARTING.value if report.load is None else report.load.state.value
+    if report.load is not None:
+        return report.load.state.value
+    if report.stage == "stopping":
+        return InstanceState.STOPPED.value
+    return InstanceState.STARTING.value
 
 
 async def ask(call: Awaitable[Any], within_s: float = CALL_S) -> Any:

@@ -13,7 +13,7 @@ from cluster.control.placing import Groups, placed
 from cluster.control.recovery import Recovered
 from cluster.roster import InstanceSpec, Kind, Member, Roster
 from engine.clock import VirtualClock
-from engine.errors import BadCheckpoint, DeadlineExceeded, InstanceLost
+from engine.errors import BadCheckpoint, DeadlineExceeded, InstanceLost, NotFound
 from engine.messages import Role
 from tests.cluster.serving import until
 
@@ -267,3 +267,34 @@ async def test_a_wish_tries_what_was_given_up_again(monkeypatch, removed):
         await until(lambda: told.count(("mixed-0", "up")) == 2)
         await kept.all_gone()
     assert removed == []
+
+
+async def test_who_is_taken_down_cannot_join_again_before_it_is_gone(monkeypatch, removed):
+    refusing(monkeypatch)
+    told, gone = Notes(), asyncio.Event()
+
+    def dying(*_):
+        if gone.is_set():
+            raise InstanceLost("no such worker")
+
+    monkeypatch.setattr(launch, "find_worker", dying)
+    monkeypatch.setattr(launch, "GONE_POLL_S", 0.001)
+    kept = kept_by(told)
+    async with asyncio.TaskGroup() as tasks:
+        kept.begin(found("decode-0"), ME, Link(), tasks, Starts())
+        await until(lambda: ("decode-0", "up") in told)
+        assert kept.admits("decode-0")
+        launched = kept.instances["decode-0"]
+        kept.unwant("decode-0")
+        launched.dismiss("drained")
+        await until(lambda: ("decode-0", "stopped") in told)
+        assert kept.instances == {"decode-0": launched}
+        assert not kept.admits("decode-0")
+        with pytest.raises(NotFound):
+            kept.up("decode-0")
+        gone.set()
+        await until(lambda: kept.instances == {})
+        kept.desire((spec_of("decode-0"),))
+        assert not kept.admits("decode-0")
+        await until(lambda: kept.admits("decode-0"))
+        await kept.all_gone()

@@ -35,8 +35,9 @@ def at_once(monkeypatch):
 
 
 async def test_a_start_is_followed_through_every_stage_until_all_is_ready():
-    controller = Reporting(*(InstanceReport(SPEC, stage, 0.5, None, None) for stage in STAGES))
-    await show_progress(controller, lambda: controller.told == len(STAGES))
+    stages = ("waiting", "placing", "stopping", *STAGES)
+    controller = Reporting(*(InstanceReport(SPEC, stage, 0.5, None, None) for stage in stages))
+    await show_progress(controller, lambda: controller.told == len(stages))
 
 
 async def test_a_start_ends_with_the_reason_once_an_instance_is_given_up():
@@ -45,7 +46,9 @@ async def test_a_start_ends_with_the_reason_once_an_instance_is_given_up():
         await show_progress(Reporting(waiting, GIVEN_UP), lambda: False)
 
 
-def test_status_tells_an_instance_that_was_given_up_from_one_that_starts():
-    starting = InstanceReport(SPEC, "loading", 0.5, None, None)
-    states = [instance_document(report)["state"] for report in (starting, GIVEN_UP)]
-    assert states == ["starting", "given up"]
+def test_status_tells_who_starts_from_who_stops_and_from_who_was_given_up():
+    starting, stopping = (
+        InstanceReport(SPEC, stage, 0.5, None, None) for stage in ("loading", "stopping")
+    )
+    states = [instance_document(report)["state"] for report in (starting, stopping, GIVEN_UP)]
+    assert states == ["starting", "stopped", "given up"]

@@ -20,6 +20,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.ray)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure is shown with what its cluster has said."""
+    report = yield
+    serving = item.funcargs.get("cluster")
+    if report.failed and serving is not None:
+        report.sections.append(("what was served", serving.log.read_text()[-8000:]))
+    return report
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """One prefill and two decode instances of the built-in model, shared by the tests. They stand
