@@ -31,6 +31,7 @@ from cluster.zmq_link import ZmqLink
 from engine.clock import SystemClock
 from engine.errors import BadRequest, InstanceLost, NotFound, TandemError
 from engine.messages import InstanceState, Load, Migrate, Migrated, Role
+from placement.scaling.allotment import expendable
 from placement.scaling.signals import Phase, Unit
 
 if TYPE_CHECKING:
@@ -237,13 +238,14 @@ class Controller:
     async def scale(self, role: Role, instances: int) -> Scaled:
         """Starts or drains as many as it takes; returns at once."""
         await self._recovered.wait()
-        wanted = [spec for spec in self._keeper.roster.desired if spec.role is role]
-        if instances < len(wanted):
-            surplus = tuple(spec.name for spec in wanted[instances:])
-            for name in surplus:
-                self.retire(name)
-            return Scaled((), surplus)
-        return Scaled(self._start(role, instances - len(wanted)), ())
+        standing = expendable(self.units(), role)
+        missing = instances - len(standing)
+        if missing >= 0:
+            return Scaled(self._start(role, missing), ())
+        surplus = tuple(unit.name for unit in standing[:-missing])
+        for name in surplus:
+            self.retire(name)
+        return Scaled((), surplus)
 
     async def apply_policy(self, policy: PolicyText) -> list[str]:
         """From now on the autoscaler follows this policy; what changes, a line each."""

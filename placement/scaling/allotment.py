@@ -111,7 +111,7 @@ def steps(
     if switch:
         actions += _switches(by_role, pool, surplus)
     for role, extra in surplus.items():
-        for unit in _expendable(pool, role)[: max(extra, 0)]:
+        for unit in expendable(pool, role)[: max(extra, 0)]:
             actions.append(Stop(unit.name, role))
     for role, extra in surplus.items():
         for _ in range(0 if by_role[role].blocked else max(-extra, 0)):
@@ -157,11 +157,11 @@ def _switchable(
     """The unit of `source` that is turned most easily, if it fits the other role."""
     if source is target or wishes[source].accelerators != wishes[target].accelerators:
         return None
-    ready = [unit for unit in _expendable(pool, source) if unit.phase is Phase.READY]
+    ready = [unit for unit in expendable(pool, source) if unit.phase is Phase.READY]
     return ready[0] if ready else None
 
 
-def _expendable(units: Iterable[Unit], role: Role) -> list[Unit]:
+def expendable(units: Iterable[Unit], role: Role) -> list[Unit]:
     """Those that have not started yet first, then those with the least to move away."""
     candidates = [u for u in units if u.role is role and u.phase is not Phase.DRAINING]
     return sorted(candidates, key=lambda u: (u.phase is Phase.READY, u.running, u.name))

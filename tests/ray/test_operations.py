@@ -134,6 +134,11 @@ async def test_a_drained_instance_leaves_no_reader_behind(cluster, undisturbed):
     with cluster.client() as client:
         assert {i.id for i in client.status().instances} == names
         assert list(client.scale("decode", 3).started) == ["decode-0"]
+        # Not the last by name: one that is not up yet has nothing to move away.
+        assert list(client.scale("decode", 2).draining) == ["decode-0"]
+    await until(all_ready(cluster))
+    with cluster.client() as client:
+        assert list(client.scale("decode", 3).started) == ["decode-0"]
         client.drain("decode-2")
     await until(all_ready(cluster))
 
