@@ -215,6 +215,8 @@ def _both_ways(run: Run) -> Iterator[tuple[float, float]]:
 
 def _show_serving(measured: Measurements) -> None:
     """What steps take in service, and what requests wait for beside them."""
+    from cluster.profiling.others import DISTURBING_CORES
+
     machine = measured.machine(1, 1)
     if machine is not None:
         between, times = measured.in_service.between, measured.in_service.times
@@ -236,6 +238,12 @@ def _show_serving(measured: Measurements) -> None:
         print(f"a request is {measured.arrival_s * 1e3:.1f} ms on its way")
     if measured.handoff_s:
         print(f"a hand-off takes {measured.handoff_s * 1e3:.1f} ms beside its copy")
+    if measured.other_cores > DISTURBING_CORES:
+        print(
+            f"other processes took {measured.other_cores:.1f} cores while a server was measured, "
+            "and made it slower: profile again without them",
+            file=sys.stderr,
+        )
 
 
 def _show_profile(document: dict[str, Any], *, as_json: bool) -> None:

@@ -14,7 +14,8 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
+from functools import partial
+from itertools import product
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +26,7 @@ import numpy as np
 from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
 from cluster.bench.run import Bench, Plan
+from cluster.profiling.others import OtherProcesses, least_disturbed
 from cluster.profiling.speed import SpeedProbe, lengthened, speed_of
 from cluster.profiling.steps import prompt_passes, steps_at_work
 from engine.errors import InstanceLost
@@ -62,6 +64,8 @@ class Serving:
     """How long requests come at each rate."""
     rounds: int = 1
     """Servers take turns so often: a machine's pace goes up and down over minutes."""
+    most_tries: int = 3
+    """At a server beside which other processes took much of the machine."""
 
     def copy_s(self, tokens: int) -> float:
         if not self.copies:
@@ -95,34 +99,39 @@ def loads_of(instances: Sequence[int], rounds: int) -> int:
 
 def measure_serving(settings: Serving, progress: Callable[[int], None]) -> dict[str, Any]:
     """As a profile has it; `progress` is told under how many loads servers have been."""
-    done = count(1)
+    turns = product(range(settings.rounds), _servers(settings.instances))
+    measured: list[_Measured] = []
     with SpeedProbe(settings.rank) as probe:
-        measured = [
-            _measure(pools, turn, probe, settings, lambda: progress(next(done)))
-            for turn in range(settings.rounds)
-            for pools in _servers(settings.instances)
-        ]
+        for turn, pools in turns:
+            done = len(measured) * len(LOAD_SHARES)
+            loaded = partial(_go_on, progress, done)
+            work = partial(_measure, pools, turn, probe, settings, loaded)
+            measured.append(least_disturbed(work, settings.most_tries))
     speed = speed_of([reading for one in measured for reading in one.readings])
     at_work = [one.told(speed, settings) for one in measured]
     return {"at_work": at_work, "speed": speed.described()}
 
 
+def _go_on(progress: Callable[[int], None], done: int, more: int) -> None:
+    progress(done + more)
+
+
 def _measure(
-    pools: _Pools, turn: int, probe: SpeedProbe, settings: Serving, loaded: Callable[[], None]
+    pools: _Pools, turn: int, probe: SpeedProbe, settings: Serving, loaded: Callable[[int], None]
 ) -> _Measured:
-    """One server, under one load after the other."""
+    """One server, under one load after the other; `loaded` is told under how many it has been."""
     one, spans = _Measured(pools), []
     with tempfile.TemporaryDirectory() as logs:
         with _server(settings, pools, logs) as url:
             probe.readings()
-            began_s = time.time()
-            for share in LOAD_SHARES:
+            others, began_s = OtherProcesses(), time.time()
+            for place, share in enumerate(LOAD_SHARES, 1):
                 rate_rps = share * pools.taking / settings.request_s
                 load = _load(url, rate_rps, turn, settings)
                 one.samples.append(load.samples)
                 spans.append((load.began_s, time.time()))
-                loaded()
-            one.readings = probe.readings()
+                loaded(place)
+            one.readings, one.others = probe.readings(), others.cores
         one.steps = steps_at_work(Path(logs), began_s)
         one.prompt_passes = prompt_passes(Path(logs), *spans[0])
     return one
@@ -139,9 +148,15 @@ class _Measured:
     prompt_passes: tuple[int, float] = (0, 0.0)
     """In how many the first rate's prompts were, and how long in all."""
     readings: list[Reading] = field(default_factory=list)
+    others: float = 0.0
+    """Cores that other processes took."""
 
     def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:
-        told: dict[str, Any] = {"handed_off": self.pools.handed_off, "steps": self.steps}
+        told: dict[str, Any] = {
+            "handed_off": self.pools.handed_off,
+            "other_cores": self.others,
+            "steps": self.steps,
+        }
         if self.pools.handed_off:
             told["handoff_s"] = _handoff_s([one for load in self.samples for one in load], settings)
         if self.pools.taking == 1:

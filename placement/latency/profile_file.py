@@ -8,15 +8,15 @@ seconds), `mixed` (the fields of both), where context sums the KV tokens already
 `beside`, the same while `neighbours` others compute on the machine; `transfer` (bytes, seconds);
 `at_work`, of servers under load the means over `steps` that were alike (count, tokens, draws,
 pairs, kv_read_tokens, processor_s; optionally waited_s, others, cold, mixed, followed, then_s),
-with `handed_off` and optionally `way_s`, `way_steps` and `handoff_s`; and `speed`, whose `paces`
-tell how unsteady the machine was.
+with `handed_off` and optionally `way_s`, `way_steps`, `handoff_s` and `other_cores`; and `speed`,
+whose `paces` tell how unsteady the machine was.
 """
 
 from __future__ import annotations
 
 import json
 from math import inf
-from statistics import fmean
+from statistics import median
 from sys import float_info
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,9 @@ def profile_from(content: object) -> Profile:
         for i, server in enumerate(at_work)
         for j, raw in enumerate(_mappings(f"profile.at_work[{i}].steps", server.get("steps")))
     )
-    way_s, handoff_s = (_mean_of(at_work, key) for key in ("way_s", "handoff_s"))
-    way_steps = _mean_of(at_work, "way_steps", 1.0)
+    way_s, handoff_s = (_median_of(at_work, key) for key in ("way_s", "handoff_s"))
+    way_steps = _median_of(at_work, "way_steps", 1.0)
+    other_cores = [_number("profile.at_work", one, "other_cores", 0) for one in at_work]
     return Profile(
         _text("profile.model", content["model"]),
         _text("profile.device", content["device"]),
@@ -87,6 +88,7 @@ def profile_from(content: object) -> Profile:
         way_s,
         way_steps,
         handoff_s,
+        max(other_cores, default=0.0),
         dtype=_dtype(content, "dtype"),
         kv_dtype=_dtype(content, "kv_dtype"),
         threads=_count("profile", content, "threads") if "threads" in content else None,
@@ -117,10 +119,10 @@ def _step_at_work(where: str, raw: Mapping[str, Any], server: Mapping[str, Any])
     )
 
 
-def _mean_of(servers: Sequence[Mapping[str, Any]], key: str, default: float = 0.0) -> float:
-    """Over those that tell it."""
+def _median_of(servers: Sequence[Mapping[str, Any]], key: str, default: float = 0.0) -> float:
+    """Over those that tell it: one may have been disturbed."""
     known = [_number("profile.at_work", one, key) for one in servers if key in one]
-    return fmean(known) if known else default
+    return median(known) if known else default
 
 
 def _paces(speed: object) -> tuple[float, ...]:

@@ -32,14 +32,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +59,7 @@ from prediction_report import (
 from shapes import SHAPES, write_checkpoint
 
 from cluster.profiling.one_rank import RankSettings
+from cluster.profiling.others import OtherProcesses, least_disturbed
 from cluster.profiling.speed import Speed, SpeedProbe, speed_of
 
 if TYPE_CHECKING:
@@ -74,8 +72,6 @@ PLANNED = "planned"
 SPREAD = 0.5
 """Of the logarithm of the lengths."""
 STOP_S = 60
-DISTURBED_CORES = 0.1
-"""Measured again where other processes took more of this machine."""
 STAGES = ["prepare", "measure", "report"]
 RATES = "rates.json"
 
@@ -232,11 +228,11 @@ def measure(folder: Path, deployment: str, turn: int, most_tries: int) -> None:
         for rate in rates:
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
-            driven = undisturbed(bench, most_tries, probe)
+            found = least_disturbed(partial(driven, bench, probe), most_tries)
             line = {"deployment": deployment, "rate_rps": rate, "turn": turn}
-            line |= {"others": driven.others, "slower": driven.speed.slower_than(then)}
+            line |= {"others": found.others, "slower": found.speed.slower_than(then)}
             with (folder / MEASURED).open("a") as file:
-                file.write(json.dumps({**line, "figures": json.loads(driven.figures)}) + "\n")
+                file.write(json.dumps({**line, "figures": json.loads(found.figures)}) + "\n")
 
 
 @dataclass(frozen=True)
@@ -248,57 +244,11 @@ class Driven:
     figures: str
 
 
-def undisturbed(work: Callable[[], str], most_tries: int, probe: SpeedProbe) -> Driven:
-    """What came of it; again if others took too much."""
-    tries: list[Driven] = []
-    while len(tries) < most_tries and (not tries or tries[-1].others > DISTURBED_CORES):
-        began_s, before_s = time.monotonic(), foreign_s()
-        probe.readings()
-        text = work()
-        others = (foreign_s() - before_s) / (time.monotonic() - began_s)
-        tries.append(Driven(max(others, 0.0), speed_of(probe.readings()), text))
-    return min(tries, key=lambda one: one.others)
-
-
-def foreign_s() -> float:
-    """Processor time of this machine that went neither to this process nor to what it began."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    own_s = sum(processor_ticks(one) for one in family(os.getpid())) / ticks
-    return busy_ticks() / ticks - own_s - ended.ru_utime - ended.ru_stime
-
-
-def busy_ticks() -> int:
-    """That this machine has worked."""
-    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, soft_irq, *_ = map(int, fields)
-    return user + nice + system + irq + soft_irq
-
-
-def family(first: int) -> list[int]:
-    """A process and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        fields = stat_fields(path)
-        if fields:
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found = [first]
-    for one in found:
-        found += children.get(one, [])
-    return found
-
-
-def processor_ticks(process: int) -> int:
-    fields = stat_fields(Path(f"/proc/{process}/stat"))
-    return int(fields[11]) + int(fields[12]) if fields else 0
-
-
-def stat_fields(path: Path) -> list[str]:
-    """From the state on; none of a process that has ended."""
-    try:
-        return path.read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+def driven(bench: Callable[[], str], probe: SpeedProbe) -> Driven:
+    others = OtherProcesses()
+    probe.readings()
+    text = bench()
+    return Driven(others.cores, speed_of(probe.readings()), text)
 
 
 def read_rates(folder: Path) -> list[float]:

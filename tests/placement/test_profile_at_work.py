@@ -110,7 +110,7 @@ def test_a_profile_knows_steps_at_work() -> None:
     assert profile.handoff_s == 0.003
 
 
-def test_the_way_of_requests_is_the_mean_of_what_servers_tell_less_what_is_of_the_step() -> None:
+def test_the_way_of_requests_is_the_median_of_servers_less_what_is_of_the_step() -> None:
     content = document()
     content["at_work"][1]["way_s"] = 0.006
     profile = profile_from(content)
@@ -119,7 +119,10 @@ def test_the_way_of_requests_is_the_mean_of_what_servers_tell_less_what_is_of_th
     content["at_work"][1]["way_steps"] = 1.5
     again = 0.5 * (STEP_S + TOKEN_S) / 1.1
     assert profile_from(content).arrival_s == pytest.approx(profile.arrival_s - again, rel=0.02)
-    content["at_work"][0]["way_s"] = content["at_work"][1]["way_s"] = 0.0
+    content["at_work"].append({"way_s": 0.5, "way_steps": 3.0, "steps": []})
+    assert profile_from(content).way_s == pytest.approx(0.006)
+    for server in content["at_work"]:
+        server["way_s"] = 0.0
     assert profile_from(content).arrival_s == 0.0
 
 
@@ -137,6 +140,13 @@ def test_a_profile_knows_what_is_shared_of_a_machine() -> None:
     assert wide.width == 4
 
 
+def test_a_profile_knows_what_other_processes_took() -> None:
+    content = document()
+    assert profile_from(content).other_cores == 0.0
+    content["at_work"][1]["other_cores"] = 0.7
+    assert profile_from(content).other_cores == 0.7
+
+
 def test_where_no_pair_was_measured_it_waits_like_mixed_instances() -> None:
     one = document()
     one["at_work"] = one["at_work"][:1]
@@ -151,6 +161,7 @@ def test_where_no_pair_was_measured_it_waits_like_mixed_instances() -> None:
         ({"serving": [{"instances": 1}]}, "profile.serving"),
         ({"at_work": [{"way_s": 1}]}, "profile.at_work[0].steps"),
         ({"at_work": [{"way_s": -1, "steps": []}]}, "profile.at_work.way_s"),
+        ({"at_work": [{"other_cores": "1", "steps": []}]}, "profile.at_work.other_cores"),
         ({"at_work": [{"steps": [{"count": 3}]}]}, "profile.at_work[0].steps[0].tokens"),
         ({"speed": {}}, "profile.speed.paces"),
         ({"speed": {"paces": [1.0, -1.0]}}, "profile.speed.paces"),

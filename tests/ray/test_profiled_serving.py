@@ -10,12 +10,15 @@ def prompt_pairs(server):
 
 def test_servers_are_measured_under_load():
     done = []
-    settings = Serving(RankSettings("demo"), (1, 2), 2048, request_s=0.05, load_s=0.0, rounds=2)
+    rank = RankSettings("demo")
+    given = {"request_s": 0.05, "load_s": 0.0, "rounds": 2, "most_tries": 1}
+    settings = Serving(rank, (1, 2), 2048, **given)
     measured = measure_serving(settings, done.append)
     assert done == list(range(1, loads_of((1, 2), 2) + 1))
     one, two, pair, *again = measured["at_work"]
     assert [server["handed_off"] for server in again] == [False, False, True]
     assert prompt_pairs(again[0]) != prompt_pairs(one)
+    assert all(server["other_cores"] >= 0.0 for server in measured["at_work"])
     assert one["way_s"] > 0.0
     assert one["way_steps"] >= 1.0
     assert pair["handoff_s"] >= 0.0
