@@ -130,6 +130,7 @@ def profile(
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Measures passes also over so many workers of this machine.")
     ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the requests to measured servers.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measures passes of the engine and KV copies on this machine, and fits what they cost."""
@@ -149,6 +150,7 @@ def profile(
         neighbours=neighbours,
         serving=serving,
         tensor_parallel=tensor_parallel,
+        seed=seed,
     )
     with _progress("measuring") as progress:
         document = measure(settings, progress)

@@ -56,6 +56,8 @@ class Measuring:
     """How many times servers are measured, too."""
     tensor_parallel: int = 1
     """Passes are also measured over so many ranks of this machine."""
+    seed: int = 0
+    """Of the requests to servers."""
 
     @property
     def rank(self) -> RankSettings:
@@ -130,6 +132,7 @@ def measure(settings: Measuring, progress: Progress) -> dict[str, Any]:
             copies,
             token_bytes,
             rounds=settings.serving,
+            seed=settings.seed,
         )
         served = measure_serving(serving, stages.served)
     return {

@@ -64,6 +64,8 @@ class Serving:
     """How long requests come at each rate."""
     rounds: int = 1
     """Servers take turns so often: a machine's pace goes up and down over minutes."""
+    seed: int = 0
+    """Of the requests in the first round; each has its own."""
     most_tries: int = 3
     """At a server beside which other processes took much of the machine."""
 
@@ -177,7 +179,7 @@ def _load(url: str, rate_rps: float, turn: int, settings: Serving) -> Measured:
         rate_rps=rate_rps,
         longest_prompt=room,
         longest_output=room,
-        seed=turn,
+        seed=settings.seed + turn,
     )
     bench = Bench(Plan(Arrangement(draw(recipe))))
     (measured,) = asyncio.run(bench.run([parse_target(url)]))

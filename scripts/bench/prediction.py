@@ -13,15 +13,16 @@ prompts to one server, so prefixes are not cached: later rates would find their 
 The profile also tells what passes cost beside a busy neighbour, and what serving adds to them,
 since the generator and the gateway share the two cores with the instances.
 
-A virtual machine's pace drifts, as others of its host compute: servers are profiled in turns and in
-several rounds, deployments are driven so, too, and a figure is the median over its rounds. How far
-rounds lie apart is printed beside it, and how near the first comes to the median of the others: no
-prediction can be expected to come nearer than the same requests to themselves.
+A virtual machine's pace drifts, as others of its host compute: in each of several rounds it is
+profiled anew, and then every deployment is driven at every rate. The plan and the rates are by the
+first profile, predictions by all of them together, and a figure is the median over its rounds. How
+far rounds lie apart is printed beside it, and how near the first comes to the median of the others:
+no prediction can be expected to come nearer than the same requests to themselves.
 
-Two predictions are compared with each measurement. One is by the profile as it was taken. For the
-other, a process of its own times passes of the model every now and then, while a server is profiled
-and while a rate is driven: it is by the profile with its times made as much longer as these take
-longer. Nothing that was measured of the server or the rate goes into it.
+Two predictions are compared with each measurement. One is by the profiles as they were taken. For
+the other, a process of its own times passes of the model every now and then, while a server is
+profiled and while a rate is driven: it is by each profile with its times made as much longer as
+these take longer. Nothing that was measured of the server or the rate goes into it.
 
 Where the time to the first token and to the second went is told for the mean request, as predicted
 and as measured. With a folder the stages may run one by one, and a rate that was measured is not
@@ -48,10 +49,10 @@ import yaml
 from prediction_report import (
     MEASURED,
     PLAN,
-    PROFILE,
     ROOT,
     TANDEM,
     WORKLOAD,
+    profile_of,
     read_measured,
     report,
     tandem,
@@ -60,11 +61,12 @@ from shapes import SHAPES, write_checkpoint
 
 from cluster.profiling.one_rank import RankSettings
 from cluster.profiling.others import OtherProcesses, least_disturbed
-from cluster.profiling.speed import Speed, SpeedProbe, speed_of
+from cluster.profiling.speed import SpeedProbe, speed_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from cluster.profiling.speed import Speed
 
 FLEET = {"nodes": [{"device": "cpu-core", "count": 1, "devices": 2}]}
 DEPLOYMENTS = {"aggregated": {"mixed": 2}, "split": {"prefill": 1, "decode": 1}}
@@ -83,6 +85,7 @@ def main() -> None:
             prepare(folder, options)
         if "measure" in options.stages:
             for turn in range(options.rounds):
+                profile(folder, turn, options)
                 for deployment in options.deployments:
                     measure(folder, deployment, turn, options.tries)
         if "report" in options.stages:
@@ -110,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="median tokens")
     parser.add_argument("--output", type=int, default=32, help="median tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3, help="of the profile and of each rate")
+    parser.add_argument("--rounds", type=int, default=3, help="of profile and rates")
     parser.add_argument("--quick", action="store_true", help="profile fewer passes")
     parser.add_argument("--folder", type=Path, help="keeps what is made here, to go on later")
     parser.add_argument("--stages", type=names_of(STAGES), default=STAGES)
@@ -152,8 +155,8 @@ def write_workload(path: Path, options: argparse.Namespace) -> Path:
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """A profile, a plan, the two deployments, and the rates to drive them at."""
-    workload = write_workload(folder / WORKLOAD, options)
-    plan = make_plan(folder, checkpoint(folder, options.model), workload, options)
+    profile(folder, 0, options)
+    plan = make_plan(folder, options)
     for deployment, entries in deployments(plan).items():
         write_deployment(folder / f"{deployment}.yaml", plan, entries)
     rates = [plan["predicted"]["goodput_rps"] * share for share in options.shares]
@@ -173,17 +176,21 @@ def checkpoint(folder: Path, model: str) -> str:
     return str(directory)
 
 
-def make_plan(
-    folder: Path, model: str, workload: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    fleet, profile, plan = (folder / name for name in ("fleet.yaml", PROFILE, PLAN))
+def profile(folder: Path, turn: int, options: argparse.Namespace) -> None:
+    """Unless it is there already."""
+    path = profile_of(folder, turn)
+    if not path.exists():
+        model, passes = checkpoint(folder, options.model), ["--quick"] if options.quick else []
+        beside = ("--neighbours=1", "--serving=1", f"--seed={turn}")
+        tandem("profile", model, "-o", path, "--device=cpu", *beside, *passes)
+
+
+def make_plan(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    model, workload = checkpoint(folder, options.model), write_workload(folder / WORKLOAD, options)
+    fleet, plan = folder / "fleet.yaml", folder / PLAN
     fleet.write_text(yaml.safe_dump(FLEET))
-    if not profile.exists():
-        passes = ["--quick"] if options.quick else []
-        beside = ("--neighbours=1", f"--serving={options.rounds}")
-        tandem("profile", model, "-o", profile, "--device=cpu", *beside, *passes)
     targets = ("--ttft", options.ttft, "--tpot", options.tpot, "--attainment", options.attainment)
-    given = ("--hardware", fleet, "--workload", workload, "--profile", profile)
+    given = ("--hardware", fleet, "--workload", workload, "--profile", profile_of(folder, 0))
     made = tandem("plan", "--model", model, *given, *targets, "-o", plan, "--json")
     answer: dict[str, Any] = json.loads(made)
     return answer
@@ -223,14 +230,13 @@ def measure(folder: Path, deployment: str, turn: int, most_tries: int) -> None:
         return
     served = yaml.safe_load(plan.read_text())
     targets = ("--ttft", served["slo"]["ttft_s"], "--tpot", served["slo"]["tpot_s"])
-    then = Speed.of(json.loads((folder / PROFILE).read_text())["speed"])
     with SpeedProbe(RankSettings(served["model"])) as probe, serving(plan) as url:
         for rate in rates:
             given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
             bench = partial(tandem, "bench", "--url", url, *targets, *given)
             found = least_disturbed(partial(driven, bench, probe), most_tries)
             line = {"deployment": deployment, "rate_rps": rate, "turn": turn}
-            line |= {"others": found.others, "slower": found.speed.slower_than(then)}
+            line |= {"others": found.others, "speed": found.speed.described()}
             with (folder / MEASURED).open("a") as file:
                 file.write(json.dumps({**line, "figures": json.loads(found.figures)}) + "\n")
 

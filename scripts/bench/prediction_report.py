@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cluster.profiling.speed import lengthened
+from cluster.profiling.speed import Speed, lengthened
 
 ROOT = Path(__file__).resolve().parents[2]
 TANDEM = (sys.executable, "-m", "cluster")
@@ -29,10 +29,8 @@ FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "
 SAME = 0.02
 """What two deployments serve is told apart from here on."""
 LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
-PROFILE, SLOWED_PROFILE = "profile.json", "slowed.json"
+ALL_PROFILES = "profiles.json"
 WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
-Slowness = dict[str, float]
-"""How many times as long as in the profile, by the kind of code."""
 
 
 @dataclass(frozen=True)
@@ -111,35 +109,58 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def overall(slowness: Slowness) -> float:
-    return geometric_mean(slowness.values())
+def profile_of(folder: Path, turn: int) -> Path:
+    return folder / f"profile-{turn}.json"
 
 
-def slowed(folder: Path, slowness: Slowness) -> Path:
-    """The profile as it would be of a machine that is so much slower."""
-    document, path = json.loads((folder / PROFILE).read_text()), folder / SLOWED_PROFILE
-    path.write_text(json.dumps(lengthened(document, slowness)))
-    return path
+def read_profiles(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("profile-*.json"))]
+
+
+def together(profiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All that was measured in any of them."""
+    return {name: _together([one[name] for one in profiles], name) for name in profiles[0]}
+
+
+def _together(values: Sequence[Any], name: str) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return together(values)
+    if name == "runs":
+        return [together(one) for one in zip(*values, strict=True)]
+    return [entry for one in values for entry in one] if isinstance(first, list) else first
+
+
+def at_the_speed(profile: dict[str, Any], speed: Speed) -> dict[str, Any]:
+    """As it would be of a machine that is this fast."""
+    longer: dict[str, Any] = lengthened(profile, slower(profile, speed))
+    return longer
+
+
+def slower(profile: dict[str, Any], speed: Speed) -> dict[str, float]:
+    """How many times as long things take at this speed, by the kind of code."""
+    return speed.slower_than(Speed.of(profile["speed"]))
 
 
 def compare(folder: Path, *, at_speed: bool) -> Iterator[Compared]:
-    """By the profile as it is, or at the speed that the machine had meanwhile."""
-    measured: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    """By the profiles as they are, or at the speed that the machine had meanwhile."""
+    profiles, measured = read_profiles(folder), {}
     for one in read_measured(folder):
         measured.setdefault((one["deployment"], one["rate_rps"]), []).append(one)
     for (deployment, rate), rounds in measured.items():
+        sets = [profiles]
         if at_speed:
-            profiles = (slowed(folder, one["slower"]) for one in rounds)
-        else:
-            profiles = iter([folder / PROFILE])
-        predicted = [predict(folder, deployment, rate, profile) for profile in profiles]
+            speeds = [Speed.of(one["speed"]) for one in rounds]
+            sets = [[at_the_speed(one, speed) for one in profiles] for speed in speeds]
+        predicted = [predict(folder, deployment, rate, together(one)) for one in sets]
         yield Compared(deployment, rate, [one["figures"] for one in rounds], predicted)
 
 
-def predict(folder: Path, deployment: str, rate: float, profile: Path) -> dict[str, Any]:
+def predict(folder: Path, deployment: str, rate: float, profile: dict[str, Any]) -> dict[str, Any]:
     given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-    plan = folder / f"{deployment}.yaml"
-    told = tandem("simulate", "--plan", plan, "--profile", profile, *given)
+    plan, path = folder / f"{deployment}.yaml", folder / ALL_PROFILES
+    path.write_text(json.dumps(profile))
+    told = tandem("simulate", "--plan", plan, "--profile", path, *given)
     predicted: dict[str, Any] = json.loads(told)
     return predicted
 
@@ -162,12 +183,12 @@ def report(folder: Path, *, as_json: bool) -> None:
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
     again = [row.first_round_predicts for row in rows if len(row.rounds) > 1]
     others = max(one["others"] for one in measured)
-    slower = [overall(one["slower"]) for one in measured]
+    slowness = [overall(folder, Speed.of(one["speed"])) for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
         lists = {"rows": rows, "rows_at_speed": at_speed, "first_round_predicts": again}
         entries = {key: [described(row) for row in one] for key, one in lists.items()}
-        print(json.dumps({**document, "slower": slower, **entries}))
+        print(json.dumps({**document, "slower": slowness, **entries}))
         return
     print(plan["reason"])
     for row, then in zip(rows, at_speed, strict=True):
@@ -181,8 +202,14 @@ def report(folder: Path, *, as_json: bool) -> None:
     print(f"planned={planned} expected_better={expected} measured_better={better}")
     print(
         f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
-        f"the machine was {min(slower):.2f} to {max(slower):.2f} times as slow as when profiled"
+        f"the machine was {min(slowness):.2f} to {max(slowness):.2f} times as slow as when profiled"
     )
+
+
+def overall(folder: Path, speed: Speed) -> float:
+    """How many times as slow as in the profiles."""
+    each = [slower(one, speed).values() for one in read_profiles(folder)]
+    return geometric_mean(value for one in each for value in one)
 
 
 def described(row: Row) -> dict[str, Any]:
