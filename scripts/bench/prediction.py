@@ -14,15 +14,16 @@ The profile also tells what passes cost beside a busy neighbour, and what servin
 since the generator and the gateway share the two cores with the instances.
 
 A virtual machine's pace drifts, as others of its host compute: in each of several rounds it is
-profiled anew, and then every deployment is driven at every rate. The plan and the rates are by the
-first profile, predictions by all of them together, and a figure is the median over its rounds. How
-far rounds lie apart is printed beside it, and how near the first comes to the median of the others:
-no prediction can be expected to come nearer than the same requests to themselves.
+profiled anew, then every deployment is driven at every rate, and what a round measured is compared
+with what its own profile said. The plan and the rates are by the first. Printed are medians: of the
+predictions, of the measurements, and of how far one was off the other in each round. How far rounds
+lie apart is printed beside it, and how near the first comes to the others: no prediction can be
+expected to come nearer than the same requests to themselves.
 
-Two predictions are compared with each measurement. One is by the profiles as they were taken. For
-the other, a process of its own times passes of the model every now and then, while a server is
-profiled and while a rate is driven: it is by each profile with its times made as much longer as
-these take longer. Nothing that was measured of the server or the rate goes into it.
+Two predictions are compared with each measurement. One is by the profile as it was taken. For the
+other, a process of its own times passes of the model every now and then, while a server is profiled
+and while a rate is driven: it is by the profile with its times made as much longer as these take
+longer. Nothing that was measured of the server or the rate goes into it.
 
 Where the time to the first token and to the second went is told for the mean request, as predicted
 and as measured. With a folder the stages may run one by one, and a rate that was measured is not

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -29,7 +29,7 @@ FIGURES = (("ttft_s", "p50"), ("ttft_s", "p90"), ("tpot_s", "p50"), ("tpot_s", "
 SAME = 0.02
 """What two deployments serve is told apart from here on."""
 LATENCY_WITHIN, ATTAINMENT_WITHIN = 0.15, 0.05
-ALL_PROFILES = "profiles.json"
+AT_SPEED = "at-speed.json"
 WORKLOAD, PLAN, MEASURED = "load.csv", "plan.yaml", "measured.jsonl"
 
 
@@ -38,43 +38,49 @@ class Row:
     deployment: str
     rate_rps: float
     figure: str
-    predicted: float
-    rounds: tuple[float, ...]
-    """As measured in each."""
+    predictions: tuple[float, ...]
+    """Of each round."""
+    measurements: tuple[float, ...]
+
+    @property
+    def predicted(self) -> float:
+        return median(self.predictions)
 
     @property
     def measured(self) -> float:
-        return median(self.rounds)
+        return median(self.measurements)
 
     @property
     def off(self) -> float:
-        """Of a latency, relative to what was measured; of attainment, in points."""
-        return self._apart(self.predicted, self.measured)
+        """In the median of the rounds: of a latency, relative to what was measured; of attainment,
+        in points."""
+        pairs = zip(self.predictions, self.measurements, strict=True)
+        return median(self._apart(value, other, other) for value, other in pairs)
 
     @property
     def apart(self) -> float:
         """How far rounds are, alike."""
-        return self._apart(max(self.rounds), min(self.rounds))
+        return self._apart(max(self.measurements), min(self.measurements), self.measured)
 
     @property
     def first_round_predicts(self) -> Row:
         """What comes of it if the same requests were sent before, instead of a simulation."""
-        first, *others = self.rounds
-        return replace(self, predicted=first, rounds=tuple(others))
+        first, *others = self.measurements
+        predictions = (first,) * len(others)
+        return Row(self.deployment, self.rate_rps, self.figure, predictions, tuple(others))
 
-    def _apart(self, value: float, other: float) -> float:
-        return value - other if self.figure == "attainment" else (value - other) / self.measured
+    def _apart(self, value: float, other: float, whole: float) -> float:
+        return value - other if self.figure == "attainment" else (value - other) / whole
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One deployment at one rate, in all rounds."""
+    """One deployment at one rate, round by round."""
 
     deployment: str
     rate_rps: float
     measured: list[dict[str, Any]]
     predicted: list[dict[str, Any]]
-    """Of each round, or one for all."""
 
     def rows(self) -> Iterator[Row]:
         ways = {f"{name} {point}": (name, point) for name, point in FIGURES}
@@ -82,7 +88,7 @@ class Compared:
             predicted, measured = (
                 tuple(_at(one, way) for one in side) for side in (self.predicted, self.measured)
             )
-            yield Row(self.deployment, self.rate_rps, figure, median(predicted), measured)
+            yield Row(self.deployment, self.rate_rps, figure, predicted, measured)
 
     @property
     def parts(self) -> str:
@@ -113,56 +119,34 @@ def profile_of(folder: Path, turn: int) -> Path:
     return folder / f"profile-{turn}.json"
 
 
-def read_profiles(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("profile-*.json"))]
-
-
-def together(profiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All that was measured in any of them."""
-    return {name: _together([one[name] for one in profiles], name) for name in profiles[0]}
-
-
-def _together(values: Sequence[Any], name: str) -> Any:
-    first = values[0]
-    if isinstance(first, dict):
-        return together(values)
-    if name == "runs":
-        return [together(one) for one in zip(*values, strict=True)]
-    return [entry for one in values for entry in one] if isinstance(first, list) else first
-
-
-def at_the_speed(profile: dict[str, Any], speed: Speed) -> dict[str, Any]:
-    """As it would be of a machine that is this fast."""
-    longer: dict[str, Any] = lengthened(profile, slower(profile, speed))
-    return longer
-
-
-def slower(profile: dict[str, Any], speed: Speed) -> dict[str, float]:
-    """How many times as long things take at this speed, by the kind of code."""
-    return speed.slower_than(Speed.of(profile["speed"]))
-
-
 def compare(folder: Path, *, at_speed: bool) -> Iterator[Compared]:
-    """By the profiles as they are, or at the speed that the machine had meanwhile."""
-    profiles, measured = read_profiles(folder), {}
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for one in read_measured(folder):
-        measured.setdefault((one["deployment"], one["rate_rps"]), []).append(one)
-    for (deployment, rate), rounds in measured.items():
-        sets = [profiles]
-        if at_speed:
-            speeds = [Speed.of(one["speed"]) for one in rounds]
-            sets = [[at_the_speed(one, speed) for one in profiles] for speed in speeds]
-        predicted = [predict(folder, deployment, rate, together(one)) for one in sets]
-        yield Compared(deployment, rate, [one["figures"] for one in rounds], predicted)
+        found.setdefault((one["deployment"], one["rate_rps"]), []).append(one)
+    for (deployment, rate), rounds in found.items():
+        measured = [one["figures"] for one in rounds]
+        predicted = [predict(folder, one, at_speed=at_speed) for one in rounds]
+        yield Compared(deployment, rate, measured, predicted)
 
 
-def predict(folder: Path, deployment: str, rate: float, profile: dict[str, Any]) -> dict[str, Any]:
-    given = ("--workload", folder / WORKLOAD, "--rate", rate, "--json")
-    plan, path = folder / f"{deployment}.yaml", folder / ALL_PROFILES
-    path.write_text(json.dumps(profile))
-    told = tandem("simulate", "--plan", plan, "--profile", path, *given)
+def predict(folder: Path, one: dict[str, Any], *, at_speed: bool) -> dict[str, Any]:
+    """What was measured, by its round's profile as it is, or at the speed of the machine
+    meanwhile."""
+    profile, plan = profile_of(folder, one["turn"]), folder / f"{one['deployment']}.yaml"
+    if at_speed:
+        longer = lengthened(json.loads(profile.read_text()), slower(folder, one))
+        profile = folder / AT_SPEED
+        profile.write_text(json.dumps(longer))
+    given = ("--workload", folder / WORKLOAD, "--rate", one["rate_rps"], "--json")
+    told = tandem("simulate", "--plan", plan, "--profile", profile, *given)
     predicted: dict[str, Any] = json.loads(told)
     return predicted
+
+
+def slower(folder: Path, one: dict[str, Any]) -> dict[str, float]:
+    """How many times as long things took as in the round's profile, by the kind of code."""
+    profile = json.loads(profile_of(folder, one["turn"]).read_text())
+    return Speed.of(one["speed"]).slower_than(Speed.of(profile["speed"]))
 
 
 def tandem(*arguments: object) -> str:
@@ -181,9 +165,9 @@ def report(folder: Path, *, as_json: bool) -> None:
         [row for one in way for row in one.rows()] for way in (compared, compared_at_speed)
     )
     better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
-    again = [row.first_round_predicts for row in rows if len(row.rounds) > 1]
+    again = [row.first_round_predicts for row in rows if len(row.measurements) > 1]
     others = max(one["others"] for one in measured)
-    slowness = [overall(folder, Speed.of(one["speed"])) for one in measured]
+    slowness = [geometric_mean(slower(folder, one).values()) for one in measured]
     if as_json:
         document = {"planned": planned, "expected": expected, "better": better, "others": others}
         lists = {"rows": rows, "rows_at_speed": at_speed, "first_round_predicts": again}
@@ -206,14 +190,9 @@ def report(folder: Path, *, as_json: bool) -> None:
     )
 
 
-def overall(folder: Path, speed: Speed) -> float:
-    """How many times as slow as in the profiles."""
-    each = [slower(one, speed).values() for one in read_profiles(folder)]
-    return geometric_mean(value for one in each for value in one)
-
-
 def described(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "measured": row.measured, "off": row.off, "apart": row.apart}
+    told = {name: getattr(row, name) for name in ("predicted", "measured", "off", "apart")}
+    return {**asdict(row), **told}
 
 
 def line(row: Row, at_speed: Row) -> str:
