@@ -164,7 +164,7 @@ def report(folder: Path, *, as_json: bool) -> None:
     rows, at_speed = (
         [row for one in way for row in one.rows()] for way in (compared, compared_at_speed)
     )
-    better, expected = (preferred(rows, side) for side in ("measured", "predicted"))
+    (better, by), (expected, by_far) = (preferred(rows, side) for side in ("measured", "predicted"))
     again = [row.first_round_predicts for row in rows if len(row.measurements) > 1]
     others = max(one["others"] for one in measured)
     slowness = [geometric_mean(slower(folder, one).values()) for one in measured]
@@ -183,7 +183,10 @@ def report(folder: Path, *, as_json: bool) -> None:
     print(summary("at the speed that the machine had meanwhile", at_speed))
     if again:
         print(summary("the first round, as if it predicted the others", again))
-    print(f"planned={planned} expected_better={expected} measured_better={better}")
+    print(
+        f"planned={planned} expected_better={expected} by {by_far:.1%} "
+        f"measured_better={better} by {by:.1%}"
+    )
     print(
         f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
         f"the machine was {min(slowness):.2f} to {max(slowness):.2f} times as slow as when profiled"
@@ -216,15 +219,25 @@ def summary(which: str, rows: list[Row]) -> str:
     )
 
 
-def preferred(rows: list[Row], side: str) -> str:
-    """What serves more within the targets; `neither` where rates tell no difference."""
-    rates = {name: served(rows, name, side) for name in dict.fromkeys(r.deployment for r in rows)}
-    best = max(rates, key=lambda name: rates[name])
-    return "neither" if min(rates.values()) > rates[best] * (1 - SAME) else best
+def preferred(rows: list[Row], side: str) -> tuple[str, float]:
+    """What serves most within the targets, and by how much what serves least serves less; `neither`
+    where rates tell no difference."""
+    shares = shares_served(rows, side)
+    best = max(shares, key=lambda name: shares[name])
+    least, most = min(shares.values()), shares[best]
+    if least >= most * (1 - SAME):
+        return "neither", 0.0
+    return best, 1.0 - least / most
 
 
-def served(rows: list[Row], deployment: str, side: str) -> float:
-    """Requests a second within their targets, over all rates."""
-    mine = [row for row in rows if (row.deployment, row.figure) == (deployment, "attainment")]
-    shares = [row.measured if side == "measured" else row.predicted for row in mine]
-    return sum(row.rate_rps * share for row, share in zip(mine, shares, strict=True))
+def shares_served(rows: list[Row], side: str) -> dict[str, float]:
+    """Of the requests a second within their targets, over all rates and deployments, in the median
+    of the rounds."""
+    attainments = [row for row in rows if row.figure == "attainment"]
+    rounds = min(len(row.measurements) for row in attainments)
+    served = {row.deployment: np.zeros(rounds) for row in attainments}
+    for row in attainments:
+        told = row.measurements if side == "measured" else row.predictions
+        served[row.deployment] += row.rate_rps * np.array(told[:rounds])
+    whole = np.maximum(sum(served.values()), np.finfo(float).tiny)
+    return {name: float(np.median(one / whole)) for name, one in served.items()}

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.profiling.speed import CODE
 from scripts.bench import prediction_report
-from scripts.bench.prediction_report import MEASURED, Row, compare, profile_of
+from scripts.bench.prediction_report import MEASURED, Row, compare, preferred, profile_of
 
 
 def row(predictions: tuple[float, ...], measurements: tuple[float, ...], figure: str) -> Row:
@@ -35,6 +35,28 @@ def test_rounds_apart_and_the_first_as_a_prediction_of_the_others() -> None:
     rounds = row((1.0, 1.0, 1.0), (1.0, 2.0, 4.0), "tpot_s p90")
     assert rounds.apart == pytest.approx(1.5)
     assert rounds.first_round_predicts.off == pytest.approx((-0.5 - 0.75) / 2)
+
+
+def attained(deployment: str, *measurements: float) -> Row:
+    return Row(deployment, 4.0, "attainment", (1.0,) * len(measurements), measurements)
+
+
+def test_deployments_are_compared_within_a_round() -> None:
+    # The machine was slow while one was driven in the first round: its sum over rounds is less.
+    rows = [attained("split", 0.5, 0.99, 0.94), attained("aggregated", 1.0, 0.9, 0.85)]
+    better, by = preferred(rows, "measured")
+    assert better == "split"
+    assert by == pytest.approx(0.09, abs=0.005)
+    assert preferred(rows, "predicted") == ("neither", 0.0)
+
+
+def test_where_nothing_is_served_in_time_neither_is_better() -> None:
+    rows = [attained("split", 0.0), attained("aggregated", 0.0)]
+    assert preferred(rows, "measured") == ("neither", 0.0)
+    assert preferred([attained("split", 0.0), attained("aggregated", 0.1)], "measured") == (
+        "aggregated",
+        1.0,
+    )
 
 
 def speed(seconds: float) -> dict[str, object]:
