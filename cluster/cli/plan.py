@@ -242,8 +242,9 @@ def _show_serving(measured: Measurements) -> None:
         print(f"a hand-off takes {measured.handoff_s * 1e3:.1f} ms beside its copy")
     if measured.other_cores > DISTURBING_CORES:
         print(
-            f"other processes took {measured.other_cores:.1f} cores while a server was measured, "
-            "and made it slower: profile again without them",
+            f"other processes, or other guests of this machine's host, took "
+            f"{measured.other_cores:.2f} cores while a server was measured, and made it slower: "
+            "profile again without them",
             file=sys.stderr,
         )
 

@@ -1,4 +1,5 @@
-"""Processes of this machine that are no part of what is measured: they make it slower unseen."""
+"""What is no part of what is measured and takes processors from it: other processes of this
+machine, and other guests of its host. No time that a process counts for itself shows either."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DISTURBING_CORES = 0.1
+DISTURBING_CORES = 0.05
 """More than what a quiet machine does beside, and enough to make passes wait."""
 PROC = Path("/proc")
 
@@ -19,7 +20,7 @@ PROC = Path("/proc")
 class Disturbed(Protocol):
     @property
     def others(self) -> float:
-        """Cores that other processes took meanwhile."""
+        """Cores that others took meanwhile."""
         ...
 
 
@@ -34,30 +35,30 @@ def least_disturbed(work: Callable[[], Result], most_tries: int) -> Result:
     return min(tries, key=lambda one: one.others)
 
 
-class OtherProcesses:
-    """All but this one and what it began, from now on."""
+class Others:
+    """All but this process and what it began, from now on."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic, proc: Path = PROC) -> None:
         self._now, self._proc = now, proc
-        self._began_s, self._before_s = now(), self._taken_s()
+        self._began_s, self._stolen_s, self._taken_s = now(), *self._so_far_s()
 
     @property
     def cores(self) -> float:
         """That they took in the mean."""
-        return max(self._taken_s() - self._before_s, 0.0) / (self._now() - self._began_s)
+        stolen_s, taken_s = self._so_far_s()
+        by_processes_s = max(taken_s - self._taken_s, 0.0)
+        return (stolen_s - self._stolen_s + by_processes_s) / (self._now() - self._began_s)
 
-    def _taken_s(self) -> float:
-        """Processor time of this machine that went neither to this process nor to what it began."""
+    def _so_far_s(self) -> tuple[float, float]:
+        """Processor time that the host gave to others while this machine wanted it, and what this
+        machine gave neither to this process nor to what it began."""
         ticks = os.sysconf("SC_CLK_TCK")
+        fields = (self._proc / "stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+        user, nice, system, _, _, irq, soft_irq, stolen, *_ = map(int, fields)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         own_s = sum(self._ticks_of(one) for one in self._family(os.getpid())) / ticks
-        return self._busy_ticks() / ticks - own_s - ended.ru_utime - ended.ru_stime
-
-    def _busy_ticks(self) -> int:
-        """That this machine has worked."""
-        fields = (self._proc / "stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-        user, nice, system, _, _, irq, soft_irq, *_ = map(int, fields)
-        return user + nice + system + irq + soft_irq
+        busy_s = (user + nice + system + irq + soft_irq) / ticks
+        return stolen / ticks, busy_s - own_s - ended.ru_utime - ended.ru_stime
 
     def _family(self, first: int) -> list[int]:
         """A process and all that descend from it."""

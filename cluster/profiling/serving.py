@@ -26,7 +26,7 @@ import numpy as np
 from cluster.bench.arrange import Arrangement, Synthetic, draw
 from cluster.bench.http import parse_target
 from cluster.bench.run import Bench, Plan
-from cluster.profiling.others import OtherProcesses, least_disturbed
+from cluster.profiling.others import Others, least_disturbed
 from cluster.profiling.speed import SpeedProbe, lengthened, speed_of
 from cluster.profiling.steps import prompt_passes, steps_at_work
 from engine.errors import InstanceLost
@@ -67,7 +67,7 @@ class Serving:
     seed: int = 0
     """Of the requests in the first round; each has its own."""
     most_tries: int = 3
-    """At a server beside which other processes took much of the machine."""
+    """At a server beside which others took much of the machine."""
 
     def copy_s(self, tokens: int) -> float:
         if not self.copies:
@@ -126,7 +126,7 @@ def _measure(
     with tempfile.TemporaryDirectory() as logs:
         with _server(settings, pools, logs) as url:
             probe.readings()
-            others, began_s = OtherProcesses(), time.time()
+            others, began_s = Others(), time.time()
             for place, share in enumerate(LOAD_SHARES, 1):
                 rate_rps = share * pools.taking / settings.request_s
                 load = _load(url, rate_rps, turn, settings)
@@ -151,7 +151,7 @@ class _Measured:
     """In how many the first rate's prompts were, and how long in all."""
     readings: list[Reading] = field(default_factory=list)
     others: float = 0.0
-    """Cores that other processes took."""
+    """Cores that other processes, and other guests of the host, took."""
 
     def told(self, mean: Speed, settings: Serving) -> dict[str, Any]:
         told: dict[str, Any] = {

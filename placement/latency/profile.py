@@ -44,7 +44,7 @@ class Profile:
     handoff_s: float = 0.0
     """A hand-off's messages, beyond its copy."""
     other_cores: float = 0.0
-    """That processes which serve nothing took at most, while a server was measured."""
+    """That others, which serve nothing, took at most while a server was measured."""
     role: Role = Role.MIXED
     """Of the instances whose latency it tells."""
     dtype: str | None = None

@@ -27,7 +27,7 @@ longer. Nothing that was measured of the server or the rate goes into it.
 
 Where the time to the first token and to the second went is told for the mean request, as predicted
 and as measured. With a folder the stages may run one by one, and a rate that was measured is not
-measured again, unless other processes computed meanwhile.
+measured again, unless other processes, or other guests of the host, took processors meanwhile.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from prediction_report import (
 from shapes import SHAPES, write_checkpoint
 
 from cluster.profiling.one_rank import RankSettings
-from cluster.profiling.others import OtherProcesses, least_disturbed
+from cluster.profiling.others import Others, least_disturbed
 from cluster.profiling.speed import SpeedProbe, speed_of
 
 if TYPE_CHECKING:
@@ -245,14 +245,14 @@ def measure(folder: Path, deployment: str, turn: int, most_tries: int) -> None:
 @dataclass(frozen=True)
 class Driven:
     others: float
-    """Cores that other processes took."""
+    """Cores that other processes, and other guests of the host, took."""
     speed: Speed
     """Of the machine meanwhile."""
     figures: str
 
 
 def driven(bench: Callable[[], str], probe: SpeedProbe) -> Driven:
-    others = OtherProcesses()
+    others = Others()
     probe.readings()
     text = bench()
     return Driven(others.cores, speed_of(probe.readings()), text)

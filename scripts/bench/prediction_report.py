@@ -188,7 +188,7 @@ def report(folder: Path, *, as_json: bool) -> None:
         f"measured_better={better} by {by:.1%}"
     )
     print(
-        f"other processes took up to {others:.2f} of {os.cpu_count()} cores; "
+        f"others took up to {others:.2f} of {os.cpu_count()} cores; "
         f"the machine was {min(slowness):.2f} to {max(slowness):.2f} times as slow as when profiled"
     )
 

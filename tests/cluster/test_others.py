@@ -1,11 +1,11 @@
-"""Other processes of this machine, while something is measured."""
+"""What others take of this machine, while something is measured."""
 
 import os
 from dataclasses import dataclass
 
 import pytest
 
-from cluster.profiling.others import DISTURBING_CORES, OtherProcesses, least_disturbed
+from cluster.profiling.others import DISTURBING_CORES, Others, least_disturbed
 
 CHILD, GRANDCHILD, STRANGER = 100_001, 100_002, 100_003
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -40,7 +40,7 @@ class Proc:
     def __init__(self, folder):
         self.folder = folder
         self.now_s = 0.0
-        self.idle = 10_000
+        self.idle, self.stolen_s = 10_000, 7.0
         self.seconds = {os.getpid(): 1.0, CHILD: 1.0, GRANDCHILD: 1.0, STRANGER: 1.0}
         self.work({})
 
@@ -57,7 +57,9 @@ class Proc:
             fields = f"{process} (a (b) c) S {parent} {'0 ' * 9}{ticks - 5} 5 0 0"
             (directory / "stat").write_text(fields)
         busy = round(sum(self.seconds.values()) * TICKS)
-        (self.folder / "stat").write_text(f"cpu  {busy - 9} 4 5 {self.idle} 7 0 0 3 0 0\ncpu0 0\n")
+        stolen = round(self.stolen_s * TICKS)
+        fields = f"{busy - 9} 4 5 {self.idle} 7 0 0 {stolen} 0 0"
+        (self.folder / "stat").write_text(f"cpu  {fields}\ncpu0 0\n")
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def proc(tmp_path):
 
 @pytest.fixture
 def others(proc):
-    return OtherProcesses(lambda: proc.now_s, proc.folder)
+    return Others(lambda: proc.now_s, proc.folder)
 
 
 def test_what_this_process_and_its_descendants_take_is_not_of_others(proc, others):
@@ -84,3 +86,15 @@ def test_a_machine_that_waits_does_not_work(proc, others):
     proc.idle += 100 * TICKS
     proc.work({}, for_s=4.0)
     assert others.cores == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_the_host_gives_to_its_other_guests_is_of_others(proc, others):
+    proc.stolen_s += 1.0
+    proc.work({STRANGER: 3.0}, for_s=4.0)
+    assert others.cores == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_is_stolen_counts_where_a_kernel_adds_it_to_the_processes(proc, others):
+    proc.stolen_s += 2.0
+    proc.work({CHILD: 2.0, STRANGER: -2.0}, for_s=4.0)  # so the machine itself was not busy
+    assert others.cores == pytest.approx(0.5, abs=0.01)
