@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -11,7 +12,9 @@ from typer._click.exceptions import UsageError
 from cluster.cli import bench, chat, keys, operate, plan, serve, simulate
 from engine.errors import BadInput, TandemError
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+SIGNALLED = 128
+"""And the signal's number."""
 
 app = typer.Typer(
     name="tandem",
@@ -27,7 +30,13 @@ for part in (serve, chat, operate, keys, bench, plan, simulate):
 
 def main() -> NoReturn:
     """The process's boundary: every failure is one line on standard error and a status."""
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(sys.argv[1:]))
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """Not at once: what a command began ends with it, as when it is interrupted."""
+    sys.exit(SIGNALLED + number)
 
 
 def run(arguments: list[str]) -> int:
@@ -35,7 +44,7 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(arguments, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        return INTERRUPTED
+        return SIGNALLED + signal.SIGINT
     except UsageError as error:
         return _say(error.format_message(), BAD_INPUT)
     except BadInput as error:

@@ -1,7 +1,9 @@
 """The command line without a cluster: statuses, one-line errors, documents."""
 
 import json
+import signal
 import subprocess
+import sys
 from io import StringIO
 
 import pytest
@@ -177,3 +179,29 @@ def test_no_name_is_cut_on_a_narrow_terminal():
     text = console.export_text()
     assert text.count("prefill-10") == text.count("decode-10") == 2
     assert "…" not in text
+
+
+COMMAND = """
+import signal
+from cluster.cli import app
+
+def run(arguments):
+    try:
+        print("began", flush=True)
+        signal.pause()
+    finally:
+        print("undone", flush=True)
+
+app.run = run
+app.main()
+"""
+
+
+def test_a_command_that_is_told_to_end_first_undoes_what_it_began():
+    command = [sys.executable, "-c", COMMAND]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "began\n"
+        process.terminate()
+        assert process.stdout.read() == "undone\n"
+    assert process.returncode == 128 + signal.SIGTERM
