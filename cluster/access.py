@@ -30,6 +30,7 @@ DEFAULT_SERVER = "127.0.0.1:50051"
 KEY_VARIABLE = "TANDEM_API_KEY"
 TOO_LARGE = "message larger than max"
 """gRPC's own words: it has no other status for that than for a server that is busy."""
+URL = ("http://", "https://")
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
@@ -69,6 +70,10 @@ class Access:
     certificate: Path | None = None
     key: Path | None = None
     """PEM files of one's own, where the server asks for them."""
+
+    def __post_init__(self) -> None:
+        if self.server.startswith(URL):
+            raise BadRequest("server", self.server, "must be HOST:PORT of its gRPC, not a URL")
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -50,6 +50,7 @@ def tandem(capsys):
         (("serve", "--host", "0.0.0.0"), "gateway.host"),
         (("serve", "--http-port", "70000"), "gateway.http_port"),
         (("status", "--bogus"), "No such option"),
+        (("status", "--server", "http://127.0.0.1:8000"), "server"),
         (("policy", "validate", "absent.yaml"), "file"),
         (("report", "-o", "no/such/report.zip"), "output"),
         (("keys", "new", "--tenant", "a", "--file", "no/such/keys.yaml"), "file"),
